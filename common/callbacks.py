@@ -1,0 +1,106 @@
+"""What is seen while a run goes on: one readable line a log, and generated samples at every evaluation."""
+
+import json
+import time
+from pathlib import Path
+
+import torch
+from transformers import ProgressCallback, TrainerCallback
+
+SAMPLE_TOKENS = 60
+
+
+class ScreenCallback(ProgressCallback):
+    """Trainer's progress bar, with a line for people in place of a printed dict. Plain lines without a bar."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first_step = time.time(), state.global_step
+        if not args.disable_tqdm:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            steps = state.global_step - self.first_step
+            left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
+            self._write(step_line(logs, state.global_step, state.max_steps, left))
+        elif "eval_loss" in logs:
+            self._write(
+                f"held out   step {state.global_step}  loss {logs['eval_loss']:.4f}  perplexity "
+                f"{logs['eval_perplexity']:,.1f}  bits per byte {logs['eval_bits_per_byte']:.4f}"
+            )
+
+    def _write(self, line: str) -> None:
+        if self.training_bar is not None:
+            self.training_bar.write(line)
+        else:
+            print(line, flush=True)
+
+
+def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str:
+    """Return what a training step's log says, on one line."""
+    minutes, seconds = divmod(round(seconds_left), 60)
+    parts = [
+        f"step {step}/{max_steps} {step / max_steps:4.0%}",
+        f"loss {logs['loss']:.4f}",
+        f"grad_norm {logs.get('grad_norm', float('nan')):.2f}",
+        f"lr {logs['learning_rate']:.2e}",
+        f"{logs['tokens_seen']:,} tokens",
+        f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device",
+        f"{logs['tflops_per_device']:.3g} TFLOP/s" + (f" ({logs['mfu']:.1%} MFU)" if "mfu" in logs else ""),
+        f"{logs['memory_allocated_gib']:.2f} GiB (peak {logs['memory_peak_gib']:.2f})",
+        f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
+    ]
+    return "  ".join(parts)
+
+
+class SampleCallback(TrainerCallback):
+    """Continue each prompt at every evaluation; print the texts and keep them in ``samples.jsonl``.
+
+    All processes generate, because a sharded model needs all of them; the main one writes. The random state of the
+    training is left as it was, so that sampling does not change the run.
+    """
+
+    def __init__(self, tokenizer, prompts: list[str], seed: int):
+        self.tokenizer, self.prompts, self.seed = tokenizer, prompts, seed
+
+    def on_evaluate(self, args, state, control, model=None, **kwargs):
+        texts = generate_samples(model, self.tokenizer, self.prompts, self.seed, args.device)
+        if not state.is_world_process_zero:
+            return
+        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
+            for prompt, text in zip(self.prompts, texts, strict=True):
+                print(f"  sample   {prompt}|{text!r}", flush=True)
+                entry = {"step": state.global_step, "prompt": prompt, "text": text}
+                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+@torch.no_grad()
+def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: torch.device) -> list[str]:
+    """Return the model's continuation of every prompt, at most SAMPLE_TOKENS tokens each."""
+    was_training = model.training
+    model.eval()
+    texts = []
+    accelerators = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)
+            new_tokens = min(SAMPLE_TOKENS, model.config.max_position_embeddings - ids.shape[1])
+            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
+            texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    model.train(was_training)
+    return texts

@@ -1,0 +1,197 @@
+"""Sources -> documents: json, jsonl (plain, .gz, .zst, .bz2, .xz), txt, parquet, or a Hugging Face data set id.
+
+Everything is streamed: memory does not grow with the file. JSON is parsed here, because an error has to name
+its line and a large array has to stay out of memory; everything else goes through ``datasets`` in streaming.
+"""
+
+import bz2
+import gzip
+import hashlib
+import io
+import json
+import lzma
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from common.hub import three_ways_on
+from common.messages import InputError
+
+OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
+COMPRESSIONS = {*OPENERS, ".zst"}
+
+
+@dataclass
+class CorpusCounts:
+    """What a pass over a source met. ``documents`` are those handed out; ``text_bytes`` is their UTF-8 size."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    malformed: int = 0
+
+
+def read_documents(source: str, text_field: str, skip_malformed: bool, counts: CorpusCounts) -> Iterator[str]:
+    """Yield the text of every document of ``source``, counting into ``counts`` as it goes.
+
+    Dropped, and counted: documents of white space only (``empty``) and, with ``skip_malformed``, those that cannot be
+    read (``malformed``).
+
+    Raises:
+        InputError: a missing or empty file, an unknown format, a malformed document (file and line), a missing
+            text field (naming the fields there are), no document at all.
+    """
+    for where, record in _records(source):
+        try:
+            text = _text_of(record, text_field)
+        except ValueError as error:
+            if not skip_malformed:
+                raise InputError(
+                    f"{where}: {error}. Nothing was trained. Repair it, or count and skip such documents "
+                    "with --skip_malformed."
+                ) from None
+            counts.malformed += 1
+            continue
+        if not text.strip():
+            counts.empty += 1
+            continue
+        counts.documents += 1
+        counts.text_bytes += len(text.encode())
+        yield text
+    if counts.documents == 0:
+        raise InputError(f"{source}: no document in it ({asdict(counts)}).")
+
+
+def content_hash(content: bytes) -> int:
+    """Return a uniform 64-bit hash, by which documents are held out."""
+    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
+
+
+def held_out_below(fraction: float) -> int:
+    """Return the limit of ``content_hash`` below which a document is held out, so that ``fraction`` of them are.
+
+    The choice depends on a document's text alone: it survives appended data and another tokenizer, and two copies of
+    a document are on the same side.
+    """
+    if not 0 < fraction < 1:
+        raise InputError(f"--held_out_fraction {fraction}: must lie between 0 and 1, for example 0.005.")
+    return int(fraction * 2**64)
+
+
+def source_fingerprint(source: str) -> dict:
+    """Identify ``source`` as far as can be seen without reading it: name, size and modification time, or hub id."""
+    path = Path(source)
+    if not path.exists():
+        return {"hub_id": source}
+    status = path.stat()
+    return {"file": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+
+
+def _text_of(record, text_field: str) -> str:
+    """Return the text of a record; raise ValueError saying what is wrong with it."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with a field {text_field!r}, found {type(record).__name__}")
+    if text_field not in record:
+        raise ValueError(f"no field {text_field!r}; the fields are {sorted(record)} (choose one with --text_field)")
+    text = record[text_field]
+    if not isinstance(text, str):
+        raise ValueError(f"field {text_field!r} holds {type(text).__name__}, not text")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:  # a lone surrogate, which no tokenizer takes
+        raise ValueError(f"field {text_field!r} is not valid Unicode ({error.reason})") from None
+    return text
+
+
+def _records(source: str) -> Iterator[tuple[str, object]]:
+    """Yield (where, record) pairs; a record that cannot be parsed is a ValueError in its place."""
+    path = Path(source)
+    if not path.exists():
+        if path.suffix or source.startswith((".", "/")) or source.count("/") != 1:
+            raise InputError(f"{source}: no such file. Give --data a file that exists, or a hub id like owner/name.")
+        yield from _dataset_records(source, source)
+        return
+    if path.is_dir():
+        raise InputError(f"{source}: is a folder. Give --data one file.")
+    if path.stat().st_size == 0:
+        raise InputError(f"{source}: the file is empty.")
+    kind = path.suffixes[-2] if path.suffix in COMPRESSIONS and len(path.suffixes) > 1 else path.suffix
+    if kind in {".json", ".jsonl", ".ndjson"}:
+        yield from _json_records(path)
+    elif kind == ".txt":  # documents are separated by blank lines
+        yield from _dataset_records(source, "text", data_files=source, sample_by="paragraph")
+    elif kind == ".parquet":
+        yield from _dataset_records(source, "parquet", data_files=source)
+    else:
+        raise InputError(f"{source}: unknown format {kind!r}. Known: .json .jsonl .txt .parquet, also {COMPRESSIONS}.")
+
+
+def _open(path: Path) -> io.BufferedIOBase:
+    if path.suffix == ".zst":
+        import zstandard
+
+        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
+        return io.BufferedReader(reader, 1 << 20)
+    return OPENERS.get(path.suffix, open)(path, "rb")
+
+
+def _json_records(path: Path) -> Iterator[tuple[str, object]]:
+    """A file that starts with '[' is one array; anything else is one JSON object a line."""
+    with _open(path) as stream:
+        head = b""
+        try:
+            while not head.strip(b" \t\r\n\xef\xbb\xbf"):
+                chunk = stream.read(1)
+                if not chunk:
+                    raise InputError(f"{path}: nothing but white space in it.")
+                head += chunk
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise InputError(f"{path}: cannot be read ({error}).") from None
+    with _open(path) as stream:
+        reader = _array_records if head.endswith(b"[") else _line_records
+        try:
+            yield from reader(path, stream)
+        except (OSError, EOFError, lzma.LZMAError) as error:
+            raise InputError(f"{path}: damaged or cut off ({error}). Fetch it again.") from None
+
+
+def _line_records(path: Path, stream) -> Iterator[tuple[str, object]]:
+    for number, line in enumerate(stream, start=1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark, as Windows editors write it
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line.decode())
+        except ValueError as error:  # also UnicodeDecodeError
+            record = ValueError(f"malformed line ({error})")
+        yield f"{path}, line {number}", record
+
+
+def _array_records(path: Path, stream) -> Iterator[tuple[str, object]]:
+    import ijson
+
+    number = 0
+    try:
+        for number, record in enumerate(ijson.items(stream, "item"), start=1):
+            yield f"{path}, item {number}", record
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        # What follows a syntax error in an array cannot be found again, so this is never skipped.
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: the array is malformed after item {number} ({reason}). Repair the file.") from None
+
+
+def _dataset_records(source: str, *args, **kwargs) -> Iterator[tuple[str, object]]:
+    """Stream through ``datasets``."""
+    import datasets
+
+    try:
+        dataset = datasets.load_dataset(*args, split="train", streaming=True, **kwargs)
+        for number, record in enumerate(dataset, start=1):
+            yield f"{source}, document {number}", record
+    except (OSError, EOFError, RuntimeError, ValueError) as error:
+        if Path(source).exists():
+            raise InputError(f"{source}: cannot be read ({error}).") from None
+        raise InputError(f"data set {source!r} cannot be streamed ({error}).\n{three_ways_on('--data')}") from None

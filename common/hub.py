@@ -1,0 +1,120 @@
+"""A name -> a local folder: local path, then ModelScope, then Hugging Face or its mirror; bounded in time."""
+
+import os
+import threading
+from pathlib import Path
+
+from common.messages import InputError, say
+
+PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
+TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
+
+
+def three_ways_on(flag: str) -> str:
+    """Return the advice that ends every error about an unreachable hub."""
+    train = " (for a tokenizer: or train one on your data with --tokenizer train)" if flag == "--tokenizer" else ""
+    return (
+        "Three ways on:\n"
+        f"  1. a local path: {flag} /path/to/it, fetched on another machine\n"
+        "  2. a mirror: export HF_ENDPOINT=https://hf-mirror.com, and launch again\n"
+        f"  3. nothing from a hub at all: --tokenizer train with a local --data file, or --sample{train}"
+    )
+
+
+def fetch_tokenizer(name: str) -> str:
+    """Return a local folder with the tokenizer called ``name`` (a folder, or a model id on a hub).
+
+    Raises:
+        InputError: it is neither a folder nor reachable on any hub, within about 30 seconds.
+    """
+    if Path(name).is_dir():
+        return name
+    if name.startswith((".", "/")) or name.count("/") != 1:
+        raise InputError(f"--tokenizer {name}: no such folder, and not a hub id like owner/name.")
+
+    def from_modelscope(**where):
+        from modelscope import snapshot_download
+
+        return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
+
+    def from_hugging_face(**where):
+        from huggingface_hub import snapshot_download
+
+        return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
+
+    return _fetch(f"tokenizer {name}", "--tokenizer", from_modelscope, from_hugging_face)
+
+
+def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
+    """Return ``folder/file_name``, downloaded from the data set ``repository`` unless it is there already.
+
+    Raises:
+        InputError: it is not there and no hub is reachable.
+    """
+    target = Path(folder) / file_name
+    if target.exists():
+        return str(target)
+
+    def from_modelscope(local_files_only=False):
+        from modelscope.hub.snapshot_download import dataset_snapshot_download
+
+        dataset_snapshot_download(
+            repository, allow_patterns=[file_name], local_dir=str(folder), local_files_only=local_files_only
+        )
+        return str(target)
+
+    def from_hugging_face(**where):
+        from huggingface_hub import hf_hub_download
+
+        return hf_hub_download(repository, file_name, repo_type="dataset", local_dir=str(folder), **where)
+
+    return _fetch(f"{file_name} of data set {repository}", "--data", from_modelscope, from_hugging_face)
+
+
+def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
+    """Try the caches of both hubs, then every hub that answers; the first complete result wins."""
+    hubs = {"ModelScope": (os.environ.get("MODELSCOPE_DOMAIN", "https://www.modelscope.cn"), from_modelscope)}
+    for endpoint in (os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "https://hf-mirror.com"):
+        hubs[f"Hugging Face ({endpoint})"] = (endpoint, from_hugging_face)
+    for fetch in (from_modelscope, from_hugging_face):
+        try:
+            if Path(path := fetch(local_files_only=True)).exists():
+                return path
+        except Exception:  # each hub library has its own "not in the cache"
+            continue
+    answering = _answering([url for url, _ in hubs.values()])
+    failures = []
+    for hub, (url, fetch) in hubs.items():
+        if url not in answering:
+            failures.append(f"  {hub}: does not answer")
+            continue
+        try:
+            say(f"fetching {what} from {hub}")
+            return fetch() if fetch is from_modelscope else fetch(endpoint=url)
+        except Exception as error:  # whatever went wrong on this hub, the next may have it
+            failures.append(f"  {hub}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+    raise InputError("\n".join([f"cannot fetch {what}:", *failures, three_ways_on(flag)]))
+
+
+def _answering(urls: list[str]) -> set[str]:
+    """Return the URLs that answer an HTTP request within PROBE_SECONDS, asked all at once.
+
+    Daemon threads, because a name look-up on a dead network ignores every timeout that Python offers.
+    """
+    import requests
+
+    answering = set()
+
+    def probe(url: str) -> None:
+        try:
+            requests.head(url if "://" in url else f"https://{url}", timeout=PROBE_SECONDS / 2)
+            answering.add(url)
+        except requests.RequestException:
+            pass
+
+    threads = [threading.Thread(target=probe, args=(url,), daemon=True) for url in set(urls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PROBE_SECONDS)
+    return set(answering)

@@ -1,0 +1,109 @@
+"""Preflight: what the launcher's YAML decided, and combinations that would fail late or train the wrong thing."""
+
+import os
+
+import torch
+from transformers import TrainingArguments
+
+from common.messages import InputError, say
+
+
+def launch_defaults() -> dict:
+    """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    return {
+        "bf16": precision == "bf16",
+        "fp16": precision == "fp16",
+        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available(),
+    }
+
+
+def check_launch(training: TrainingArguments) -> None:
+    """Refuse what would fail late or silently do something else; say what only wastes devices.
+
+    Raises:
+        InputError: with the command that works.
+    """
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and training.world_size == 1:
+        raise InputError(
+            f"{launched} processes were launched, but each sees only itself: they would train {launched} independent "
+            "models into one folder. On CPU use --config_file accelerate_configs/ddp.yaml with --cpu."
+        )
+    if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
+        raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")
+    if training.n_gpu > 1:
+        raise InputError(
+            f"one process sees {training.n_gpu} GPUs: Trainer would fall back to the slow nn.DataParallel. Use all:\n"
+            f"  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes {training.n_gpu} RECIPE\n"
+            f"or one: CUDA_VISIBLE_DEVICES=0 in front of the same command."
+        )
+    asked = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
+    owned = os.environ.get("ACCELERATE_MIXED_PRECISION", asked)
+    if asked != owned:
+        raise InputError(
+            f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
+            f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
+        )
+    if training.device.type == "cuda":
+        check_cuda_device(
+            torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
+        )
+        visible = torch.cuda.device_count()
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        if local < visible:
+            say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+
+
+def check_cuda_device(name: str, capability: tuple[int, int], architectures: list[str], precision: str) -> None:
+    """Refuse a card that this torch build has no code for, or bf16 on a card that only emulates it.
+
+    Args:
+        capability: compute capability, for example (7, 0) for a V100.
+        architectures: ``torch.cuda.get_arch_list()``, for example ["sm_80", "sm_90"].
+        precision: "no", "fp16" or "bf16".
+    """
+    major, minor = capability
+    targets = [name.split("_")[1].rstrip("af") for name in architectures if name.startswith("sm_")]
+    # Binary code for x.y runs on every x.z with z >= y.
+    if not any(int(target[:-1]) == major and int(target[-1]) <= minor for target in targets):
+        raise InputError(
+            f"{name} has compute capability {major}.{minor}, and this torch build has code for {architectures} only. "
+            "For a V100 install the CUDA 12.6 build:\n"
+            "  pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+        )
+    if precision == "bf16" and major < 8:
+        raise InputError(
+            f"{name} (compute capability {major}.{minor}) has no bf16, only a slow emulation. Use fp16:\n"
+            "  accelerate launch --config_file YAML --mixed_precision fp16 RECIPE"
+        )
+
+
+def set_batch(training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:
+    """Derive gradient accumulation from ``tokens_per_step`` where the flag left it open; return rows a step.
+
+    ``training.gradient_accumulation_steps`` of 0 means open; an explicit one wins, and changes the tokens a step.
+
+    Raises:
+        InputError: tokens_per_step is not a whole number of micro-batches.
+    """
+    micro_batch_rows = training.per_device_train_batch_size * training.world_size
+    micro_batch_tokens = micro_batch_rows * context_length
+    arithmetic = (
+        f"{training.per_device_train_batch_size} rows x {training.world_size} processes x {context_length} tokens"
+    )
+    if training.gradient_accumulation_steps > 0:
+        say(
+            f"batch: {arithmetic} x {training.gradient_accumulation_steps} accumulated (your flag wins over "
+            f"--tokens_per_step) = {micro_batch_tokens * training.gradient_accumulation_steps:,} tokens a step"
+        )
+        return micro_batch_rows * training.gradient_accumulation_steps
+    if tokens_per_step % micro_batch_tokens or tokens_per_step <= 0:
+        nearest = max(1, round(tokens_per_step / micro_batch_tokens)) * micro_batch_tokens
+        raise InputError(
+            f"--tokens_per_step {tokens_per_step:,} is not a multiple of {arithmetic} = {micro_batch_tokens:,}. "
+            f"Use --tokens_per_step {nearest}, or another --per_device_train_batch_size."
+        )
+    training.gradient_accumulation_steps = tokens_per_step // micro_batch_tokens
+    say(f"batch: {arithmetic} x {training.gradient_accumulation_steps} accumulated = {tokens_per_step:,} tokens a step")
+    return micro_batch_rows * training.gradient_accumulation_steps

@@ -1,0 +1,78 @@
+"""What a run leaves behind besides its checkpoint: result files, a picture of the losses, a summary."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from common.packing import Ledger
+from common.trainer import PretrainingTrainer, mean_logged_loss
+
+
+def save_results(trainer: PretrainingTrainer, ledger: Ledger, held_out: dict[str, float]) -> dict:
+    """Write train_results.json, eval_results.json, all_results.json, trainer_state.json and loss_curve.png.
+
+    Args:
+        held_out: what ``trainer.evaluate()`` returned, and anything else known of the held-out documents.
+
+    Returns:
+        What all_results.json says.
+    """
+    history = trainer.state.log_history
+    seconds = max((entry["train_seconds"] for entry in history if "train_seconds" in entry), default=0.0)
+    train = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_loss": mean_logged_loss(history),
+        "train_seconds": seconds,
+        # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
+        "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
+        "ledger": asdict(replace(ledger, tokens_trained=trainer.tokens_seen)),
+    }
+    trainer.save_metrics("eval", held_out)
+    trainer.save_metrics("train", train)
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
+    return {**held_out, **train}
+
+
+def summary(results: dict) -> str:
+    """Return the results of a run as a few lines for people."""
+    ledger = Ledger(**results["ledger"])
+    return "\n".join(
+        [
+            "",
+            f"held-out loss    {results['eval_loss']:.4f} nats a token"
+            f" (by token frequency alone: {results['eval_unigram_loss']:.4f})",
+            f"perplexity       {results['eval_perplexity']:,.2f}",
+            f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
+            f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
+            f" = {results['epochs']:.2f} passes over the training rows",
+            f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",
+            f"ledger           {ledger}",
+        ]
+    )
+
+
+def plot_loss_curve(log_history: list[dict], path: Path) -> None:
+    """Draw training and held-out loss (nats a token) over tokens seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    train = [(entry["tokens_seen"], entry["loss"]) for entry in log_history if "tokens_seen" in entry]
+    tokens_at = {entry["step"]: entry["tokens_seen"] for entry in log_history if "tokens_seen" in entry}
+    held_out = [
+        (tokens_at[entry["step"]], entry["eval_loss"])
+        for entry in log_history
+        if "eval_loss" in entry and entry["step"] in tokens_at
+    ]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="tokens seen", ylabel="loss (nats a token)")
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=4)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

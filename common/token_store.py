@@ -1,0 +1,234 @@
+"""Documents -> a token store, and reading any such store.
+
+The store is the ecosystem's own format, Megatron's (and PaddleNLP's) pair of ``.bin`` (raw tokens) and ``.idx``
+(where each sequence and document is). Beside the pair we keep ``.json``, a sidecar that says where the tokens come
+from and which tokenizer made them, and ``.hashes.npy``, a 64-bit hash of each document's text, by which documents
+are held out.
+
+Source: ``IndexedDataset`` in https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+from array import array
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
+
+from common.corpus import CorpusCounts, content_hash, read_documents, source_fingerprint
+from common.messages import InputError, say
+from common.tokenizer import encode_batch, tokenizer_fingerprint
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
+DTYPES = {  # codes 9 and 10 are PaddleNLP's
+    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
+    6: np.float64, 7: np.float32, 8: np.uint16, 9: np.uint32, 10: np.uint64,
+}  # fmt: skip
+BATCH_DOCUMENTS = 1_000  # tokenized at once: enough to fill the cores, little enough to stay small in memory
+
+
+class TokenStore:
+    """A memory-mapped ``.bin/.idx`` pair, read as a list of documents.
+
+    Attributes:
+        tokens: every token of the store in order, shape (tokens,), read-only.
+        document_starts: where each document starts in ``tokens``, and the end: shape (documents + 1,), int64.
+        sidecar: what is known of the tokens' origin; empty for a pair of another writer.
+    """
+
+    def __init__(self, prefix: str | Path):
+        """Open ``prefix``.bin and ``prefix``.idx.
+
+        Raises:
+            InputError: a file is missing, or the two do not fit each other; says which and how.
+        """
+        self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
+        bin_path, idx_path = Path(self.prefix + ".bin"), Path(self.prefix + ".idx")
+        for path in (bin_path, idx_path):
+            if not path.exists():
+                raise InputError(f"{path}: no such file. A token store is a pair of {bin_path.name}, {idx_path.name}.")
+        dtype, sizes, pointers, document_index = _read_index(idx_path)
+        if bin_path.stat().st_size != int(sizes.sum(dtype=np.int64)) * dtype.itemsize:
+            raise InputError(
+                f"{bin_path}: {bin_path.stat().st_size:,} bytes, but {idx_path.name} describes "
+                f"{int(sizes.sum(dtype=np.int64)) * dtype.itemsize:,}. The pair is damaged or does not belong together."
+            )
+        starts = np.zeros(len(sizes) + 1, dtype=np.int64)
+        np.cumsum(sizes, out=starts[1:])
+        if not np.array_equal(pointers, starts[:-1] * dtype.itemsize):
+            raise InputError(f"{idx_path}: its sequences overlap or leave gaps; such a pair is not read.")
+        empty = bin_path.stat().st_size == 0
+        self.tokens = np.zeros(0, dtype) if empty else np.memmap(bin_path, dtype=dtype, mode="r")
+        self.document_starts = starts[document_index]
+        sidecar_path = Path(self.prefix + ".json")
+        self.sidecar = json.loads(sidecar_path.read_text(encoding="utf-8")) if sidecar_path.exists() else {}
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_starts) - 1
+
+    def document_hashes(self) -> np.ndarray:
+        """Return a uniform 64-bit hash of each document: of its text, or of its tokens for a foreign pair."""
+        path = Path(self.prefix + ".hashes.npy")
+        if path.exists():
+            return np.load(path, allow_pickle=False)
+        spans = zip(self.document_starts[:-1], self.document_starts[1:], strict=True)
+        return np.array([content_hash(self.tokens[start:end].tobytes()) for start, end in spans], dtype=np.uint64)
+
+    def check_tokenizer(self, fingerprint: str, vocabulary_size: int) -> None:
+        """Raise InputError unless the store can have been made with the tokenizer at hand."""
+        made_with = self.sidecar.get("tokenizer", {}).get("fingerprint")
+        if made_with not in (None, fingerprint):
+            raise InputError(
+                f"{self.prefix}: made with another tokenizer (fingerprint {made_with}, the one at hand has "
+                f"{fingerprint}). Give the one it was made with by --tokenizer, or tokenize the text again."
+            )
+        if made_with is None and len(self.tokens) and (largest := int(self.tokens.max())) >= vocabulary_size:
+            raise InputError(
+                f"{self.prefix}: holds token {largest:,}, but the tokenizer at hand has {vocabulary_size:,} tokens: "
+                "it was probably made with another. Give that one by --tokenizer."
+            )
+
+
+def token_store_of(
+    source: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str, text_field: str, skip_malformed: bool
+) -> TokenStore:
+    """Return the token store of ``source``, tokenizing it unless that was done before with the same tokenizer.
+
+    A ``.bin`` source is a token store already, and used as it is. Otherwise the store lies in ``cache_dir`` under a
+    name made from all that decides its content; a changed file or tokenizer gives another name.
+
+    Raises:
+        InputError: see ``read_documents``, ``TokenStore`` and ``write_token_store``.
+    """
+    made_by = {"fingerprint": tokenizer_fingerprint(tokenizer), "end_token": tokenizer.eos_token}
+    if source.endswith(".bin"):
+        store = TokenStore(source)
+        store.check_tokenizer(made_by["fingerprint"], len(tokenizer))
+        return store
+    origin = {"source": source_fingerprint(source), "text_field": text_field, "skip_malformed": skip_malformed}
+    key = hashlib.sha256(json.dumps([origin, made_by], sort_keys=True).encode()).hexdigest()[:12]
+    prefix = Path(cache_dir) / f"{Path(source).name.split('.')[0]}-{key}" / "tokens"
+    if prefix.with_suffix(".json").exists():
+        say(f"tokenized before: {prefix}.bin")
+        return TokenStore(prefix)
+    counts = CorpusCounts()
+    return write_token_store(
+        read_documents(source, text_field, skip_malformed, counts),
+        lambda texts: encode_batch(tokenizer, texts),
+        tokenizer.eos_token_id,
+        len(tokenizer),
+        prefix,
+        lambda: {**asdict(counts), **origin, "tokenizer": made_by},
+    )
+
+
+def write_token_store(
+    documents: Iterable[str],
+    encode: Callable[[list[str]], list[list[int]]],
+    end_token_id: int,
+    vocabulary_size: int,
+    prefix: str | Path,
+    describe: Callable[[], dict],
+) -> TokenStore:
+    """Tokenize ``documents`` into the store ``prefix``, an end-of-document token after each.
+
+    The files appear under their names only when they are complete, the sidecar last. Nothing is dropped.
+
+    Args:
+        encode: texts -> token ids of each, without special tokens.
+        vocabulary_size: decides the width of a token on disk: uint16 below 65,500, as Megatron does, else int32.
+        describe: called at the end; returns what the sidecar says besides the counts (JSON types).
+
+    Raises:
+        InputError: the disk is full; what was half-written is removed.
+    """
+    prefix = Path(prefix)
+    prefix.parent.mkdir(parents=True, exist_ok=True)
+    dtype = np.dtype(np.uint16 if vocabulary_size < 65_500 else np.int32)
+    partial = prefix.with_name(f"{prefix.name}.partial-{os.getpid()}")
+    names = [".bin", ".idx", ".hashes.npy", ".json"]
+    sizes, hashes = array("i"), array("Q")
+    documents = iter(documents)
+    try:
+        with (
+            open(f"{partial}.bin", "wb") as bin_file,
+            tqdm(desc="tokenizing", unit=" documents", unit_scale=True, mininterval=1) as progress,
+        ):
+            while batch := list(islice(documents, BATCH_DOCUMENTS)):
+                for ids in encode(batch):
+                    np.array([*ids, end_token_id], dtype=dtype).tofile(bin_file)
+                    sizes.append(len(ids) + 1)
+                hashes.extend(content_hash(text.encode()) for text in batch)
+                progress.update(len(batch))
+            bin_file.flush()
+            os.fsync(bin_file.fileno())
+        _write_index(f"{partial}.idx", np.frombuffer(sizes, np.int32), dtype)
+        np.save(f"{partial}.hashes.npy", np.frombuffer(hashes, np.uint64))
+        counts = {"documents": len(sizes), "tokens": int(np.frombuffer(sizes, np.int32).sum(dtype=np.int64))}
+        sidecar = json.dumps({**counts, **describe()}, indent=1, ensure_ascii=False)
+        Path(f"{partial}.json").write_text(sidecar + "\n", encoding="utf-8")
+        for name in names:
+            os.replace(f"{partial}{name}", f"{prefix}{name}")
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        free = f"{shutil.disk_usage(prefix.parent).free / 2**30:.2f} GiB free"
+        raise InputError(
+            f"{prefix.parent}: no space left while tokenizing ({free} after {len(sizes):,} documents). "
+            f"Make room (a token takes {dtype.itemsize} bytes), or choose another disk with --cache_dir."
+        ) from None
+    finally:
+        for name in names:
+            Path(f"{partial}{name}").unlink(missing_ok=True)
+    return TokenStore(prefix)
+
+
+def _write_index(path: str, sizes: np.ndarray, dtype: np.dtype) -> None:
+    """Write the ``.idx`` of documents of one sequence each. Pointers are int64 all the way: past 2 GiB too."""
+    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
+    pointers = np.zeros(len(sizes), dtype=np.int64)
+    np.cumsum(sizes[:-1], out=pointers[1:], dtype=np.int64)
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
+        file.write(sizes.astype("<i4").tobytes())
+        file.write((pointers * dtype.itemsize).astype("<i8").tobytes())
+        file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
+    """Return dtype, sizes (sequences,), byte pointers (sequences,), document_index (documents + 1,)."""
+    file_bytes = path.stat().st_size
+    with path.open("rb") as file:
+        header = file.read(HEADER.size)
+    if len(header) < HEADER.size or header[:9] != MAGIC:
+        raise InputError(f"{path}: not a token store index (it does not begin with MMIDIDX).")
+    _, version, code, sequences, documents = HEADER.unpack(header)
+    if version != 1 or code not in DTYPES:
+        raise InputError(f"{path}: version {version}, dtype code {code}; known are version 1 and codes 1 to 10.")
+    expected = HEADER.size + 12 * sequences + 8 * documents
+    if file_bytes not in (expected, expected + sequences):  # multimodal pairs end with a byte per sequence
+        raise InputError(
+            f"{path}: {file_bytes:,} bytes, but its header ({sequences:,} sequences, {documents:,} document marks) "
+            f"needs {expected:,}. It is cut off or damaged."
+        )
+    body = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size)
+    sizes = body[: 4 * sequences].view("<i4")
+    pointers = body[4 * sequences : 12 * sequences].view("<i8")
+    document_index = body[12 * sequences : 12 * sequences + 8 * documents].view("<i8")
+    rising = documents > 0 and document_index[0] == 0 and bool((np.diff(document_index) >= 0).all())
+    if not rising or document_index[-1] != sequences or (len(sizes) and sizes.min() < 0):
+        raise InputError(f"{path}: negative sizes, or document marks that do not rise from 0 to {sequences:,}.")
+    return np.dtype(DTYPES[code]), sizes, pointers, document_index

@@ -1,0 +1,171 @@
+"""The one Trainer subclass. Every override says which behaviour of ``transformers.Trainer`` it replaces."""
+
+import json
+import math
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate.utils import gather_object
+from transformers import Trainer, TrainerCallback
+
+from common.flops import flops_per_token, peak_tflops
+from common.memory import memory_gib
+from common.packing import IGNORED_ROW, PackedRows, TrainingOrder, collate_rows
+
+
+class PretrainingTrainer(Trainer):
+    """Train on packed rows, step by step through one long order of rows, with exact counts.
+
+    Trainer sees the whole run, all passes over the data, as one epoch of ``max_steps`` steps: no pass ends with a
+    partial step, and resuming is a seek. ``state.epoch`` still says how many passes over the rows are done.
+    """
+
+    def __init__(self, model, args, train_rows: PackedRows, eval_rows: PackedRows, rows_per_step: int, **kwargs):
+        """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes."""
+        self.rows_per_step = rows_per_step
+        if args.max_steps > 0:
+            real = args.max_steps * rows_per_step
+        else:
+            real = round(args.num_train_epochs * len(train_rows))
+            args.max_steps = math.ceil(real / rows_per_step)
+        self.order = TrainingOrder(len(train_rows), real, args.max_steps * rows_per_step, args.seed)
+        self.flops_per_token = flops_per_token(model, train_rows.context_length)
+        self.interval = Stopwatch()
+        args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
+        args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
+        super().__init__(
+            model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
+        )
+        self.add_callback(RunClock(self))
+        self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16)
+
+    @property
+    def tokens_seen(self) -> int:
+        """Targets trained on so far, over all processes and passes; ignored rows of the last step do not count."""
+        return min(self.state.global_step * self.rows_per_step, self.order.real) * self.train_dataset.context_length
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs):
+        """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
+        if resume_from_checkpoint is not None:
+            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
+            self.order.start = state["global_step"] * self.rows_per_step
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None) -> TrainingOrder:
+        """Replaces: a random order per epoch."""
+        return self.order
+
+    def _get_eval_sampler(self, eval_dataset) -> list[int]:
+        """Complete the last global batch with ignored rows. Replaces: repeating rows to complete it."""
+        global_batch = self.args.eval_batch_size * self.args.world_size
+        return [*range(len(eval_dataset)), *[IGNORED_ROW] * (-len(eval_dataset) % global_batch)]
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Add up nats and targets of a batch. Replaces: a mean per batch, which is NaN for ignored rows."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            nats = model(**inputs, num_items_in_batch=1).loss  # the sum over the targets, divided by 1
+        self.eval_nats += nats.item()
+        self.eval_targets += int(inputs["shift_labels"].ne(-100).sum())
+        return None, None, None
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """Return the exact mean over all targets of all processes. Replaces: the mean of gathered batch means."""
+        self.eval_nats, self.eval_targets = 0.0, 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        nats, targets = (
+            sum(column) for column in zip(*gather_object([(self.eval_nats, self.eval_targets)]), strict=True)
+        )
+        loss = nats / targets
+        nats_a_byte = nats / self.eval_dataset.target_bytes(self.processing_class)
+        output.metrics[f"{metric_key_prefix}_loss"] = loss
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        # So that different tokenizers compare. Source: The Pile, section 3.1, https://arxiv.org/abs/2101.00027
+        output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats_a_byte / math.log(2)
+        output.metrics[f"{metric_key_prefix}_tokens"] = targets
+        return output
+
+    def evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Keep evaluation out of the training throughput."""
+        with self.interval.paused():
+            return super().evaluate(*args, **kwargs)
+
+    def _save_checkpoint(self, *args, **kwargs) -> None:
+        """Keep saving out of the training throughput."""
+        with self.interval.paused():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add counts, throughput and memory to a training step's log, before it enters the state."""
+        if "loss" in logs:
+            logs.update(self._step_metrics(start_time))
+        if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
+            logs["train_loss"] = mean_logged_loss(self.state.log_history)
+        super().log(logs, start_time)
+
+    def _step_metrics(self, start_time: float | None) -> dict[str, float]:
+        seen = self.tokens_seen
+        rate = (seen - self.seen_at_last_log) / self.interval.lap() / self.args.world_size
+        self.seen_at_last_log = seen
+        tflops = rate * self.flops_per_token / 1e12
+        return {
+            "tokens_seen": seen,
+            "tokens_per_second_per_device": rate,
+            "tflops_per_device": tflops,
+            **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
+            **memory_gib(self.args.device),
+            "train_seconds": self.seconds_before + time.time() - start_time,
+        }
+
+
+class RunClock(TrainerCallback):
+    """Start the clocks when training starts, count passes over the rows, and log the last step, whatever its number."""
+
+    def __init__(self, trainer: PretrainingTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        earlier = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
+        self.trainer.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
+        self.trainer.seen_at_last_log = self.trainer.tokens_seen
+        self.trainer.interval.lap()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        order = self.trainer.order
+        state.epoch = min(state.global_step * self.trainer.rows_per_step, order.real) / order.rows
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = False  # the recipe evaluates once, after training
+
+
+class Stopwatch:
+    """Seconds between laps, without the pauses. A pause first waits for the accelerator, whose queue runs ahead."""
+
+    def __init__(self):
+        self.started, self.paused_seconds = time.perf_counter(), 0.0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds = now - self.started - self.paused_seconds
+        self.started, self.paused_seconds = now, 0.0
+        return seconds
+
+    @contextmanager
+    def paused(self):
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        began = time.perf_counter()
+        yield
+        self.paused_seconds += time.perf_counter() - began
+
+
+def mean_logged_loss(log_history: list[dict]) -> float:
+    """Return the mean training loss over all steps: each logged loss is the mean since the log before."""
+    total, last_step = 0.0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            total += entry["loss"] * (entry["step"] - last_step)
+            last_step = entry["step"]
+    return total / last_step if last_step else math.nan

@@ -1,0 +1,182 @@
+"""Pretrain a 123M-parameter Qwen2-style language model from scratch on Chinese Wikipedia.
+
+    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/wiki_zh_scratch.py
+
+On a laptop, offline, in three minutes, on the articles that come with the project:
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/wiki_zh_scratch.py --sample
+
+Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/wikipedia-zh-cn (CC BY-SA), used
+from data/ if it is there, downloaded otherwise. Any flag of transformers.TrainingArguments overrides what stands
+below, --help lists them all. The same command again continues where the run stopped.
+
+Result: not yet measured.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, ProgressCallback, TrainingArguments, set_seed
+
+from common.arguments import SharedArguments
+from common.callbacks import SampleCallback, ScreenCallback
+from common.hub import fetch_data_file
+from common.launch import check_launch, launch_defaults, set_batch
+from common.messages import say
+from common.model import model_from_config, parameter_report
+from common.packing import split_rows, unigram_loss
+from common.report import save_results, summary
+from common.run_folder import claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.token_store import token_store_of
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_trained_on
+from common.tracking import swanlab_callbacks
+from common.trainer import PretrainingTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MODEL = dict(
+    model_type="qwen2",
+    hidden_size=512,
+    intermediate_size=2048,
+    num_hidden_layers=12,
+    num_attention_heads=8,  # heads of 64
+    num_key_value_heads=2,  # four query heads share a key-value head
+    tie_word_embeddings=True,  # the embedding is 63% of the parameters: once is enough
+)
+
+DATA = dict(
+    data=None,  # None: data/wikipedia-zh-cn-20240820.json, downloaded if it is not there
+    tokenizer="Qwen/Qwen2-0.5B",
+    context_length=512,
+    held_out_fraction=0.005,  # of the documents
+    cache_dir=str(ROOT / "data" / "cache"),
+)
+
+TRAINING = dict(
+    output_dir=str(ROOT / "outputs" / "wiki_zh_scratch"),
+    num_train_epochs=2,
+    tokens_per_step=131_072,  # 256 rows of 512, as the SwanLab tutorial: 16 rows x 1 process x 512 x 16 accumulated
+    gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
+    per_device_train_batch_size=16,  # logits dominate: 16 x 512 x 151,680 x (2 + 4 + 4 bytes) = 12 GB
+    per_device_eval_batch_size=16,
+    learning_rate=5e-4,
+    lr_scheduler_type="cosine_with_min_lr",
+    lr_scheduler_kwargs={"min_lr_rate": 0.1},  # down to 10%
+    warmup_steps=0.03,  # below 1: a share of all steps
+    weight_decay=0.1,  # Trainer leaves norms and biases out
+    adam_beta2=0.95,  # as usual in pretraining: 0.999 averages over more steps than a short run has
+    max_grad_norm=1.0,
+    logging_steps=10,
+    logging_first_step=True,
+    logging_nan_inf_filter=False,  # a loss of NaN is shown, not averaged away
+    eval_strategy="steps",
+    eval_steps=200,
+    save_steps=200,
+    save_total_limit=2,
+    seed=42,
+    report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
+)
+
+# --sample: the bundled articles, and what two CPU cores train on them in three minutes.
+SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
+SAMPLE = dict(
+    data=str(ROOT / "data" / "sample_zh.jsonl"),
+    tokenizer="train",
+    vocabulary_size=4096,
+    context_length=256,
+    held_out_fraction=0.05,
+    output_dir=str(ROOT / "outputs" / "wiki_zh_sample"),
+    tokens_per_step=4096,
+    max_steps=150,
+    learning_rate=2e-3,  # small models take larger steps
+    eval_steps=50,
+    save_steps=50,
+)
+
+PROMPTS = ["地球是", "在历史上，", "计算机"]
+
+
+@dataclass
+class RecipeArguments:
+    """Flags of this recipe alone."""
+
+    sample: bool = field(default=False, metadata={"help": "Train a small model on the bundled articles, offline."})
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
+    parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
+    shape = MODEL
+    if "--sample" in argv:
+        shape = SAMPLE_MODEL
+        parser.set_defaults(**SAMPLE)
+    _, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
+    check_launch(training)
+    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
+    set_seed(training.seed)
+
+    # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
+    with training.main_process_first(desc="tokenizing"):
+        data = shared.data or fetch_data_file(
+            "fjcanyue/wikipedia-zh-cn", "wikipedia-zh-cn-20240820.json", ROOT / "data"
+        )
+        if shared.tokenizer == "train":
+            tokenizer = tokenizer_trained_on(data, shared)
+        else:
+            tokenizer = load_tokenizer(shared.tokenizer, shared.end_token)
+        store = token_store_of(data, tokenizer, shared.cache_dir, shared.text_field, shared.skip_malformed)
+    train_rows, eval_rows, ledger = split_rows(
+        store, shared.held_out_fraction, shared.context_length, shared.max_eval_rows
+    )
+    say(f"ledger: {ledger}")
+
+    # Model, randomly initialised; the seed was set above, so every process builds the same one.
+    model = model_from_config(shape, tokenizer, shared.context_length)
+    say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
+
+    # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
+    trainer = PretrainingTrainer(model, training, train_rows, eval_rows, rows_per_step, processing_class=tokenizer)
+    trainer.remove_callback(ProgressCallback)
+    trainer.add_callback(ScreenCallback())
+    trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
+
+    # One folder, one run: relaunching continues it, and a finished one is only shown.
+    identity = run_identity(
+        Path(__file__).name,
+        {**shape, "vocabulary_rows": model.config.vocab_size},
+        {
+            "tokens": len(store.tokens),
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+            "context_length": shared.context_length,
+            "rows_per_step": rows_per_step,
+            "held_out_fraction": shared.held_out_fraction,
+        },
+        training,
+    )
+    with training.main_process_first(desc="run folder"):
+        claim_output_folder(training.output_dir, identity)
+    if results := finished_results(training.output_dir, training.max_steps):
+        say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")
+        return
+    for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
+        trainer.add_callback(callback)
+
+    # Train, from the last checkpoint if there is one.
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+
+    # Evaluate on the held-out documents, with samples; save the model; say what came of it.
+    held_out = trainer.evaluate()
+    held_out["eval_unigram_loss"] = unigram_loss(train_rows, eval_rows, model.config.vocab_size)
+    trainer.save_model()
+    results = save_results(trainer, ledger, held_out)
+    say(summary(results))
+    say(f"model, results and loss_curve.png are in {training.output_dir}")
+
+
+if __name__ == "__main__":
+    main()
