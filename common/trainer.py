@@ -8,8 +8,9 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from common.callbacks import ScreenCallback
 from common.flops import flops_per_token, peak_tflops
 from common.memory import memory_gib
 from common.packing import IGNORED_ROW, PackedRows, TrainingOrder, collate_rows
@@ -38,6 +39,9 @@ class PretrainingTrainer(Trainer):
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
         )
+        for printer in (ProgressCallback, PrinterCallback):  # they print the whole dict of a log
+            self.remove_callback(printer)
+        self.add_callback(ScreenCallback())
         self.add_callback(RunClock(self))
         self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16)
 

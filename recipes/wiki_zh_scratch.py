@@ -17,10 +17,10 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, ProgressCallback, TrainingArguments, set_seed
+from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
-from common.callbacks import SampleCallback, ScreenCallback
+from common.callbacks import SampleCallback
 from common.hub import fetch_data_file
 from common.launch import check_launch, launch_defaults, set_batch
 from common.messages import say
@@ -141,8 +141,6 @@ def main(argv: list[str] | None = None) -> None:
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
     trainer = PretrainingTrainer(model, training, train_rows, eval_rows, rows_per_step, processing_class=tokenizer)
-    trainer.remove_callback(ProgressCallback)
-    trainer.add_callback(ScreenCallback())
     trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
