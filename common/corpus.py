@@ -1,7 +1,8 @@
 """Sources -> documents: json, jsonl (plain, .gz, .zst, .bz2, .xz), txt, parquet, or a Hugging Face data set id.
 
-Everything is streamed: memory does not grow with the file. JSON is parsed here, because an error has to name
-its line and a large array has to stay out of memory; everything else goes through ``datasets`` in streaming.
+Everything is streamed: memory does not grow with the file. JSON and text are read here, because an error has to
+name its line, a large array has to stay out of memory, and a compressed file that is cut off has to be noticed;
+everything else goes through ``datasets`` in streaming.
 """
 
 import bz2
@@ -10,8 +11,10 @@ import hashlib
 import io
 import json
 import lzma
-from collections.abc import Iterator
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 
 from common.hub import three_ways_on
@@ -19,6 +22,8 @@ from common.messages import InputError
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSIONS = {*OPENERS, ".zst"}
+DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what these raise on a damaged file
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows editors write it
 
 
 @dataclass
@@ -120,20 +125,22 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
     kind = path.suffixes[-2] if path.suffix in COMPRESSIONS and len(path.suffixes) > 1 else path.suffix
     if kind in {".json", ".jsonl", ".ndjson"}:
         yield from _json_records(path)
-    elif kind == ".txt":  # documents are separated by blank lines
-        yield from _dataset_records(source, "text", data_files=source, sample_by="paragraph")
+    elif kind == ".txt":
+        yield from _stream_records(path, _paragraph_records)
     elif kind == ".parquet":
         yield from _dataset_records(source, "parquet", data_files=source)
     else:
-        raise InputError(f"{source}: unknown format {kind!r}. Known: .json .jsonl .txt .parquet, also {COMPRESSIONS}.")
+        raise InputError(
+            f"{source}: unknown format {kind!r}. Known are .parquet, and .json, .jsonl and .txt, "
+            f"also with one of {' '.join(sorted(COMPRESSIONS))} behind it."
+        )
 
 
 def _open(path: Path) -> io.BufferedIOBase:
     if path.suffix == ".zst":
-        import zstandard
+        import pyarrow  # zstandard's own reader takes a file that is cut off for a shorter one
 
-        reader = zstandard.ZstdDecompressor().stream_reader(path.open("rb"), read_across_frames=True, closefd=True)
-        return io.BufferedReader(reader, 1 << 20)
+        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
     return OPENERS.get(path.suffix, open)(path, "rb")
 
 
@@ -142,32 +149,49 @@ def _json_records(path: Path) -> Iterator[tuple[str, object]]:
     with _open(path) as stream:
         head = b""
         try:
-            while not head.strip(b" \t\r\n\xef\xbb\xbf"):
+            while not head.strip(b" \t\r\n" + BYTE_ORDER_MARK):
                 chunk = stream.read(1)
                 if not chunk:
                     raise InputError(f"{path}: nothing but white space in it.")
                 head += chunk
-        except (OSError, EOFError, lzma.LZMAError) as error:
+        except DAMAGE as error:
             raise InputError(f"{path}: cannot be read ({error}).") from None
-    with _open(path) as stream:
-        reader = _array_records if head.endswith(b"[") else _line_records
-        try:
+    yield from _stream_records(path, _array_records if head.endswith(b"[") else _line_records)
+
+
+def _stream_records(path: Path, reader: Callable) -> Iterator[tuple[str, object]]:
+    """Yield what ``reader`` finds in the decompressed bytes of ``path``, less a byte order mark."""
+    try:
+        with _open(path) as stream:
+            if stream.peek(3).startswith(BYTE_ORDER_MARK):
+                stream.read(3)
             yield from reader(path, stream)
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            raise InputError(f"{path}: damaged or cut off ({error}). Fetch it again.") from None
+    except DAMAGE as error:
+        raise InputError(f"{path}: damaged or cut off ({error}). Fetch it again.") from None
 
 
 def _line_records(path: Path, stream) -> Iterator[tuple[str, object]]:
     for number, line in enumerate(stream, start=1):
-        if number == 1:
-            line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark, as Windows editors write it
         if not line.strip():
             continue
         try:
             record = json.loads(line.decode())
-        except ValueError as error:  # also UnicodeDecodeError
+        except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
             record = ValueError(f"malformed line ({error})")
         yield f"{path}, line {number}", record
+
+
+def _paragraph_records(path: Path, stream) -> Iterator[tuple[str, object]]:
+    """Documents are separated by blank lines."""
+    for blank, numbered in groupby(enumerate(stream, start=1), lambda numbered: not numbered[1].strip()):
+        if blank:
+            continue
+        numbers, lines = zip(*numbered, strict=True)
+        try:
+            record = {"text": b"".join(lines).decode().replace("\r\n", "\n").removesuffix("\n")}
+        except UnicodeDecodeError as error:
+            record = error
+        yield f"{path}, line {numbers[0]}", record
 
 
 def _array_records(path: Path, stream) -> Iterator[tuple[str, object]]:

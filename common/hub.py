@@ -55,11 +55,11 @@ def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
     if target.exists():
         return str(target)
 
-    def from_modelscope(local_files_only=False):
-        from modelscope.hub.snapshot_download import dataset_snapshot_download
+    def from_modelscope(**where):
+        from modelscope import snapshot_download
 
-        dataset_snapshot_download(
-            repository, allow_patterns=[file_name], local_dir=str(folder), local_files_only=local_files_only
+        snapshot_download(
+            repository, repo_type="dataset", allow_patterns=[file_name], local_dir=str(folder), **where
         )
         return str(target)
 

@@ -100,14 +100,23 @@ def tokenizer_trained_on(source: str, arguments: SharedArguments) -> PreTrainedT
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 16 hex digits that change with anything that changes the ids of a text or of its end."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _backend(tokenizer)
     content = backend.to_str() if backend is not None else json.dumps(tokenizer.get_vocab(), sort_keys=True)
     return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()[:16]
 
 
 def encode_batch(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
     """Return the token ids of every text, without special tokens; in parallel over the processor's cores."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
+    backend = _backend(tokenizer)
     if backend is not None:
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
     return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _backend(tokenizer: PreTrainedTokenizerBase):
+    """Return the Rust tokenizer, if there is one; without the truncation and padding that its file may ask for."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+    return backend

@@ -1,0 +1,53 @@
+"""Two CPU processes through the real launcher: the losses are those of one process."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, losses, small_run
+
+
+def launch(config: str, *flags: str) -> subprocess.CompletedProcess:
+    """Run accelerate launch; ``flags`` are the launcher's, the recipe and the recipe's."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    config_file = ["--config_file", str(ROOT / "accelerate_configs" / config)]
+    return subprocess.run([*command, *config_file, *flags], env=environment, capture_output=True, text=True, cwd=ROOT)
+
+
+RECIPE = "recipes/wiki_zh_scratch.py"
+# 0.02 passes end in a partial step, and 5 held-out rows do not divide by 2 processes x 4 rows.
+ODD = ["--max_steps", "-1", "--num_train_epochs", "0.02"]
+
+
+@pytest.fixture(scope="module")
+def one_process(wiki, cache_dir, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("one")
+    wiki.main(small_run(cache_dir, folder, *ODD))
+    return folder
+
+
+@pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml"])
+def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, config):
+    flags = small_run(cache_dir, tmp_path, *ODD, "--per_device_train_batch_size", "2")
+    cpu = ["--mixed_precision", "no", "--num_processes", "2"] + (["--cpu"] if config == "ddp.yaml" else [])
+    done = launch(config, *cpu, RECIPE, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 rows x 2 processes" in done.stdout
+    expected = losses(one_process)
+    found = losses(tmp_path)
+    assert found.keys() == expected.keys() and len(found) > 5
+    for step, loss in found.items():
+        assert loss == pytest.approx(expected[step], rel=1e-4), step
+    results, expected = (json.loads((folder / "all_results.json").read_text()) for folder in (tmp_path, one_process))
+    assert results["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
+    assert results["eval_tokens"] == expected["eval_tokens"] == 5 * 64  # no row twice
+    assert results["ledger"] == expected["ledger"]
+
+
+def test_fsdp_on_a_cpu_is_refused_with_the_way_on(cache_dir, tmp_path):
+    done = launch("fsdp2.yaml", "--mixed_precision", "no", RECIPE, *small_run(cache_dir, tmp_path))
+    assert done.returncode != 0
+    assert "Use accelerate_configs/cpu.yaml" in done.stderr

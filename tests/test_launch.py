@@ -1,0 +1,101 @@
+"""Batch arithmetic and what the preflight refuses."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import common.launch as launch
+from common.launch import check_cuda_device, check_launch, launch_defaults, set_batch
+from common.messages import InputError
+
+
+def batch_of(per_device=16, processes=1, accumulation=0):
+    return SimpleNamespace(
+        per_device_train_batch_size=per_device, world_size=processes, gradient_accumulation_steps=accumulation
+    )
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 16), (2, 8), (16, 1)])
+def test_accumulation_is_derived_from_the_tokens_a_step(processes, accumulation):
+    training = batch_of(processes=processes)
+    assert set_batch(training, 131_072, 512) == 256
+    assert training.gradient_accumulation_steps == accumulation
+
+
+def test_an_explicit_accumulation_wins_and_is_said(capsys):
+    training = batch_of(per_device=1, accumulation=3)
+    assert set_batch(training, 131_072, 512) == 3
+    assert "1,536 tokens a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("tokens_per_step", [131_073, 4_096, 0])
+def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
+    with pytest.raises(InputError, match=r"not a multiple of 16 rows x 1 processes x 512 tokens = 8,192") as error:
+        set_batch(batch_of(), tokens_per_step, 512)
+    suggested = int(str(error.value).split("Use --tokens_per_step ")[1].split(",")[0])
+    set_batch(batch_of(), suggested, 512)
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_yaml_owns_the_precision(monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    defaults = launch_defaults()
+    assert (defaults["bf16"], defaults["fp16"]) == (precision == "bf16", precision == "fp16")
+    assert defaults["use_cpu"]  # there is no accelerator in the tests
+
+
+def arguments(**changes):
+    defaults = dict(world_size=1, n_gpu=0, use_cpu=True, bf16=False, fp16=False, device=torch.device("cpu"))
+    return SimpleNamespace(**defaults | changes)
+
+
+def test_processes_that_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 independent models"):
+        check_launch(arguments())
+    check_launch(arguments(world_size=2))
+
+
+def test_fsdp_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP needs an accelerator"):
+        check_launch(arguments())
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(InputError, match="--num_processes 2"):
+        check_launch(arguments(n_gpu=2))
+
+
+def test_a_flag_against_the_yaml_is_refused_naming_both(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(InputError, match="says mixed_precision no, the recipe's flags say bf16"):
+        check_launch(arguments(bf16=True))
+
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch's CUDA 13 wheels
+
+
+def test_a_card_without_code_in_the_wheels_is_refused():
+    with pytest.raises(InputError, match="(?s)capability 7.0.*whl/cu126"):
+        check_cuda_device("Tesla V100", (7, 0), ARCHITECTURES, "fp16")
+    for capability in [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)]:
+        check_cuda_device("a card", capability, ARCHITECTURES, "fp16")
+    check_cuda_device("Tesla V100", (7, 0), ["sm_70", *ARCHITECTURES], "fp16")
+
+
+def test_bf16_on_a_card_without_it_is_refused():
+    with pytest.raises(InputError, match="Tesla T4.*has no bf16.*\n.*--mixed_precision fp16"):
+        check_cuda_device("Tesla T4", (7, 5), ARCHITECTURES, "bf16")
+    check_cuda_device("Tesla T4", (7, 5), ARCHITECTURES, "fp16")
+    check_cuda_device("NVIDIA A100", (8, 0), ARCHITECTURES, "bf16")
+
+
+def test_idle_devices_are_mentioned(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)
+    launch.check_launch(arguments(device=torch.device("cuda"), n_gpu=1, use_cpu=False))
+    assert "--num_processes 4" in capsys.readouterr().out

@@ -1,0 +1,197 @@
+"""The recipe as a user runs it, in this process and on the CPU."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, losses, small_run
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from common.messages import InputError
+
+
+@pytest.fixture(scope="module")
+def finished(wiki, cache_dir, tmp_path_factory):
+    """A run left alone: 6 steps."""
+    folder = tmp_path_factory.mktemp("run") / "alone"
+    wiki.main(small_run(cache_dir, folder))
+    return folder
+
+
+def results_of(folder) -> dict:
+    return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
+
+
+def test_help_names_every_flag(wiki, capsys):
+    with pytest.raises(SystemExit) as stop:
+        wiki.main(["--help"])
+    assert stop.value.code == 0
+    printed = capsys.readouterr().out
+    assert all(flag in printed for flag in ("--sample", "--tokens_per_step", "--learning_rate"))
+
+
+@pytest.mark.parametrize("flag", ["--no_such_flag", "--max_step=2", "--learning_rat=1"])
+def test_an_unknown_or_abbreviated_flag_is_refused(wiki, capsys, flag):
+    with pytest.raises(SystemExit) as stop:
+        wiki.main(["--sample", flag])
+    assert stop.value.code == 2
+    assert "unknown flags: " + flag in capsys.readouterr().err
+
+
+def test_every_step_is_logged_in_full(finished):
+    history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
+    steps = [entry for entry in history if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
+    for entry in steps:
+        assert {"loss", "grad_norm", "learning_rate", "tokens_seen", "tokens_per_second_per_device"} <= entry.keys()
+        assert {"tflops_per_device", "memory_allocated_gib", "memory_peak_gib"} <= entry.keys()
+        assert "mfu" not in entry  # the peak of a CPU is not known
+        assert entry["tokens_seen"] == entry["step"] * 256
+        assert entry["loss"] != round(entry["loss"], 4)
+    assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
+
+
+def test_the_results_add_up(finished):
+    results = results_of(finished)
+    ledger = results["ledger"]
+    assert ledger["tokens_read"] == ledger["tokens_train"] + ledger["tokens_held_out"] + ledger["tokens_dropped"]
+    assert ledger["tokens_trained"] == 6 * 256
+    assert ledger["documents"] == len((ROOT / "data" / "sample_zh.jsonl").read_text(encoding="utf-8").splitlines())
+    assert math.isclose(results["eval_perplexity"], math.exp(results["eval_loss"]))
+    assert results["train_loss"] == pytest.approx(sum(losses(finished).values()) / 6)
+    assert results["effective_tokens_per_second"] == pytest.approx(6 * 256 / results["train_seconds"])
+    for name in ("train_results.json", "eval_results.json", "loss_curve.png", "samples.jsonl", "run.json"):
+        assert (finished / name).stat().st_size > 0
+
+
+def test_the_folder_is_an_ordinary_checkpoint(finished):
+    generator = pipeline("text-generation", str(finished))
+    assert generator("地球", max_new_tokens=4)[0]["generated_text"].startswith("地球")
+    assert (finished / "generation_config.json").exists() and (finished / "model.safetensors").exists()
+
+
+def test_the_held_out_loss_is_that_of_the_saved_model(wiki, finished, cache_dir):
+    """Loss and bits per byte computed again from the checkpoint, document text and all, by other means."""
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
+    store = wiki.token_store_of(
+        str(ROOT / "data" / "sample_zh.jsonl"), tokenizer, str(cache_dir), text_field="text", skip_malformed=False
+    )
+    _, rows, _ = wiki.split_rows(store, 0.05, 64)
+    nats, target_bytes = 0.0, b""
+    for index in range(5):
+        ids, targets = rows[index]["input_ids"], rows[index]["shift_labels"]
+        with torch.no_grad():
+            log_probabilities = model(ids[None]).logits[0].double().log_softmax(-1)
+        nats -= log_probabilities[torch.arange(64), targets].sum().item()
+        target_bytes += tokenizer.decode(targets, skip_special_tokens=True).encode()
+    results = results_of(finished)
+    assert results["eval_loss"] == pytest.approx(nats / (5 * 64), rel=1e-5)
+    # A character cut by the end of a row decodes to another number of bytes here.
+    assert results["eval_bits_per_byte"] == pytest.approx(nats / math.log(2) / len(target_bytes), rel=0.02)
+    assert results["eval_tokens"] == 5 * 64
+
+
+def test_a_finished_run_is_shown_and_not_trained_again(wiki, finished, cache_dir, capsys):
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    wiki.main(small_run(cache_dir, finished))
+    assert "is finished; nothing to train" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+def test_another_recipe_in_the_folder_is_refused(wiki, finished, cache_dir):
+    with pytest.raises(InputError, match=r"training.learning_rate: 0.00\d+ in the folder, 0.5 now"):
+        wiki.main(small_run(cache_dir, finished, "--learning_rate", "0.5"))
+
+
+def test_interrupted_and_resumed_equals_uninterrupted(wiki, finished, cache_dir, tmp_path):
+    """kill -9 after the first checkpoint, then the same command again: the same losses to the last bit."""
+    folder = tmp_path / "killed"
+    command = [sys.executable, str(ROOT / "recipes" / "wiki_zh_scratch.py"), *small_run(cache_dir, folder)]
+    process = subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    deadline = time.time() + 240
+    while not (folder / "checkpoint-3" / "trainer_state.json").exists():
+        assert process.poll() is None and time.time() < deadline, "the run ended before its first checkpoint"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (folder / "all_results.json").exists()
+    wiki.main(small_run(cache_dir, folder))
+    assert losses(folder) == losses(finished)
+    same = ("eval_loss", "train_loss", "ledger", "steps")
+    assert {name: results_of(folder)[name] for name in same} == {name: results_of(finished)[name] for name in same}
+
+
+def test_a_longer_run_continues_a_finished_one(wiki, cache_dir, tmp_path):
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "2"))
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "3"))
+    assert list(losses(tmp_path)) == [1, 2, 3]
+    assert results_of(tmp_path)["ledger"]["tokens_trained"] == 3 * 256
+
+
+def test_passes_end_in_one_partial_step(wiki, cache_dir, tmp_path):
+    """Two passes over n rows are ceil(2 n / rows a step) steps, and trained tokens are exactly two passes."""
+    wiki.main(
+        small_run(
+            cache_dir, tmp_path, *"--max_steps -1 --num_train_epochs 0.02 --eval_strategy no --save_strategy no".split()
+        )
+    )
+    results = results_of(tmp_path)
+    rows = (results["ledger"]["tokens_train"] - 1) // 64
+    trained_rows = round(0.02 * rows)
+    assert results["ledger"]["tokens_trained"] == trained_rows * 64
+    assert results["steps"] == -(-trained_rows // 4)
+    assert trained_rows % 4, "the case must have a partial last step"
+
+
+def test_accumulation_does_not_change_the_losses(wiki, finished, cache_dir, tmp_path):
+    wiki.main(small_run(cache_dir, tmp_path, "--per_device_train_batch_size", "1"))
+    for step, loss in losses(tmp_path).items():
+        assert loss == pytest.approx(losses(finished)[step], rel=2e-5)
+
+
+def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
+    flags = small_run(cache_dir, tmp_path / "run", "--swanlab", "auto", "--max_steps", "1")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("SWANLAB")}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "wiki_zh_scratch.py"), *flags],
+        env=environment | {"HOME": str(tmp_path), "USERPROFILE": str(tmp_path)},
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "SwanLab: offline" in done.stdout
+    assert any((tmp_path / "run" / "swanlog").rglob("*"))
+    assert (tmp_path / "run" / "all_results.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--data", "no/such/file.jsonl"], "no such file"),
+        (["--text_field", "body"], r"no field 'body'; the fields are \['text', 'title'\]"),
+        (["--context_length", "100000", "--tokens_per_step", "400000"], "less than one row"),
+        (["--tokens_per_step", "100"], "not a multiple"),
+        (["--held_out_fraction", "2"], "must lie between 0 and 1"),
+        (["--tokenizer", "./no/such/folder"], "no such folder"),
+        (["--bf16", "true", "--fp16", "false"], "the recipe's flags say bf16"),
+    ],
+)
+def test_bad_input_is_one_clear_error(wiki, cache_dir, tmp_path, monkeypatch, flags, message):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(InputError, match=message):
+        wiki.main(small_run(cache_dir, tmp_path / "run", *flags))
+    assert not (tmp_path / "run" / "run.json").exists()
+
+
+def test_an_error_is_printed_without_a_traceback_of_ours(cache_dir, tmp_path):
+    flags = small_run(cache_dir, tmp_path, "--data", "missing.jsonl")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "recipes" / "wiki_zh_scratch.py"), *flags], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "missing.jsonl: no such file" in done.stderr and "Traceback" not in done.stderr
