@@ -38,8 +38,10 @@ def fetch_tokenizer(name: str) -> str:
         return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
 
     def from_hugging_face(**where):
-        from huggingface_hub import snapshot_download
+        from huggingface_hub import HfApi, snapshot_download
 
+        if "endpoint" in where:  # a hub that stalls: snapshot_download would wait for ever
+            HfApi(**where).model_info(name, timeout=PROBE_SECONDS)
         return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
 
     return _fetch(f"tokenizer {name}", "--tokenizer", from_modelscope, from_hugging_face)
@@ -58,9 +60,7 @@ def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
     def from_modelscope(**where):
         from modelscope import snapshot_download
 
-        snapshot_download(
-            repository, repo_type="dataset", allow_patterns=[file_name], local_dir=str(folder), **where
-        )
+        snapshot_download(repository, repo_type="dataset", allow_patterns=[file_name], local_dir=str(folder), **where)
         return str(target)
 
     def from_hugging_face(**where):
@@ -73,7 +73,8 @@ def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
 
 def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
     """Try the caches of both hubs, then every hub that answers; the first complete result wins."""
-    hubs = {"ModelScope": (os.environ.get("MODELSCOPE_DOMAIN", "https://www.modelscope.cn"), from_modelscope)}
+    modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
+    hubs = {"ModelScope": (modelscope or "https://www.modelscope.cn", from_modelscope)}
     for endpoint in (os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "https://hf-mirror.com"):
         hubs[f"Hugging Face ({endpoint})"] = (endpoint, from_hugging_face)
     for fetch in (from_modelscope, from_hugging_face):
@@ -90,7 +91,10 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
             continue
         try:
             say(f"fetching {what} from {hub}")
-            return fetch() if fetch is from_modelscope else fetch(endpoint=url)
+            path = fetch() if fetch is from_modelscope else fetch(endpoint=url)
+            if Path(path).exists():
+                return path
+            failures.append(f"  {hub}: does not have it")
         except Exception as error:  # whatever went wrong on this hub, the next may have it
             failures.append(f"  {hub}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
     raise InputError("\n".join([f"cannot fetch {what}:", *failures, three_ways_on(flag)]))

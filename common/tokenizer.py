@@ -33,8 +33,8 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     folder = fetch_tokenizer(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # whatever transformers or the Rust tokenizer stumbled over
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}).") from None
     if end_token is not None:
         if end_token not in tokenizer.get_vocab():

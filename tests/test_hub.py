@@ -1,0 +1,209 @@
+"""The hubs: unreachable, hanging, and a stand-in of each on this machine."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+from hashlib import sha1, sha256
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from threading import Event, Thread
+from urllib.parse import parse_qs, urlsplit
+
+import pytest
+from conftest import ROOT
+
+from common.hub import fetch_data_file, fetch_tokenizer
+from common.messages import InputError
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+FILES = {
+    "tokenizer.json": b'{"model": "a stand-in"}',
+    "tokenizer_config.json": b"{}",
+    "part/data.json": b'[{"text": "one"}]',
+    "model.safetensors": b"weights",
+}
+
+
+class HuggingFace(BaseHTTPRequestHandler):
+    """What huggingface_hub asks for owner/small, as a model and as a data set."""
+
+    protocol_version = "HTTP/1.1"
+
+    def answer(self, path: str, query: dict) -> bytes | None:
+        if path == "/":
+            return b"here"
+        if path in {"/api/models/owner/small", "/api/models/owner/small/revision/main"}:
+            return json.dumps({"id": "owner/small", "sha": COMMIT}).encode()
+        if path == f"/api/models/owner/small/tree/{COMMIT}":
+            return json.dumps(
+                [{"type": "file", "path": n, "size": len(c), "oid": sha1(c).hexdigest()} for n, c in FILES.items()]
+            ).encode()
+        found = re.fullmatch(rf"(?:/datasets)?/owner/small/resolve/(?:main|{COMMIT})/(.+)", path)
+        return FILES.get(found[1]) if found else None
+
+    def do_GET(self):
+        url = urlsplit(self.path)
+        self.server.asked.append(self.path)
+        content = self.answer(url.path, {name: values[0] for name, values in parse_qs(url.query).items()})
+        self.send_response(404 if content is None else 200)
+        self.send_header("Content-Length", str(len(content or b"")))
+        self.send_header("ETag", f'"{sha1(content or b"").hexdigest()}"')
+        self.send_header("X-Repo-Commit", COMMIT)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content or b"")
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+class ModelScope(HuggingFace):
+    """What modelscope asks for owner/small."""
+
+    def answer(self, path, query):
+        if path == "/":
+            return b"here"
+        if re.fullmatch("/api/v1/(models/owner/small/repo/files|datasets/owner/small/repo/tree)", path):
+            files = [
+                {"Path": n, "Name": n, "Type": "blob", "Size": len(c), "Sha256": sha256(c).hexdigest()}
+                for n, c in FILES.items()
+            ]
+            return json.dumps({"Code": 200, "Data": {"Files": files, "TotalCount": len(files)}}).encode()
+        if re.fullmatch("/api/v1/(models|datasets)/owner/small/repo", path):
+            return FILES.get(query["FilePath"])
+        return None
+
+
+class Stalling(HuggingFace):
+    """Answers whether it is there, and then no question about a model."""
+
+    def answer(self, path, query):
+        if path.startswith("/api/models/"):
+            self.server.stopped.wait()
+        return b"here" if path == "/" else None
+
+
+@pytest.fixture(params=[HuggingFace, ModelScope])
+def hub(request):
+    """A hub on this machine; ``asked`` lists the paths that were requested of it."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), request.param)
+    server.stopped = Event()
+    server.asked = []
+    Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.stopped.set()
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def fetch(call: str, port: int, caches) -> subprocess.CompletedProcess:
+    """Call in a process of its own (the endpoints are read at import), where every hub but ``port`` is closed."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "RANK"))}
+    environment |= dict(
+        HF_ENDPOINT=f"http://127.0.0.1:{port}",
+        MODELSCOPE_DOMAIN=f"http://127.0.0.1:{port}",
+        HF_HOME=str(caches / "hf"),
+        MODELSCOPE_CACHE=str(caches / "modelscope"),
+        HTTPS_PROXY="http://127.0.0.1:9",  # so that hf-mirror.com is closed on a connected machine, too
+        NO_PROXY="127.0.0.1",
+    )
+    code = f"from common.hub import fetch_data_file, fetch_tokenizer; print({call})"
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+
+
+def files_in(folder) -> dict[str, bytes]:
+    """The files below a folder, hidden ones aside."""
+    paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
+    return {name: path.read_bytes() for name, path in paths.items() if not name.startswith(".")}
+
+
+def path_in(result: subprocess.CompletedProcess):
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[-1])
+
+
+def test_a_tokenizer_is_downloaded_and_found_again(hub, tmp_path):
+    folder = path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path))
+    assert files_in(folder) == {name: c for name, c in FILES.items() if name.endswith(".json")}  # and no weights
+    hub.shutdown()
+    hub.server_close()
+    assert path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path)) == folder
+
+
+def test_a_data_file_is_downloaded_once(hub, tmp_path):
+    call = f"fetch_data_file('owner/small', 'part/data.json', {str(tmp_path / 'data')!r})"
+    path = path_in(fetch(call, hub.server_port, tmp_path))
+    assert path == tmp_path / "data/part/data.json"
+    assert files_in(tmp_path / "data") == {"part/data.json": FILES["part/data.json"]}
+    asked = len(hub.asked)
+    assert path_in(fetch(call, hub.server_port, tmp_path)) == path
+    assert len(hub.asked) == asked
+
+
+def test_what_a_hub_does_not_have(hub, tmp_path):
+    result = fetch(f"fetch_data_file('owner/small', 'other.json', {str(tmp_path)!r})", hub.server_port, tmp_path)
+    assert result.returncode == 1
+    assert "cannot fetch other.json of data set owner/small:\n  ModelScope: " in result.stderr
+    assert "Three ways on" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(
+    "call", ["fetch_tokenizer('owner/small')", "fetch_data_file('owner/small', 'data.json', {!r})"]
+)
+def test_unreachable_hubs(call, closed_port, tmp_path):
+    begin = time.monotonic()
+    result = fetch(call.format(str(tmp_path)), closed_port, tmp_path)
+    assert time.monotonic() - begin < 30
+    assert result.returncode == 1
+    assert result.stderr.count("does not answer") == 3
+    for way in (
+        "1. a local path",
+        "2. a mirror: export HF_ENDPOINT",
+        "3. nothing from a hub at all",
+    ):
+        assert way in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_hub_that_accepts_and_never_answers(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        begin = time.monotonic()
+        result = fetch("fetch_tokenizer('owner/small')", silent.getsockname()[1], tmp_path)
+    assert time.monotonic() - begin < 30
+    assert result.returncode == 1
+    assert result.stderr.count("does not answer") == 3
+
+
+@pytest.mark.parametrize("hub", [Stalling], indirect=True)
+def test_a_hub_that_stalls(hub, tmp_path):
+    begin = time.monotonic()
+    result = fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path)
+    assert time.monotonic() - begin < 30
+    assert result.returncode == 1
+    assert "ReadTimeout" in result.stderr and "Three ways on" in result.stderr
+
+
+def test_what_is_local_is_returned_as_it_is(tmp_path):
+    (tmp_path / "data.json").write_text("[]")
+    assert fetch_tokenizer(str(tmp_path)) == str(tmp_path)
+    assert fetch_data_file("owner/small", "data.json", tmp_path) == str(tmp_path / "data.json")
+
+
+@pytest.mark.parametrize("name", ["small", "a/b/c", "./owner", "/no/such", "../small"])
+def test_a_name_that_is_no_hub_id(name):
+    with pytest.raises(InputError, match="no such folder, and not a hub id like owner/name"):
+        fetch_tokenizer(name)
