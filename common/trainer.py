@@ -36,6 +36,10 @@ class PretrainingTrainer(Trainer):
         self.interval = Stopwatch()
         args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
+        if args.deepspeed_plugin is not None:
+            # DeepSpeed adds micro-batches up in bf16 by default, where ZeRO-2 was seen to overflow and skip every step
+            # (an H100, DeepSpeed 0.19.8, 16 micro-batches). https://github.com/deepspeedai/DeepSpeed/pull/8035
+            args.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
         )

@@ -84,14 +84,16 @@ SAMPLE = dict(
     data=str(ROOT / "data" / "sample_zh.jsonl"),
     tokenizer="train",
     vocabulary_size=4096,
-    context_length=256,
+    context_length=128,
     held_out_fraction=0.05,
     output_dir=str(ROOT / "outputs" / "wiki_zh_sample"),
-    tokens_per_step=4096,
-    max_steps=150,
-    learning_rate=2e-3,  # small models take larger steps
-    eval_steps=50,
-    save_steps=50,
+    tokens_per_step=512,  # little data: many small steps learn more than few large ones
+    per_device_train_batch_size=4,
+    max_steps=1000,
+    learning_rate=1.5e-3,
+    logging_steps=50,
+    eval_steps=250,
+    save_steps=250,
 )
 
 PROMPTS = ["地球是", "在历史上，", "计算机"]
