@@ -37,8 +37,8 @@ class PretrainingTrainer(Trainer):
         args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
         if args.deepspeed_plugin is not None:
-            # DeepSpeed adds micro-batches up in bf16 by default, where ZeRO-2 was seen to overflow and skip every step
-            # (an H100, DeepSpeed 0.19.8, 16 micro-batches). https://github.com/deepspeedai/DeepSpeed/pull/8035
+            # DeepSpeed adds micro-batches up in bf16 by default; DDP and FSDP2 do so in fp32.
+            # https://github.com/deepspeedai/DeepSpeed/issues/1800
             args.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
@@ -134,7 +134,10 @@ class RunClock(TrainerCallback):
     def __init__(self, trainer: PretrainingTrainer):
         self.trainer = trainer
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # Trainer has copied the tokenizer's padding token into the config; see model_from_config why it must not be
+        # saved: whoever loads the model to train on would get an end-of-document embedding without gradient.
+        model.config.pad_token_id = None
         earlier = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self.trainer.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
         self.trainer.seen_at_last_log = self.trainer.tokens_seen

@@ -54,6 +54,17 @@ def test_the_vocabulary_is_padded_and_the_model_is_float32(tokenizer):
     assert model.config.max_position_embeddings == 16
 
 
+def test_the_end_token_is_embedded_like_any_other(tokenizer):
+    """Were it the padding token, its zero vector at a row's start would give gradients of 1e10 and more."""
+    shape = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2)
+    model = model_from_config({**shape, "num_key_value_heads": 1}, tokenizer, context_length=16)
+    embedding = model.get_input_embeddings()
+    assert embedding.padding_idx is None and embedding.weight[tokenizer.eos_token_id].norm() > 0
+    row = torch.tensor([[tokenizer.eos_token_id, 5, 6, 7]])
+    model(row, labels=row).loss.backward()
+    assert torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm() < 100
+
+
 def test_weight_decay_leaves_norms_and_biases_out(tokenizer, tmp_path):
     shape = dict(model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
     model = model_from_config({**shape, "num_key_value_heads": 1}, tokenizer, context_length=16)

@@ -74,6 +74,7 @@ def test_the_folder_is_an_ordinary_checkpoint(finished):
     generator = pipeline("text-generation", str(finished))
     assert generator("地球", max_new_tokens=4)[0]["generated_text"].startswith("地球")
     assert (finished / "generation_config.json").exists() and (finished / "model.safetensors").exists()
+    assert json.loads((finished / "config.json").read_text()).get("pad_token_id") is None  # see model_from_config
 
 
 def test_the_held_out_loss_is_that_of_the_saved_model(wiki, finished, cache_dir):
