@@ -28,7 +28,7 @@ def check_launch(training: TrainingArguments) -> None:
     if launched > 1 and training.world_size == 1:
         raise InputError(
             f"{launched} processes were launched, but each sees only itself: they would train {launched} independent "
-            "models into one folder. On CPU use --config_file accelerate_configs/ddp.yaml with --cpu."
+            "models into one folder. On CPU: --config_file accelerate_configs/ddp.yaml --mixed_precision no"
         )
     if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")

@@ -32,7 +32,7 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"MODEL {shape}: transformers cannot build it ({error}).") from None
     # Samples of a base model are drawn, not searched for; kept with the checkpoint for whoever generates from it.
-    sampling = dict(do_sample=True, temperature=0.8, top_p=0.95)
+    sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
     return model

@@ -11,7 +11,7 @@ from conftest import ROOT, losses, small_run
 
 def launch(config: str, *flags: str) -> subprocess.CompletedProcess:
     """Run accelerate launch; ``flags`` are the launcher's, the recipe and the recipe's."""
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     config_file = ["--config_file", str(ROOT / "accelerate_configs" / config)]
     return subprocess.run([*command, *config_file, *flags], env=environment, capture_output=True, text=True, cwd=ROOT)
@@ -32,8 +32,7 @@ def one_process(wiki, cache_dir, tmp_path_factory):
 @pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml"])
 def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, config):
     flags = small_run(cache_dir, tmp_path, *ODD, "--per_device_train_batch_size", "2")
-    cpu = ["--mixed_precision", "no", "--num_processes", "2"] + (["--cpu"] if config == "ddp.yaml" else [])
-    done = launch(config, *cpu, RECIPE, *flags)
+    done = launch(config, "--mixed_precision", "no", "--num_processes", "2", RECIPE, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rows x 2 processes" in done.stdout
     expected = losses(one_process)
