@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 
-from common.hub import three_ways_on
+from common.hub import check_hugging_face_answers, three_ways_on
 from common.messages import InputError
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
@@ -116,6 +116,7 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
     if not path.exists():
         if path.suffix or source.startswith((".", "/")) or source.count("/") != 1:
             raise InputError(f"{source}: no such file. Give --data a file that exists, or a hub id like owner/name.")
+        check_hugging_face_answers(source)
         yield from _dataset_records(source, source)
         return
     if path.is_dir():

@@ -7,17 +7,21 @@ from pathlib import Path
 from common.messages import InputError, say
 
 PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
+HUGGING_FACE = "https://huggingface.co"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
 
 
 def three_ways_on(flag: str) -> str:
     """Return the advice that ends every error about an unreachable hub."""
-    train = " (for a tokenizer: or train one on your data with --tokenizer train)" if flag == "--tokenizer" else ""
+    third = {
+        "--tokenizer": "train one on your own text: --tokenizer train",
+        "--data": "nothing from a hub: --data FILE --tokenizer train, or the bundled articles: --sample",
+    }[flag]
     return (
         "Three ways on:\n"
         f"  1. a local path: {flag} /path/to/it, fetched on another machine\n"
         "  2. a mirror: export HF_ENDPOINT=https://hf-mirror.com, and launch again\n"
-        f"  3. nothing from a hub at all: --tokenizer train with a local --data file, or --sample{train}"
+        f"  3. {third}"
     )
 
 
@@ -71,11 +75,18 @@ def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
     return _fetch(f"{file_name} of data set {repository}", "--data", from_modelscope, from_hugging_face)
 
 
+def check_hugging_face_answers(data_set: str) -> None:
+    """Raise InputError within PROBE_SECONDS if the hub that ``data_set`` would be streamed from does not answer."""
+    endpoint = os.environ.get("HF_ENDPOINT", HUGGING_FACE)
+    if not _answering([endpoint]):
+        raise InputError(f"data set {data_set}: {endpoint} does not answer.\n{three_ways_on('--data')}")
+
+
 def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
     """Try the caches of both hubs, then every hub that answers; the first complete result wins."""
     modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
     hubs = {"ModelScope": (modelscope or "https://www.modelscope.cn", from_modelscope)}
-    for endpoint in (os.environ.get("HF_ENDPOINT", "https://huggingface.co"), "https://hf-mirror.com"):
+    for endpoint in (os.environ.get("HF_ENDPOINT", HUGGING_FACE), "https://hf-mirror.com"):
         hubs[f"Hugging Face ({endpoint})"] = (endpoint, from_hugging_face)
     for fetch in (from_modelscope, from_hugging_face):
         try:

@@ -204,9 +204,9 @@ def test_a_missing_file_and_a_folder(tmp_path):
             next(read_documents(source, "text", False, CorpusCounts()))
 
 
-def test_a_data_set_on_an_unreachable_hub():
-    """conftest.py sets HF_HUB_OFFLINE."""
-    with pytest.raises(InputError, match=r"(?s)data set 'owner/name' cannot be streamed.*Three ways on.*--data /path"):
+def test_a_data_set_on_an_unreachable_hub(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(InputError, match=r"(?s)data set owner/name: .* does not answer.*Three ways on.*--data /path"):
         next(read_documents("owner/name", "text", False, CorpusCounts()))
 
 
