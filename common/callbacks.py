@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 SAMPLE_TOKENS = 60
@@ -36,18 +37,12 @@ class ScreenCallback(ProgressCallback):
         if "loss" in logs:
             steps = state.global_step - self.first_step
             left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
-            self._write(step_line(logs, state.global_step, state.max_steps, left))
+            tqdm.write(step_line(logs, state.global_step, state.max_steps, left))
         elif "eval_loss" in logs:
-            self._write(
+            tqdm.write(
                 f"held out   step {state.global_step}  loss {logs['eval_loss']:.4f}  perplexity "
                 f"{logs['eval_perplexity']:,.1f}  bits per byte {logs['eval_bits_per_byte']:.4f}"
             )
-
-    def _write(self, line: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.write(line)
-        else:
-            print(line, flush=True)
 
 
 def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str:
@@ -83,7 +78,7 @@ class SampleCallback(TrainerCallback):
             return
         with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
             for prompt, text in zip(self.prompts, texts, strict=True):
-                print(f"  sample   {prompt}|{text!r}", flush=True)
+                tqdm.write(f"  sample   {prompt}|{text!r}")
                 entry = {"step": state.global_step, "prompt": prompt, "text": text}
                 file.write(json.dumps(entry, ensure_ascii=False) + "\n")
 

@@ -22,6 +22,7 @@ from common.messages import InputError
 
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 COMPRESSIONS = {*OPENERS, ".zst"}
+FORMATS = {".json", ".jsonl", ".ndjson", ".txt", ".parquet"}
 DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what these raise on a damaged file
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows editors write it
 
@@ -114,7 +115,7 @@ def _records(source: str) -> Iterator[tuple[str, object]]:
     """Yield (where, record) pairs; a record that cannot be parsed is a ValueError in its place."""
     path = Path(source)
     if not path.exists():
-        if path.suffix or source.startswith((".", "/")) or source.count("/") != 1:
+        if path.suffix in FORMATS | COMPRESSIONS or source.startswith((".", "/")) or source.count("/") != 1:
             raise InputError(f"{source}: no such file. Give --data a file that exists, or a hub id like owner/name.")
         check_hugging_face_answers(source)
         yield from _dataset_records(source, source)

@@ -2,6 +2,7 @@
 
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
 from common.messages import InputError, say
@@ -9,6 +10,7 @@ from common.messages import InputError, say
 PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
 HUGGING_FACE = "https://huggingface.co"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
+TOKENIZER_VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken"]
 
 
 def three_ways_on(flag: str) -> str:
@@ -48,7 +50,10 @@ def fetch_tokenizer(name: str) -> str:
             HfApi(**where).model_info(name, timeout=PROBE_SECONDS)
         return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
 
-    return _fetch(f"tokenizer {name}", "--tokenizer", from_modelscope, from_hugging_face)
+    def complete(folder: Path) -> bool:  # a cache may hold the config alone
+        return any(list(folder.glob(pattern)) for pattern in TOKENIZER_VOCABULARIES)
+
+    return _fetch(f"tokenizer {name}", "--tokenizer", from_modelscope, from_hugging_face, complete)
 
 
 def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
@@ -72,7 +77,7 @@ def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
 
         return hf_hub_download(repository, file_name, repo_type="dataset", local_dir=str(folder), **where)
 
-    return _fetch(f"{file_name} of data set {repository}", "--data", from_modelscope, from_hugging_face)
+    return _fetch(f"{file_name} of data set {repository}", "--data", from_modelscope, from_hugging_face, Path.exists)
 
 
 def check_hugging_face_answers(data_set: str) -> None:
@@ -82,7 +87,7 @@ def check_hugging_face_answers(data_set: str) -> None:
         raise InputError(f"data set {data_set}: {endpoint} does not answer.\n{three_ways_on('--data')}")
 
 
-def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
+def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, complete: Callable[[Path], bool]) -> str:
     """Try the caches of both hubs, then every hub that answers; the first complete result wins."""
     modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
     hubs = {"ModelScope": (modelscope or "https://www.modelscope.cn", from_modelscope)}
@@ -90,7 +95,7 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
         hubs[f"Hugging Face ({endpoint})"] = (endpoint, from_hugging_face)
     for fetch in (from_modelscope, from_hugging_face):
         try:
-            if Path(path := fetch(local_files_only=True)).exists():
+            if complete(Path(path := fetch(local_files_only=True))):
                 return path
         except Exception:  # each hub library has its own "not in the cache"
             continue
@@ -103,7 +108,7 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face) -> str:
         try:
             say(f"fetching {what} from {hub}")
             path = fetch() if fetch is from_modelscope else fetch(endpoint=url)
-            if Path(path).exists():
+            if complete(Path(path)):
                 return path
             failures.append(f"  {hub}: does not have it")
         except Exception as error:  # whatever went wrong on this hub, the next may have it

@@ -1,6 +1,7 @@
 """Preflight: what the launcher's YAML decided, and combinations that would fail late or train the wrong thing."""
 
 import os
+import sys
 
 import torch
 from transformers import TrainingArguments
@@ -24,6 +25,20 @@ def check_launch(training: TrainingArguments) -> None:
     Raises:
         InputError: with the command that works.
     """
+    if hasattr(sys.stdout, "reconfigure"):  # a Windows console without Chinese must not end a run at its first sample
+        sys.stdout.reconfigure(errors="backslashreplace")
+    for flag, value, why in (
+        ("--label_smoothing_factor", training.label_smoothing_factor, "Trainer would shift the targets a second time"),
+        (
+            "--auto_find_batch_size",
+            training.auto_find_batch_size,
+            "it changes the tokens a step behind the ledger's back",
+        ),
+        ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
+        ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
+    ):
+        if value:
+            raise InputError(f"{flag} {value}: not with these recipes, {why}. Leave it out.")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training.world_size == 1:
         raise InputError(
@@ -45,7 +60,7 @@ def check_launch(training: TrainingArguments) -> None:
             f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
             f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
         )
-    if training.device.type == "cuda":
+    if training.device.type == "cuda" and torch.version.hip is None:
         check_cuda_device(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
         )
@@ -69,7 +84,7 @@ def check_cuda_device(name: str, capability: tuple[int, int], architectures: lis
     if not any(int(target[:-1]) == major and int(target[-1]) <= minor for target in targets):
         raise InputError(
             f"{name} has compute capability {major}.{minor}, and this torch build has code for {architectures} only. "
-            "For a V100 install the CUDA 12.6 build:\n"
+            "For an older card such as the V100 install the CUDA 12.6 build, for a newer one a newer torch:\n"
             "  pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
         )
     if precision == "bf16" and major < 8:

@@ -123,15 +123,20 @@ class TrainingOrder(Sampler):
     """The row at every position of the whole run: pass after pass over the rows, each shuffled by (seed, pass).
 
     Position p is row permutation[pass][p % rows] with pass = p // rows, so a step may span two passes, and resuming
-    is a seek: set ``start`` and iterate. Positions beyond ``real`` are ignored rows, which complete the last step.
+    is a seek: set ``start`` and iterate.
+
+    Attributes:
+        start, real, total: positions from ``start`` to ``real`` hold rows; those up to ``total`` are ignored rows,
+            which complete the last step.
+        length: what ``len`` says, in rows.
     """
 
-    def __init__(self, rows: int, real: int, total: int, seed: int):
-        """``real`` positions hold a row, the rest of ``total`` are ignored rows."""
-        self.rows, self.real, self.total, self.seed, self.start = rows, real, total, seed, 0
+    def __init__(self, rows: int, seed: int, start: int = 0, real: int = 0, total: int = 0):
+        self.rows, self.seed = rows, seed
+        self.start, self.real, self.total, self.length = start, real, total, total
 
     def __len__(self) -> int:
-        return self.total
+        return self.length
 
     def __iter__(self) -> Iterator[int]:
         position = self.start

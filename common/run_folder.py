@@ -1,15 +1,18 @@
 """One output folder, one run: what the run is, where it stopped, and whether it is finished."""
 
 import json
+import shutil
 from pathlib import Path
 
+from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.messages import InputError, say
 
-RUN_FILE = "run.json"
-# What decides the losses. Anything else (logging, saving, micro-batch, number of steps) may change at a relaunch.
+RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
+# What decides the losses. Anything else (logging, saving, micro-batch) may change at a relaunch; the number of steps,
+# too, which moves the learning-rate schedule: PretrainingTrainer says so.
 DECIDING = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "bf16", "fp16",
@@ -26,30 +29,66 @@ def claim_output_folder(folder: str, identity: dict) -> None:
     """Make ``folder`` this run's, or check that it already is.
 
     Raises:
-        InputError: another run's results are in it; every difference is named.
+        InputError: another run's checkpoints or results are in it; every difference is named.
     """
     path = Path(folder) / RUN_FILE
     identity = json.loads(json.dumps(identity))
-    if path.exists():
-        differences = _differences(json.loads(path.read_text(encoding="utf-8")), identity)
+    worth_keeping = bool(_checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
+    if worth_keeping and path.exists():
+        differences = _differences(_read_json(path), identity)
         if differences:
             raise InputError(
                 f"{folder} holds another run; relaunching there continues it, and these differ:\n"
                 + "\n".join(f"  {name}: {was!r} in the folder, {now!r} now" for name, was, now in differences)
                 + "\nGo back to the old values, or choose another --output_dir."
             )
-    elif _checkpoints(folder):
-        raise InputError(f"{folder} holds checkpoints but no {RUN_FILE}: not a run of these recipes. Choose another.")
+    elif worth_keeping:
+        raise InputError(
+            f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another."
+        )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+
+def check_disk_space(folder: str, parameters: int, training: TrainingArguments) -> None:
+    """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
+
+    A checkpoint takes 12 bytes a parameter (weights and two AdamW states in float32), the final model 4.
+    """
+    if training.save_strategy == "no":
+        checkpoints = 0
+    elif training.save_total_limit is None:
+        checkpoints = max(1, training.max_steps // max(1, int(training.save_steps)))
+    else:
+        checkpoints = training.save_total_limit + 1
+    needed, free = parameters * (12 * checkpoints + 4), shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{folder}: {free / 2**30:.2f} GiB free, but {checkpoints} checkpoints of {parameters * 12 / 2**30:.2f} GiB"
+            f" and the model need {needed / 2**30:.2f}. Make room, choose another --output_dir, or keep fewer"
+            " checkpoints: --save_total_limit 1, or --save_strategy no."
+        )
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """Return the newest whole checkpoint of ``folder``, or None; say which half-written ones are passed over.
+    """Return the newest whole checkpoint of ``folder``, or None, the same on every process.
 
-    Trainer writes ``trainer_state.json`` last, so a checkpoint without a readable one was cut off while saving.
+    Half-written ones are passed over, and named: Trainer writes ``trainer_state.json`` last, so a checkpoint without a
+    readable one was cut off while saving.
+
+    Raises:
+        InputError: the main process has a checkpoint that this one does not see.
     """
+    [checkpoint] = broadcast_object_list([_newest_whole_checkpoint(folder)])
+    if checkpoint is not None and not Path(checkpoint).exists():
+        raise InputError(f"{checkpoint} is not on this machine: --output_dir must be shared by all machines.")
+    return checkpoint
+
+
+def _newest_whole_checkpoint(folder: str) -> str | None:
     for step, path in sorted(_checkpoints(folder), reverse=True):
         try:
             if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
@@ -61,13 +100,20 @@ def last_checkpoint(folder: str) -> str | None:
     return None
 
 
-def finished_results(folder: str, max_steps: int) -> dict | None:
-    """Return the results of a run that already made its ``max_steps`` steps, else None."""
-    path = Path(folder) / "all_results.json"
-    if not path.exists():
-        return None
-    results = json.loads(path.read_text(encoding="utf-8"))
-    return results if results.get("steps") == max_steps and "eval_loss" in results else None
+def finished_results(folder: str, max_steps: int, tokens: int) -> dict | None:
+    """Return the results of a run that made its ``max_steps`` steps or trained its ``tokens``, else None."""
+    path = Path(folder) / RESULTS_FILE
+    results = _read_json(path) if path.exists() else {}
+    reached = results.get("steps") == max_steps or results.get("ledger", {}).get("tokens_trained") == tokens
+    [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
+    return results
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({error}). Repair or remove it, or choose another --output_dir.") from None
 
 
 def _checkpoints(folder: str) -> list[tuple[int, Path]]:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
+from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
@@ -71,6 +72,7 @@ class TokenStore:
         self.tokens = np.zeros(0, dtype) if empty else np.memmap(bin_path, dtype=dtype, mode="r")
         self.document_starts = starts[document_index]
         sidecar_path = Path(self.prefix + ".json")
+        self._hashes: np.ndarray | None = None
         self.sidecar = json.loads(sidecar_path.read_text(encoding="utf-8")) if sidecar_path.exists() else {}
 
     @property
@@ -79,11 +81,20 @@ class TokenStore:
 
     def document_hashes(self) -> np.ndarray:
         """Return a uniform 64-bit hash of each document: of its text, or of its tokens for a foreign pair."""
-        path = Path(self.prefix + ".hashes.npy")
-        if path.exists():
-            return np.load(path, allow_pickle=False)
-        spans = zip(self.document_starts[:-1], self.document_starts[1:], strict=True)
-        return np.array([content_hash(self.tokens[start:end].tobytes()) for start, end in spans], dtype=np.uint64)
+        if self._hashes is None:
+            path = Path(self.prefix + ".hashes.npy")
+            spans = zip(self.document_starts[:-1], self.document_starts[1:], strict=True)
+            if path.exists():
+                self._hashes = np.load(path, allow_pickle=False)
+            else:
+                hashes = [content_hash(self.tokens[start:end].tobytes()) for start, end in spans]
+                self._hashes = np.array(hashes, dtype=np.uint64)
+        return self._hashes
+
+    def fingerprint(self) -> str:
+        """Return 16 hex digits that change with the documents, their order and their lengths."""
+        content = self.document_hashes().tobytes() + self.document_starts.tobytes()
+        return hashlib.blake2b(content, digest_size=8).hexdigest()
 
     def check_tokenizer(self, fingerprint: str, vocabulary_size: int) -> None:
         """Raise InputError unless the store can have been made with the tokenizer at hand."""
@@ -156,7 +167,9 @@ def write_token_store(
     prefix = Path(prefix)
     prefix.parent.mkdir(parents=True, exist_ok=True)
     dtype = np.dtype(np.uint16 if vocabulary_size < 65_500 else np.int32)
-    partial = prefix.with_name(f"{prefix.name}.partial-{os.getpid()}")
+    for left_over in prefix.parent.glob("*.partial-*.bin"):
+        say(f"note: {left_over} is of another launch: running, or interrupted, then it may be deleted")
+    partial = prefix.with_name(f"{prefix.name}.partial-{uuid4().hex[:8]}")
     names = [".bin", ".idx", ".hashes.npy", ".json"]
     sizes, hashes = array("i"), array("Q")
     documents = iter(documents)

@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-import os
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from uuid import uuid4
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -36,6 +37,8 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     except Exception as error:  # whatever transformers or the Rust tokenizer stumbled over
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}).") from None
+    if not encode_batch(tokenizer, ["a 地 1"])[0]:  # what transformers makes of a folder with a config alone
+        raise InputError(f"{folder}: no vocabulary in it, its tokenizer turns text into nothing.")
     if end_token is not None:
         if end_token not in tokenizer.get_vocab():
             raise InputError(f"--end_token {end_token!r} is not in the vocabulary of {name}.")
@@ -81,7 +84,7 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
 
 
 def tokenizer_trained_on(source: str, arguments: SharedArguments) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on the training documents of ``source``, never on held-out ones; or find it in the cache."""
+    """Train a tokenizer on the documents of ``source`` that ``held_out_below`` leaves in, or find it in the cache."""
     if source.endswith(".bin"):
         raise InputError(f"--tokenizer train: {source} holds tokens, not text. Give the tokenizer that made them.")
     limit = held_out_below(arguments.held_out_fraction)
@@ -92,9 +95,12 @@ def tokenizer_trained_on(source: str, arguments: SharedArguments) -> PreTrainedT
         say(f"training a tokenizer of {arguments.vocabulary_size:,} tokens on {source}")
         documents = read_documents(source, arguments.text_field, arguments.skip_malformed, CorpusCounts())
         texts = (text for text in documents if content_hash(text.encode()) >= limit)
-        partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+        partial = folder.with_name(f"{folder.name}.partial-{uuid4().hex[:8]}")
         train_tokenizer(texts, arguments.vocabulary_size).save_pretrained(partial)
-        partial.rename(folder)
+        try:
+            partial.rename(folder)
+        except OSError:  # another launch was faster
+            shutil.rmtree(partial)
     return load_tokenizer(str(folder))
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,10 +10,12 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.callbacks import ScreenCallback
 from common.flops import flops_per_token, peak_tflops
 from common.memory import memory_gib
+from common.messages import InputError, say
 from common.packing import IGNORED_ROW, PackedRows, TrainingOrder, collate_rows
 
 
@@ -26,12 +29,9 @@ class PretrainingTrainer(Trainer):
     def __init__(self, model, args, train_rows: PackedRows, eval_rows: PackedRows, rows_per_step: int, **kwargs):
         """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes."""
         self.rows_per_step = rows_per_step
-        if args.max_steps > 0:
-            real = args.max_steps * rows_per_step
-        else:
-            real = round(args.num_train_epochs * len(train_rows))
-            args.max_steps = math.ceil(real / rows_per_step)
-        self.order = TrainingOrder(len(train_rows), real, args.max_steps * rows_per_step, args.seed)
+        self.rows_wanted = None if args.max_steps > 0 else round(args.num_train_epochs * len(train_rows))
+        self.order = TrainingOrder(len(train_rows), args.seed)
+        self._plan(args, first_step=0, first_position=0)
         self.flops_per_token = flops_per_token(model, train_rows.context_length)
         self.interval = Stopwatch()
         args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
@@ -52,13 +52,42 @@ class PretrainingTrainer(Trainer):
     @property
     def tokens_seen(self) -> int:
         """Targets trained on so far, over all processes and passes; ignored rows of the last step do not count."""
-        return min(self.state.global_step * self.rows_per_step, self.order.real) * self.train_dataset.context_length
+        return self.position * self.train_dataset.context_length
+
+    @property
+    def position(self) -> int:
+        """Rows trained on so far, over all processes and passes."""
+        steps = self.state.global_step - self.first_step
+        return min(self.order.start + steps * self.rows_per_step, self.order.real)
+
+    def _plan(self, args, first_step: int, first_position: int) -> None:
+        """Lay out the steps from ``first_step`` on, which begins at ``first_position`` of the order of rows.
+
+        The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
+        """
+        if self.rows_wanted is None:
+            self.order.real = first_position + (args.max_steps - first_step) * self.rows_per_step
+        else:
+            self.order.real = self.rows_wanted
+            args.max_steps = first_step + math.ceil((self.rows_wanted - first_position) / self.rows_per_step)
+        if args.max_steps < first_step or self.order.real < first_position:
+            raise InputError(
+                f"the run in {args.output_dir} has made {first_step} steps = {first_position} rows, more than is asked "
+                f"for now. Ask for at least as many, or choose another --output_dir."
+            )
+        self.first_step, self.order.start = first_step, first_position
+        self.order.total = first_position + (args.max_steps - first_step) * self.rows_per_step
+        self.order.length = args.max_steps * self.rows_per_step  # Trainer counts the steps of the whole run
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
         if resume_from_checkpoint is not None:
             state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-            self.order.start = state["global_step"] * self.rows_per_step
+            seen = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
+            self._plan(self.args, state["global_step"], seen[-1] // self.train_dataset.context_length)
+            if state["max_steps"] != self.args.max_steps:
+                planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
+                say(f"note: {planned}: the learning-rate schedule moves with it")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None) -> TrainingOrder:
@@ -101,9 +130,19 @@ class PretrainingTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        """Keep saving out of the training throughput."""
+        """Keep saving out of the training throughput, and end with one clear error when the disk is full."""
         with self.interval.paused():
-            super()._save_checkpoint(*args, **kwargs)
+            try:
+                super()._save_checkpoint(*args, **kwargs)
+            except Exception as error:  # each writer has its own: OSError, SafetensorError, torch's RuntimeError
+                if shutil.disk_usage(self.args.output_dir).free > 2**20:
+                    raise
+                partial = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+                shutil.rmtree(partial, ignore_errors=True)
+                raise InputError(
+                    f"{partial}: no space left while saving ({error}). The checkpoints before it are whole: make room, "
+                    "and the same command continues from the last of them."
+                ) from None
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
@@ -144,8 +183,9 @@ class RunClock(TrainerCallback):
         self.trainer.interval.lap()
 
     def on_step_end(self, args, state, control, **kwargs):
-        order = self.trainer.order
-        state.epoch = min(state.global_step * self.trainer.rows_per_step, order.real) / order.rows
+        state.epoch = self.trainer.position / self.trainer.order.rows
+        if control.should_save:  # a checkpoint's log ends with its own step, so that nothing is lost between logs
+            control.should_log = True
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = False  # the recipe evaluates once, after training

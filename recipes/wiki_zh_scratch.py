@@ -31,7 +31,13 @@ from common.messages import say
 from common.model import model_from_config, parameter_report
 from common.packing import split_rows, unigram_loss
 from common.report import save_results, summary
-from common.run_folder import claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.run_folder import (
+    check_disk_space,
+    claim_output_folder,
+    finished_results,
+    last_checkpoint,
+    run_identity,
+)
 from common.token_store import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_trained_on
 from common.tracking import swanlab_callbacks
@@ -79,6 +85,7 @@ TRAINING = dict(
     save_steps=200,
     save_total_limit=2,
     seed=42,
+    ddp_timeout=6 * 3600,  # seconds: the first process downloads and tokenizes while the others wait
     report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
 )
 
@@ -94,7 +101,7 @@ SAMPLE = dict(
     tokens_per_step=512,  # little data: many small steps learn more than few large ones
     per_device_train_batch_size=4,
     max_steps=1000,
-    learning_rate=1.5e-3,
+    learning_rate=1e-3,
     logging_steps=50,
     eval_steps=250,
     save_steps=250,
@@ -116,7 +123,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
     shape = MODEL
-    if "--sample" in argv:
+    recipe_parser = HfArgumentParser(RecipeArguments, allow_abbrev=False, add_help=False)
+    if recipe_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].sample:
         shape = SAMPLE_MODEL
         parser.set_defaults(**SAMPLE)
     _, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
@@ -155,6 +163,7 @@ def main(argv: list[str] | None = None) -> None:
         {**shape, "vocabulary_rows": model.config.vocab_size},
         {
             "tokens": len(store.tokens),
+            "documents": store.fingerprint(),
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "context_length": shared.context_length,
             "rows_per_step": rows_per_step,
@@ -164,7 +173,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     with training.main_process_first(desc="run folder"):
         claim_output_folder(training.output_dir, identity)
-    if results := finished_results(training.output_dir, training.max_steps):
+    check_disk_space(training.output_dir, model.num_parameters(), training)
+    wanted_tokens = trainer.order.real * shared.context_length
+    if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
         say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")
         return
     for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):

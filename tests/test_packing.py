@@ -109,7 +109,7 @@ def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
 @settings(max_examples=200)
 @given(st.integers(1, 20), st.integers(0, 70), st.integers(0, 20), st.data())
 def test_the_order_visits_every_row_once_a_pass_and_seeks(rows, real, ignored, data):
-    order = TrainingOrder(rows, real, real + ignored, seed=3)
+    order = TrainingOrder(rows, seed=3, real=real, total=real + ignored)
     positions = list(order)
     assert len(positions) == len(order) == real + ignored
     assert positions[real:] == [IGNORED_ROW] * ignored
@@ -123,9 +123,9 @@ def test_the_order_visits_every_row_once_a_pass_and_seeks(rows, real, ignored, d
 
 
 def test_passes_and_seeds_are_shuffled_differently():
-    first, second = np.split(np.array(list(TrainingOrder(50, 100, 100, seed=1))), 2)
+    first, second = np.split(np.array(list(TrainingOrder(50, seed=1, real=100, total=100))), 2)
     assert first.tolist() != second.tolist()
-    assert list(TrainingOrder(50, 50, 50, seed=2)) != first.tolist()
+    assert list(TrainingOrder(50, seed=2, real=50, total=50)) != first.tolist()
 
 
 def test_a_batch_is_contiguous_and_an_ignored_row_has_no_target(tmp_path):

@@ -1,11 +1,13 @@
 """One folder, one run."""
 
 import json
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
 from common.messages import InputError
-from common.run_folder import claim_output_folder, finished_results, last_checkpoint
+from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint
 
 RUN = {"recipe": "a.py", "model": {"hidden_size": 8}, "training": {"learning_rate": 1e-3}}
 
@@ -24,6 +26,7 @@ def test_the_same_run_may_come_back(tmp_path):
 
 def test_another_run_is_refused_and_every_difference_named(tmp_path):
     claim_output_folder(tmp_path, RUN)
+    checkpoint(tmp_path, 5)
     other = {"recipe": "a.py", "model": {"hidden_size": 16}, "training": {"learning_rate": 1e-3, "seed": 1}}
     with pytest.raises(InputError) as error:
         claim_output_folder(tmp_path, other)
@@ -31,6 +34,19 @@ def test_another_run_is_refused_and_every_difference_named(tmp_path):
     assert "training.seed: None in the folder, 1 now" in str(error.value)
     assert "learning_rate" not in str(error.value)
     claim_output_folder(tmp_path, RUN)  # what was there is unharmed
+
+
+def test_a_folder_without_anything_to_lose_is_taken_over(tmp_path):
+    claim_output_folder(tmp_path, {"recipe": "other.py"})
+    claim_output_folder(tmp_path, RUN)
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN
+
+
+def test_a_damaged_file_is_named(tmp_path):
+    checkpoint(tmp_path, 5)
+    (tmp_path / "run.json").write_text("")
+    with pytest.raises(InputError, match="run.json: damaged"):
+        claim_output_folder(tmp_path, RUN)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
@@ -51,7 +67,19 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
 
 
 def test_a_run_is_finished_at_its_last_step_only(tmp_path):
-    assert finished_results(tmp_path, 10) is None
-    (tmp_path / "all_results.json").write_text(json.dumps({"steps": 10, "eval_loss": 1.0}))
-    assert finished_results(tmp_path, 10)["eval_loss"] == 1.0
-    assert finished_results(tmp_path, 20) is None
+    assert finished_results(tmp_path, 10, 640) is None
+    results = {"steps": 10, "eval_loss": 1.0, "ledger": {"tokens_trained": 640}}
+    (tmp_path / "all_results.json").write_text(json.dumps(results))
+    assert finished_results(tmp_path, 10, 650) == finished_results(tmp_path, 11, 640) == results
+    assert finished_results(tmp_path, 20, 650) is None
+
+
+@pytest.mark.parametrize(("limit", "strategy", "checkpoints"), [(2, "steps", 3), (None, "steps", 10), (None, "no", 0)])
+def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit, strategy, checkpoints):
+    training = SimpleNamespace(save_strategy=strategy, save_total_limit=limit, save_steps=10, max_steps=100)
+    needed = 1000 * (12 * checkpoints + 4)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
+    check_disk_space(tmp_path, 1000, training)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
+    with pytest.raises(InputError, match=f"but {checkpoints} checkpoints"):
+        check_disk_space(tmp_path, 1000, training)

@@ -150,6 +150,30 @@ def test_passes_end_in_one_partial_step(wiki, cache_dir, tmp_path):
     assert trained_rows % 4, "the case must have a partial last step"
 
 
+def test_a_run_that_ended_in_a_partial_step_continues_at_the_next_row(wiki, cache_dir, tmp_path, monkeypatch):
+    """No row is skipped or repeated, and a run cannot be asked for less than it has done."""
+    visited = []
+    row_of = wiki.PretrainingTrainer.__init__.__globals__["PackedRows"].__getitem__
+    monkeypatch.setattr(
+        wiki.PretrainingTrainer.__init__.__globals__["PackedRows"],
+        "__getitem__",
+        lambda rows, index: (visited.append((rows.documents, index)), row_of(rows, index))[1],
+    )
+    flags = "--max_steps -1 --eval_strategy no --save_strategy steps --save_steps 2".split()
+    for passes in ("0.013", "0.02"):
+        wiki.main(small_run(cache_dir, tmp_path, *flags, "--num_train_epochs", passes))
+    rows = (results_of(tmp_path)["ledger"]["tokens_train"] - 1) // 64
+    trained = [index for documents, index in visited if documents > 100 and index >= 0]
+    expected = list(wiki.PretrainingTrainer.__init__.__globals__["TrainingOrder"](rows, 42, 0, round(0.02 * rows)))
+    assert round(0.013 * rows) % 4 and round(0.02 * rows) > round(0.013 * rows)
+    assert trained == expected
+    assert results_of(tmp_path)["ledger"]["tokens_trained"] == len(expected) * 64
+    wiki.main(small_run(cache_dir, tmp_path, *flags, "--num_train_epochs", "0.02"))  # finished: only shown
+    assert len([index for documents, index in visited if documents > 100 and index >= 0]) == len(expected)
+    with pytest.raises(InputError, match="more than is asked for now"):
+        wiki.main(small_run(cache_dir, tmp_path, *flags, "--num_train_epochs", "0.01"))
+
+
 def test_accumulation_does_not_change_the_losses(wiki, finished, cache_dir, tmp_path):
     wiki.main(small_run(cache_dir, tmp_path, "--per_device_train_batch_size", "1"))
     for step, loss in losses(tmp_path).items():
@@ -180,6 +204,9 @@ def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
         (["--held_out_fraction", "2"], "must lie between 0 and 1"),
         (["--tokenizer", "./no/such/folder"], "no such folder"),
         (["--bf16", "true", "--fp16", "false"], "the recipe's flags say bf16"),
+        (["--label_smoothing_factor", "0.1"], "shift the targets a second time"),
+        (["--auto_find_batch_size", "true"], "--auto_find_batch_size True: not with these recipes"),
+        (["--save_only_model", "true"], "cannot be resumed exactly"),
     ],
 )
 def test_bad_input_is_one_clear_error(wiki, cache_dir, tmp_path, monkeypatch, flags, message):
