@@ -100,11 +100,11 @@ SAMPLE = dict(
     output_dir=str(ROOT / "outputs" / "wiki_zh_sample"),
     tokens_per_step=512,  # little data: many small steps learn more than few large ones
     per_device_train_batch_size=4,
-    max_steps=1000,
+    max_steps=900,
     learning_rate=1e-3,
     logging_steps=50,
-    eval_steps=250,
-    save_steps=250,
+    eval_steps=300,
+    save_steps=300,
 )
 
 PROMPTS = ["地球是", "在历史上，", "计算机"]
