@@ -35,10 +35,11 @@ def check_launch(training: TrainingArguments) -> None:
             "it changes the tokens a step behind the ledger's back",
         ),
         ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
+        ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
         ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
     ):
         if value:
-            raise InputError(f"{flag} {value}: not with these recipes, {why}. Leave it out.")
+            raise InputError(f"{flag}: not with these recipes, {why}. Leave it out.")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training.world_size == 1:
         raise InputError(

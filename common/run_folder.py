@@ -65,10 +65,12 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments) 
     else:
         checkpoints = training.save_total_limit + 1
     needed, free = parameters * (12 * checkpoints + 4), shutil.disk_usage(folder).free
+    # A continued run's checkpoints are there already, and make room for the next ones.
+    free += sum(file.stat().st_size for _, path in _checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
         raise InputError(
-            f"{folder}: {free / 2**30:.2f} GiB free, but {checkpoints} checkpoints of {parameters * 12 / 2**30:.2f} GiB"
-            f" and the model need {needed / 2**30:.2f}. Make room, choose another --output_dir, or keep fewer"
+            f"{folder}: {free / 2**30:.2f} GiB to be had, but {checkpoints} checkpoints of "
+            f"{parameters * 12 / 2**30:.2f} GiB and the model need {needed / 2**30:.2f}. Make room, choose another --output_dir, or keep fewer"
             " checkpoints: --save_total_limit 1, or --save_strategy no."
         )
 

@@ -173,11 +173,11 @@ def main(argv: list[str] | None = None) -> None:
     )
     with training.main_process_first(desc="run folder"):
         claim_output_folder(training.output_dir, identity)
-    check_disk_space(training.output_dir, model.num_parameters(), training)
     wanted_tokens = trainer.order.real * shared.context_length
     if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
         say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")
         return
+    check_disk_space(training.output_dir, model.num_parameters(), training)
     for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
         trainer.add_callback(callback)
 

@@ -205,7 +205,8 @@ def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
         (["--tokenizer", "./no/such/folder"], "no such folder"),
         (["--bf16", "true", "--fp16", "false"], "the recipe's flags say bf16"),
         (["--label_smoothing_factor", "0.1"], "shift the targets a second time"),
-        (["--auto_find_batch_size", "true"], "--auto_find_batch_size True: not with these recipes"),
+        (["--auto_find_batch_size", "true"], "--auto_find_batch_size: not with these recipes"),
+        (["--report_to", "swanlab"], "its own flag, --swanlab"),
         (["--save_only_model", "true"], "cannot be resumed exactly"),
     ],
 )
