@@ -1,6 +1,7 @@
 """One output folder, one run: what the run is, where it stopped, and whether it is finished."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -61,7 +62,8 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments) 
     if training.save_strategy == "no":
         checkpoints = 0
     elif training.save_total_limit is None:
-        checkpoints = max(1, training.max_steps // max(1, int(training.save_steps)))
+        interval = training.save_steps if training.save_steps >= 1 else training.save_steps * training.max_steps
+        checkpoints = math.ceil(training.max_steps / interval)
     else:
         checkpoints = training.save_total_limit + 1
     needed, free = parameters * (12 * checkpoints + 4), shutil.disk_usage(folder).free
@@ -69,9 +71,9 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments) 
     free += sum(file.stat().st_size for _, path in _checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
         raise InputError(
-            f"{folder}: {free / 2**30:.2f} GiB to be had, but {checkpoints} checkpoints of "
-            f"{parameters * 12 / 2**30:.2f} GiB and the model need {needed / 2**30:.2f}. Make room, choose another --output_dir, or keep fewer"
-            " checkpoints: --save_total_limit 1, or --save_strategy no."
+            f"{folder}: {free / 2**30:.2f} GiB to be had, {needed / 2**30:.2f} needed for {checkpoints} checkpoints of "
+            f"{parameters * 12 / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
+            "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
 
 

@@ -81,5 +81,5 @@ def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit,
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     check_disk_space(tmp_path, 1000, training)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
-    with pytest.raises(InputError, match=f"but {checkpoints} checkpoints"):
+    with pytest.raises(InputError, match=f"needed for {checkpoints} checkpoints"):
         check_disk_space(tmp_path, 1000, training)
