@@ -200,6 +200,7 @@ def test_what_is_local_is_returned_as_it_is(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "./owner", "/no/such", "../small"])
-def test_a_name_that_is_no_hub_id(name):
+def test_a_name_that_is_no_hub_id(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such folder, and not a hub id like owner/name"):
         fetch_tokenizer(name)
