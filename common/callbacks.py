@@ -94,8 +94,11 @@ def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: to
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)
-            new_tokens = min(SAMPLE_TOKENS, model.config.max_position_embeddings - ids.shape[1])
-            output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens)
+            new_tokens = max(1, min(SAMPLE_TOKENS, model.config.max_position_embeddings - ids.shape[1]))
+            # A model that has become NaN still gives a text: drawing from NaN would end the run, on CUDA for good.
+            output = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, remove_invalid_values=True
+            )
             texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     model.train(was_training)
     return texts

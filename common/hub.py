@@ -1,4 +1,4 @@
-"""A name -> a local folder: local path, then ModelScope, then Hugging Face or its mirror; bounded in time."""
+"""A name -> a local folder: local path, then ModelScope, then Hugging Face or its mirror."""
 
 import os
 import threading
@@ -31,7 +31,8 @@ def fetch_tokenizer(name: str) -> str:
     """Return a local folder with the tokenizer called ``name`` (a folder, or a model id on a hub).
 
     Raises:
-        InputError: it is neither a folder nor reachable on any hub, within about 30 seconds.
+        InputError: it is neither a folder nor on a hub that answers. Hubs that do not are given up within 30 seconds;
+            one that answers and then stalls takes as long as its own library waits.
     """
     if Path(name).is_dir():
         return name

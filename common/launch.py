@@ -34,6 +34,12 @@ def check_launch(training: TrainingArguments) -> None:
             training.auto_find_batch_size,
             "it changes the tokens a step behind the ledger's back",
         ),
+        ("--resume_from_checkpoint", training.resume_from_checkpoint, "the same command resumes by itself"),
+        (
+            "--train_sampling_strategy",
+            getattr(training, "train_sampling_strategy", "random") != "random",
+            "the order of rows is theirs",
+        ),
         ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
         ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
         ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
@@ -103,6 +109,12 @@ def set_batch(training: TrainingArguments, tokens_per_step: int, context_length:
     Raises:
         InputError: tokens_per_step is not a whole number of micro-batches.
     """
+    for flag, value in (
+        ("--context_length", context_length),
+        ("--per_device_train_batch_size", training.per_device_train_batch_size),
+    ):
+        if value < 1:
+            raise InputError(f"{flag} {value}: must be at least 1.")
     micro_batch_rows = training.per_device_train_batch_size * training.world_size
     micro_batch_tokens = micro_batch_rows * context_length
     arithmetic = (

@@ -30,7 +30,7 @@ def held_out_documents(hashes: np.ndarray, fraction: float) -> np.ndarray:
     """
     limit = np.uint64(held_out_below(fraction))
     if len(np.unique(hashes)) < 2:
-        raise InputError(f"the corpus has {len(np.unique(hashes))} distinct documents; two are needed to hold one out.")
+        raise InputError(f"the corpus has {len(np.unique(hashes))} distinct documents; give more: one is held out.")
     chosen = hashes < limit
     if not chosen.any():
         chosen = hashes == hashes.min()
@@ -196,6 +196,8 @@ def split_rows(store: TokenStore, fraction: float, context_length: int, max_eval
     Raises:
         InputError: a split is shorter than one row.
     """
+    if max_eval_rows is not None and max_eval_rows < 1:
+        raise InputError(f"--max_eval_rows {max_eval_rows}: must be at least 1, or left out to evaluate on all.")
     mask = held_out_documents(store.document_hashes(), fraction)
     train = PackedRows(store, ~mask, context_length)
     held_out = PackedRows(store, mask, context_length, max_eval_rows)

@@ -16,7 +16,7 @@ RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
 # too, which moves the learning-rate schedule: PretrainingTrainer says so.
 DECIDING = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "bf16", "fp16",
+    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
 ]  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # whatever transformers or the Rust tokenizer stumbled over
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}).") from None
     if not encode_batch(tokenizer, ["a 地 1"])[0]:  # what transformers makes of a folder with a config alone
         raise InputError(f"{folder}: no vocabulary in it, its tokenizer turns text into nothing.")

@@ -1,5 +1,6 @@
 """The one Trainer subclass. Every override says which behaviour of ``transformers.Trainer`` it replaces."""
 
+import errno
 import json
 import math
 import shutil
@@ -29,8 +30,13 @@ class PretrainingTrainer(Trainer):
     def __init__(self, model, args, train_rows: PackedRows, eval_rows: PackedRows, rows_per_step: int, **kwargs):
         """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes."""
         self.rows_per_step = rows_per_step
+        if args.max_steps == 0 or (args.max_steps < 0 and round(args.num_train_epochs * len(train_rows)) < 1):
+            raise InputError(
+                f"--max_steps {args.max_steps} with --num_train_epochs {args.num_train_epochs} trains on no row of "
+                f"{len(train_rows):,}. Ask for at least one."
+            )
         self.rows_wanted = None if args.max_steps > 0 else round(args.num_train_epochs * len(train_rows))
-        self.order = TrainingOrder(len(train_rows), args.seed)
+        self.order = TrainingOrder(len(train_rows), args.seed if args.data_seed is None else args.data_seed)
         self._plan(args, first_step=0, first_position=0)
         self.flops_per_token = flops_per_token(model, train_rows.context_length)
         self.interval = Stopwatch()
@@ -118,7 +124,7 @@ class PretrainingTrainer(Trainer):
         loss = nats / targets
         nats_a_byte = nats / self.eval_dataset.target_bytes(self.processing_class)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(min(loss, 700.0))
+        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 709 else math.inf
         # So that different tokenizers compare. Source: The Pile, section 3.1, https://arxiv.org/abs/2101.00027
         output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats_a_byte / math.log(2)
         output.metrics[f"{metric_key_prefix}_tokens"] = targets
@@ -134,8 +140,11 @@ class PretrainingTrainer(Trainer):
         with self.interval.paused():
             try:
                 super()._save_checkpoint(*args, **kwargs)
-            except Exception as error:  # each writer has its own: OSError, SafetensorError, torch's RuntimeError
-                if shutil.disk_usage(self.args.output_dir).free > 2**20:
+            except Exception as error:  # OSError, SafetensorError or torch's RuntimeError; only a full disk ends here
+                out_of_space = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(
+                    error
+                )
+                if not out_of_space and shutil.disk_usage(self.args.output_dir).free > 2**20:
                     raise
                 partial = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
                 shutil.rmtree(partial, ignore_errors=True)

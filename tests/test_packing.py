@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from common.messages import InputError
@@ -59,7 +59,7 @@ def test_the_ledger_adds_up(tmp_path_factory, documents, fraction, context_lengt
     try:
         train, held_out, ledger = split_rows(store, fraction, context_length)
     except InputError:
-        return
+        assume(False)  # a split shorter than a row
     read = sum(len(document) + 1 for document in documents)
     assert ledger.tokens_read == read
     assert ledger.tokens_read == ledger.tokens_train + ledger.tokens_held_out + ledger.tokens_dropped
@@ -80,7 +80,7 @@ def test_the_ledger_notices_a_lost_token(tmp_path):
 def test_copies_of_a_document_are_on_the_same_side(hashes, fraction):
     hashes = np.array(hashes, dtype=np.uint64)
     if len(np.unique(hashes)) < 2:
-        with pytest.raises(InputError, match="two are needed"):
+        with pytest.raises(InputError, match="give more: one is held out"):
             held_out_documents(hashes, fraction)
         return
     mask = held_out_documents(hashes, fraction)

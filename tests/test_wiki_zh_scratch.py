@@ -57,6 +57,33 @@ def test_every_step_is_logged_in_full(finished):
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
 
 
+def test_the_schedule_is_a_cosine_to_a_tenth(finished):
+    """Six steps: 3% of them, rounded up to one, warm up from 0; then a cosine from 1e-3 towards 1e-4."""
+    history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "loss" in entry]
+    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
+    assert rates == pytest.approx([0.0, *cosine])
+
+
+def test_mfu_is_the_achieved_share_of_the_peak(wiki, cache_dir, tmp_path, monkeypatch):
+    """A device of 0.5 TFLOP/s; the sample model by hand: 6 FLOPs a matrix parameter, 12 x layers x width x context."""
+    monkeypatch.setattr("common.trainer.peak_tflops", lambda device, half_precision: 0.5)
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "2"))
+    layer = 256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 768  # q, k and v of 2 of 4 heads, o, MLP
+    flops = 6 * (4096 * 256 + 4 * layer) + 12 * 4 * 256 * 64
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    for entry in (entry for entry in history if "loss" in entry):
+        tflops = entry["tokens_per_second_per_device"] * flops / 1e12
+        assert entry["tflops_per_device"] == pytest.approx(tflops)
+        assert entry["mfu"] == pytest.approx(tflops / 0.5)
+
+
+def test_a_loss_of_nan_is_shown(wiki, cache_dir, tmp_path):
+    """Not averaged away, not hidden by evaluation or samples, and not the end of the run."""
+    wiki.main(small_run(cache_dir, tmp_path, "--learning_rate", "1e30", "--max_grad_norm", "0"))
+    assert math.isnan(losses(tmp_path)[6]) and math.isnan(results_of(tmp_path)["eval_loss"])
+
+
 def test_the_results_add_up(finished):
     results = results_of(finished)
     ledger = results["ledger"]
@@ -207,6 +234,12 @@ def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
         (["--label_smoothing_factor", "0.1"], "shift the targets a second time"),
         (["--auto_find_batch_size", "true"], "--auto_find_batch_size: not with these recipes"),
         (["--report_to", "swanlab"], "its own flag, --swanlab"),
+        (["--resume_from_checkpoint", "x"], "resumes by itself"),
+        (["--train_sampling_strategy", "sequential"], "--train_sampling_strategy: not with these recipes"),
+        (["--max_eval_rows", "0"], "--max_eval_rows 0: must be at least 1"),
+        (["--context_length", "0"], "--context_length 0: must be at least 1"),
+        (["--max_steps", "0"], "trains on no row"),
+        (["--max_steps", "-1", "--num_train_epochs", "0"], "trains on no row"),
         (["--save_only_model", "true"], "cannot be resumed exactly"),
     ],
 )

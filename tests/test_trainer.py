@@ -1,0 +1,39 @@
+"""Clocks and samples."""
+
+import pytest
+import torch
+
+import common.trainer as trainer
+from common.callbacks import generate_samples
+from common.model import model_from_config
+from common.tokenizer import train_tokenizer
+
+
+def test_a_lap_leaves_pauses_out(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
+    watch = trainer.Stopwatch()
+    now[0] = 5
+    with watch.paused():
+        now[0] = 8
+    now[0] = 10
+    assert watch.lap() == 7
+    now[0] = 11
+    assert watch.lap() == 1
+
+
+def test_the_mean_weighs_every_step_once():
+    history = [{"loss": 4.0, "step": 1}, {"eval_loss": 9.0, "step": 3}, {"loss": 2.0, "step": 4}]
+    assert trainer.mean_logged_loss(history) == pytest.approx((4 + 3 * 2) / 4)
+
+
+def test_samples_leave_the_training_as_it_was():
+    """Random state and mode; and the same seed draws the same text."""
+    tokenizer = train_tokenizer(["地球是太阳系中的一颗行星。"], 300)
+    shape = dict(model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    model = model_from_config({**shape, "num_key_value_heads": 1}, tokenizer, context_length=16).train()
+    before = torch.get_rng_state()
+    first = generate_samples(model, tokenizer, ["地球", "太阳"], 1, torch.device("cpu"))
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+    assert first == generate_samples(model, tokenizer, ["地球", "太阳"], 1, torch.device("cpu"))
+    assert first != generate_samples(model, tokenizer, ["地球", "太阳"], 2, torch.device("cpu"))
