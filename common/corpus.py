@@ -7,7 +7,6 @@ everything else goes through ``datasets`` in streaming.
 
 import bz2
 import gzip
-import hashlib
 import io
 import json
 import lzma
@@ -66,22 +65,6 @@ def read_documents(source: str, text_field: str, skip_malformed: bool, counts: C
         yield text
     if counts.documents == 0:
         raise InputError(f"{source}: no document in it ({asdict(counts)}).")
-
-
-def content_hash(content: bytes) -> int:
-    """Return a uniform 64-bit hash, by which documents are held out."""
-    return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
-
-
-def held_out_below(fraction: float) -> int:
-    """Return the limit of ``content_hash`` below which a document is held out, so that ``fraction`` of them are.
-
-    The choice depends on a document's text alone: it survives appended data and another tokenizer, and two copies of
-    a document are on the same side.
-    """
-    if not 0 < fraction < 1:
-        raise InputError(f"--held_out_fraction {fraction}: must lie between 0 and 1, for example 0.005.")
-    return int(fraction * 2**64)
 
 
 def source_fingerprint(source: str) -> dict:

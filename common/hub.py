@@ -94,27 +94,32 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, complete: C
     hubs = {"ModelScope": (modelscope or "https://www.modelscope.cn", from_modelscope)}
     for endpoint in (os.environ.get("HF_ENDPOINT", HUGGING_FACE), "https://hf-mirror.com"):
         hubs[f"Hugging Face ({endpoint})"] = (endpoint, from_hugging_face)
-    for fetch in (from_modelscope, from_hugging_face):
-        try:
-            if complete(Path(path := fetch(local_files_only=True))):
-                return path
-        except Exception:  # each hub library has its own "not in the cache"
-            continue
-    answering = _answering([url for url, _ in hubs.values()])
     failures = []
+    for cache, fetch in (("ModelScope's cache", from_modelscope), ("Hugging Face's cache", from_hugging_face)):
+        path, reason = _attempt(fetch, complete, local_files_only=True)
+        if path is not None:
+            return path
+        failures.append(f"  {cache}: {reason}")
+    answering = _answering([url for url, _ in hubs.values()])
     for hub, (url, fetch) in hubs.items():
         if url not in answering:
             failures.append(f"  {hub}: does not answer")
             continue
-        try:
-            say(f"fetching {what} from {hub}")
-            path = fetch() if fetch is from_modelscope else fetch(endpoint=url)
-            if complete(Path(path)):
-                return path
-            failures.append(f"  {hub}: does not have it")
-        except Exception as error:  # whatever went wrong on this hub, the next may have it
-            failures.append(f"  {hub}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        say(f"fetching {what} from {hub}")
+        path, reason = _attempt(fetch, complete, **({} if fetch is from_modelscope else {"endpoint": url}))
+        if path is not None:
+            return path
+        failures.append(f"  {hub}: {reason}")
     raise InputError("\n".join([f"cannot fetch {what}:", *failures, three_ways_on(flag)]))
+
+
+def _attempt(fetch: Callable, complete: Callable[[Path], bool], **where) -> tuple[str | None, str]:
+    """Return (path, "") or (None, why not). Each hub library has exceptions of its own: all are caught, and named."""
+    try:
+        path = fetch(**where)
+    except Exception as error:
+        return None, f"{type(error).__name__}: {error}".splitlines()[0]
+    return (path, "") if complete(Path(path)) else (None, "does not have it")
 
 
 def _answering(urls: list[str]) -> set[str]:

@@ -8,35 +8,12 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from common.corpus import held_out_below
+from common.held_out import held_out_documents
 from common.messages import InputError
 from common.token_store import TokenStore
 
 IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and trains nothing
 IGNORED_TARGET = -100  # torch's cross_entropy skips such targets
-
-
-def held_out_documents(hashes: np.ndarray, fraction: float) -> np.ndarray:
-    """Choose the documents to hold out: those whose hash is below ``held_out_below(fraction)``.
-
-    At least one document is held out, and at least one is not: where the rule says otherwise, on few documents,
-    that with the lowest hash is, or that with the highest is not.
-
-    Args:
-        hashes: uint64, shape (documents,).
-
-    Returns:
-        bool mask, shape (documents,).
-    """
-    limit = np.uint64(held_out_below(fraction))
-    if len(np.unique(hashes)) < 2:
-        raise InputError(f"the corpus has {len(np.unique(hashes))} distinct documents; give more: one is held out.")
-    chosen = hashes < limit
-    if not chosen.any():
-        chosen = hashes == hashes.min()
-    if chosen.all():
-        chosen = hashes != hashes.max()
-    return chosen
 
 
 class PackedRows(Dataset):

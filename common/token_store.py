@@ -4,8 +4,6 @@ The store is the ecosystem's own format, Megatron's (and PaddleNLP's) pair of ``
 (where each sequence and document is). Beside the pair we keep ``.json``, a sidecar that says where the tokens come
 from and which tokenizer made them, and ``.hashes.npy``, a 64-bit hash of each document's text, by which documents
 are held out.
-
-Source: ``IndexedDataset`` in https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py
 """
 
 import errno
@@ -13,7 +11,6 @@ import hashlib
 import json
 import os
 import shutil
-import struct
 from array import array
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
@@ -25,16 +22,12 @@ import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from common.corpus import CorpusCounts, content_hash, read_documents, source_fingerprint
+from common.corpus import CorpusCounts, read_documents, source_fingerprint
+from common.held_out import content_hash
 from common.messages import InputError, say
+from common.token_index import read_index, write_index
 from common.tokenizer import encode_batch, tokenizer_fingerprint
 
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, documents + 1
-DTYPES = {  # codes 9 and 10 are PaddleNLP's
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
-    6: np.float64, 7: np.float32, 8: np.uint16, 9: np.uint32, 10: np.uint64,
-}  # fmt: skip
 BATCH_DOCUMENTS = 1_000  # tokenized at once: enough to fill the cores, little enough to stay small in memory
 
 
@@ -58,7 +51,7 @@ class TokenStore:
         for path in (bin_path, idx_path):
             if not path.exists():
                 raise InputError(f"{path}: no such file. A token store is a pair of {bin_path.name}, {idx_path.name}.")
-        dtype, sizes, pointers, document_index = _read_index(idx_path)
+        dtype, sizes, pointers, document_index = read_index(idx_path)
         if bin_path.stat().st_size != int(sizes.sum(dtype=np.int64)) * dtype.itemsize:
             raise InputError(
                 f"{bin_path}: {bin_path.stat().st_size:,} bytes, but {idx_path.name} describes "
@@ -67,7 +60,9 @@ class TokenStore:
         starts = np.zeros(len(sizes) + 1, dtype=np.int64)
         np.cumsum(sizes, out=starts[1:])
         if not np.array_equal(pointers, starts[:-1] * dtype.itemsize):
-            raise InputError(f"{idx_path}: its sequences overlap or leave gaps; such a pair is not read.")
+            raise InputError(
+                f"{idx_path}: its sequences overlap or leave gaps; write the pair again, one sequence after the other."
+            )
         empty = bin_path.stat().st_size == 0
         self.tokens = np.zeros(0, dtype) if empty else np.memmap(bin_path, dtype=dtype, mode="r")
         self.document_starts = starts[document_index]
@@ -186,7 +181,7 @@ def write_token_store(
                 progress.update(len(batch))
             bin_file.flush()
             os.fsync(bin_file.fileno())
-        _write_index(f"{partial}.idx", np.frombuffer(sizes, np.int32), dtype)
+        write_index(f"{partial}.idx", np.frombuffer(sizes, np.int32), dtype)
         np.save(f"{partial}.hashes.npy", np.frombuffer(hashes, np.uint64))
         counts = {"documents": len(sizes), "tokens": int(np.frombuffer(sizes, np.int32).sum(dtype=np.int64))}
         sidecar = json.dumps({**counts, **describe()}, indent=1, ensure_ascii=False)
@@ -205,43 +200,3 @@ def write_token_store(
         for name in names:
             Path(f"{partial}{name}").unlink(missing_ok=True)
     return TokenStore(prefix)
-
-
-def _write_index(path: str, sizes: np.ndarray, dtype: np.dtype) -> None:
-    """Write the ``.idx`` of documents of one sequence each. Pointers are int64 all the way: past 2 GiB too."""
-    code = next(code for code, known in DTYPES.items() if np.dtype(known) == dtype)
-    pointers = np.zeros(len(sizes), dtype=np.int64)
-    np.cumsum(sizes[:-1], out=pointers[1:], dtype=np.int64)
-    with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(sizes) + 1))
-        file.write(sizes.astype("<i4").tobytes())
-        file.write((pointers * dtype.itemsize).astype("<i8").tobytes())
-        file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _read_index(path: Path) -> tuple[np.dtype, np.ndarray, np.ndarray, np.ndarray]:
-    """Return dtype, sizes (sequences,), byte pointers (sequences,), document_index (documents + 1,)."""
-    file_bytes = path.stat().st_size
-    with path.open("rb") as file:
-        header = file.read(HEADER.size)
-    if len(header) < HEADER.size or header[:9] != MAGIC:
-        raise InputError(f"{path}: not a token store index (it does not begin with MMIDIDX).")
-    _, version, code, sequences, documents = HEADER.unpack(header)
-    if version != 1 or code not in DTYPES:
-        raise InputError(f"{path}: version {version}, dtype code {code}; known are version 1 and codes 1 to 10.")
-    expected = HEADER.size + 12 * sequences + 8 * documents
-    if file_bytes not in (expected, expected + sequences):  # multimodal pairs end with a byte per sequence
-        raise InputError(
-            f"{path}: {file_bytes:,} bytes, but its header ({sequences:,} sequences, {documents:,} document marks) "
-            f"needs {expected:,}. It is cut off or damaged."
-        )
-    body = np.memmap(path, dtype=np.uint8, mode="r", offset=HEADER.size)
-    sizes = body[: 4 * sequences].view("<i4")
-    pointers = body[4 * sequences : 12 * sequences].view("<i8")
-    document_index = body[12 * sequences : 12 * sequences + 8 * documents].view("<i8")
-    rising = documents > 0 and document_index[0] == 0 and bool((np.diff(document_index) >= 0).all())
-    if not rising or document_index[-1] != sequences or (len(sizes) and sizes.min() < 0):
-        raise InputError(f"{path}: negative sizes, or document marks that do not rise from 0 to {sequences:,}.")
-    return np.dtype(DTYPES[code]), sizes, pointers, document_index

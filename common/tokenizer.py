@@ -10,7 +10,8 @@ from uuid import uuid4
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.arguments import SharedArguments
-from common.corpus import CorpusCounts, content_hash, held_out_below, read_documents, source_fingerprint
+from common.corpus import CorpusCounts, read_documents, source_fingerprint
+from common.held_out import content_hash, held_out_below
 from common.hub import fetch_tokenizer
 from common.messages import InputError, say
 

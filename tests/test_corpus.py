@@ -13,7 +13,8 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from common.corpus import CorpusCounts, content_hash, held_out_below, read_documents
+from common.corpus import CorpusCounts, read_documents
+from common.held_out import content_hash, held_out_below
 from common.messages import InputError
 
 DOCUMENTS = ["one\ntwo", "今天天气很好。", 'naïve café 😀 \\ "quoted"']

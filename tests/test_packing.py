@@ -6,6 +6,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
+from common.held_out import held_out_documents
 from common.messages import InputError
 from common.packing import (
     IGNORED_ROW,
@@ -14,7 +15,6 @@ from common.packing import (
     PackedRows,
     TrainingOrder,
     collate_rows,
-    held_out_documents,
     split_rows,
 )
 from common.token_store import TokenStore, write_token_store

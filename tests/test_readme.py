@@ -39,9 +39,8 @@ def test_every_launch_line_is_understood_by_the_recipe(name, monkeypatch):
     for line in launches:
         words = shlex.split(line.split("accelerate launch")[1], comments=True)
         recipe = next(word for word in words if word.startswith("recipes/"))
-        if recipe == "recipes/mine.py":
-            continue
-        module = load_recipe(recipe.removeprefix("recipes/").removesuffix(".py"))
+        # recipes/mine.py is the reader's copy, made by the line above it.
+        module = load_recipe(recipe.removeprefix("recipes/").removesuffix(".py").replace("mine", "wiki_zh_scratch"))
         monkeypatch.setattr(module, "check_launch", stop)
         with pytest.raises(Understood):
             module.main(words[words.index(recipe) + 1 :])

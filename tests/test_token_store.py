@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import common.token_index as token_index
 import common.token_store as token_store
 from common.messages import InputError
 from common.token_store import TokenStore, write_token_store
@@ -61,7 +62,7 @@ def test_what_is_written_is_read(tmp_path_factory, documents):
 def test_a_document_of_several_sequences_is_one_document(tmp_path):
     """[[1, 2], [3]] and [[4, 5]]: two documents, of two sequences and one."""
     sizes, pointers, documents = [2, 1, 2], [0, 4, 6], [0, 2, 3]
-    header = token_store.HEADER.pack(token_store.MAGIC, 1, 8, 3, 3)
+    header = token_index.HEADER.pack(token_index.MAGIC, 1, 8, 3, 3)
     body = np.array(sizes, "<i4").tobytes() + np.array(pointers, "<i8").tobytes() + np.array(documents, "<i8").tobytes()
     (tmp_path / "pair.idx").write_bytes(header + body)
     (tmp_path / "pair.bin").write_bytes(GOLDEN_BIN)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.arguments import SharedArguments
-from common.corpus import content_hash
+from common.held_out import content_hash
 from common.messages import InputError
 from common.tokenizer import (
     END_TOKEN,

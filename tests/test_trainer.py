@@ -1,10 +1,15 @@
-"""Clocks and samples."""
+"""Clocks, samples, and a disk that fills up while saving."""
+
+import errno
 
 import pytest
 import torch
+from conftest import small_run
+from transformers import Trainer
 
 import common.trainer as trainer
 from common.callbacks import generate_samples
+from common.messages import InputError
 from common.model import model_from_config
 from common.tokenizer import train_tokenizer
 
@@ -37,3 +42,23 @@ def test_samples_leave_the_training_as_it_was():
     assert torch.equal(torch.get_rng_state(), before) and model.training
     assert first == generate_samples(model, tokenizer, ["地球", "太阳"], 1, torch.device("cpu"))
     assert first != generate_samples(model, tokenizer, ["地球", "太阳"], 2, torch.device("cpu"))
+
+
+def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, tmp_path, monkeypatch):
+    """The second checkpoint is cut off; the first goes on to the end once there is room."""
+    save = Trainer._save_checkpoint
+
+    def full_at_step_4(self, *args):
+        if self.state.global_step == 4:
+            (tmp_path / "checkpoint-4").mkdir()
+            raise OSError(errno.ENOSPC, "No space left on device")
+        save(self, *args)
+
+    flags = small_run(cache_dir, tmp_path, "--save_steps", "2", "--eval_strategy", "no")
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full_at_step_4)
+    with pytest.raises(InputError, match="checkpoint-4: no space left while saving"):
+        wiki.main(flags)
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.setattr(Trainer, "_save_checkpoint", save)
+    wiki.main(flags)
+    assert (tmp_path / "all_results.json").exists()
