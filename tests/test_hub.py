@@ -157,7 +157,8 @@ def test_a_data_file_is_downloaded_once(hub, tmp_path):
 def test_what_a_hub_does_not_have(hub, tmp_path):
     result = fetch(f"fetch_data_file('owner/small', 'other.json', {str(tmp_path)!r})", hub.server_port, tmp_path)
     assert result.returncode == 1
-    assert "cannot fetch other.json of data set owner/small:\n  ModelScope: " in result.stderr
+    assert "cannot fetch other.json of data set owner/small:\n  ModelScope's cache: " in result.stderr
+    assert "\n  ModelScope: " in result.stderr and "\n  Hugging Face (http://127.0.0.1:" in result.stderr
     assert "Three ways on" in result.stderr and "Traceback" not in result.stderr
 
 
