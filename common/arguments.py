@@ -7,14 +7,30 @@ from dataclasses import dataclass, field
 class SharedArguments:
     """Flags beside ``transformers.TrainingArguments``."""
 
-    data: str | None = field(
+    data: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Documents to train on: a .json, .jsonl (also .gz, .zst), .txt or .parquet file, a token store "
-            "(its .bin file), or a Hugging Face data set id."
+            "help": "Documents to train on, one source or several: a .json, .jsonl, .txt, .csv or .parquet file (also "
+            ".gz, .zst, .bz2, .xz), a folder or a 'glob' of them, a token store (its .bin file, or a folder of such), "
+            "or a data set id of ModelScope or Hugging Face."
         },
     )
-    text_field: str = field(default="text", metadata={"help": "Name of the field that holds a document's text."})
+    data_weights: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Mix the sources of --data by these weights, one for each, instead of taking every row once a pass."
+        },
+    )
+    text_field: str | None = field(
+        default=None,
+        metadata={
+            "help": "Field that holds a document's text, or a template such as '{title}\\n\\n{text}'. Found among the "
+            "usual names if left out."
+        },
+    )
+    keep_duplicates: bool = field(
+        default=False, metadata={"help": "Train on exact copies of a document too, instead of leaving them out."}
+    )
     skip_malformed: bool = field(
         default=False, metadata={"help": "Count malformed documents in the ledger and go on, instead of stopping."}
     )
@@ -34,8 +50,24 @@ class SharedArguments:
     held_out_fraction: float = field(
         default=0.005, metadata={"help": "Share of the documents held out for evaluation (at least one document)."}
     )
+    split: str | None = field(
+        default=None,
+        metadata={
+            "help": "Split by order instead, as PaddleNLP and Megatron do: shares such as 949,50,1 for training, "
+            "evaluation, and a test after training."
+        },
+    )
     max_eval_rows: int | None = field(
-        default=None, metadata={"help": "Evaluate on the first N held-out rows only (said in the results)."}
+        default=None,
+        metadata={"help": "Evaluate on the first N held-out rows of each source only (said in the results)."},
+    )
+    packing: str = field(
+        default="cross",
+        metadata={
+            "help": "cross: rows are windows over the stream of documents. isolated: the same rows, but documents do "
+            "not see each other.",
+            "choices": ["cross", "isolated"],
+        },
     )
     cache_dir: str = field(default="data/cache", metadata={"help": "Where tokenized data is kept and found again."})
     swanlab: str = field(

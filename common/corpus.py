@@ -1,206 +1,195 @@
-"""Sources -> documents: json, jsonl (plain, .gz, .zst, .bz2, .xz), txt, parquet, or a Hugging Face data set id.
+"""A source -> the text of its documents, streamed, counted, and nothing lost."""
 
-Everything is streamed: memory does not grow with the file. JSON and text are read here, because an error has to
-name its line, a large array has to stay out of memory, and a compressed file that is cut off has to be noticed;
-everything else goes through ``datasets`` in streaming.
-"""
+import re
+import string
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
 
-import bz2
-import gzip
-import io
-import json
-import lzma
-import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from itertools import groupby
-from pathlib import Path
+from common.files import CountedFile, format_of, not_utf8
+from common.messages import InputError, say
+from common.readers import TEXT_FIELDS, Records, file_records
+from common.sources import Source
 
-from common.hub import check_hugging_face_answers, three_ways_on
-from common.messages import InputError
-
-OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-COMPRESSIONS = {*OPENERS, ".zst"}
-FORMATS = {".json", ".jsonl", ".ndjson", ".txt", ".parquet"}
-DAMAGE = (OSError, EOFError, lzma.LZMAError, zlib.error)  # what these raise on a damaged file
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows editors write it
+PLACES_SHOWN = 10  # of malformed documents, and of files without any
+# White space, control and format characters: what a document without text is made of.
+BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
+NOT_BLANK = re.compile(f"[^{re.escape(BLANK)}]")
 
 
 @dataclass
 class CorpusCounts:
-    """What a pass over a source met. ``documents`` are those handed out; ``text_bytes`` is their UTF-8 size."""
+    """What a pass over a source met.
+
+    Attributes:
+        documents: those handed out; ``text_bytes`` is their UTF-8 size.
+        empty: those of white space, control and format characters only.
+        malformed: those that cannot be read; ``first_malformed`` says of a few where they are, and what is wrong.
+        file_bytes: read of local files so far, as they are on disk; beside ``Source.size_bytes``, for showing progress.
+    """
 
     documents: int = 0
     text_bytes: int = 0
     empty: int = 0
     malformed: int = 0
+    file_bytes: int = 0
+    first_malformed: list[str] = field(default_factory=list)
 
 
-def read_documents(source: str, text_field: str, skip_malformed: bool, counts: CorpusCounts) -> Iterator[str]:
-    """Yield the text of every document of ``source``, counting into ``counts`` as it goes.
+def read_documents(source: Source, text_field: str | None, skip_malformed: bool, counts: CorpusCounts) -> Iterator[str]:
+    """Yield the text of every document of ``source`` in order, adding to ``counts`` as it goes.
 
-    Dropped, and counted: documents of white space only (``empty``) and, with ``skip_malformed``, those that cannot be
-    read (``malformed``).
+    Dropped, and counted: documents without text (``empty``) and, with ``skip_malformed``, those that cannot be read
+    (``malformed``). The text is handed out as it is, white space and NUL characters included.
+
+    Args:
+        text_field: a field's name ("meta.text" is the field "text" of the field "meta"); or a template of several such
+            as "{title}\\n\\n{text}", where a backslash and an n, as a shell hands it over, are a line break; or None:
+            the one field of the first record whose name is in TEXT_FIELDS. A .txt file has no fields: all is text.
 
     Raises:
-        InputError: a missing or empty file, an unknown format, a malformed document (file and line), a missing
-            text field (naming the fields there are), no document at all.
+        InputError: a malformed document (named by file and line), a missing field (naming the fields there are), what
+            ``file_records`` and ``hub_records`` raise, no document at all.
     """
-    for where, record in _records(source):
+    if source.token_store is not None:
+        raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
+    found, malformed, without = counts.documents, counts.malformed, []
+    for name, records, names, pattern in _parts(source, text_field, counts):
+        found_before = counts.documents
+        yield from _documents(records, names, pattern, skip_malformed, counts)
+        if counts.documents == found_before:
+            without.append(name)
+    if counts.documents == found:
+        raise InputError(f"{source.given}: no document in it ({counts.empty} empty, {counts.malformed} malformed).")
+    if without:
+        say(f"note: no document in {len(without):,} files of {source.given}: {_some(without)}")
+    if counts.malformed > malformed:
+        say(f"note: {counts.malformed - malformed:,} malformed documents of {source.given} were skipped, the first:")
+        say("\n".join(f"  {place}" for place in counts.first_malformed))
+
+
+def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iterator[tuple]:
+    """Yield (name, records, and how their text is made: names, pattern) of every file, or of the one data set."""
+    if source.hub_id is not None:
+        from common.hub_data import hub_records
+
+        names, pattern = parse_text_field(text_field or _detect_text_field(source, hub_records(source.hub_id)))
+        yield source.given, hub_records(source.hub_id, names), names, pattern
+        return
+    if text_field is None:
+        paths = [path for path in source.files if format_of(path.name) != ".txt"]
+        first = chain.from_iterable(file_records(str(path), partial(path.open, "rb")) for path in paths)
+        text_field = _detect_text_field(source, first)
+    bytes_before = counts.file_bytes
+
+    def count_bytes(read: int) -> None:
+        counts.file_bytes += read
+
+    for path in source.files:
+        names, pattern = parse_text_field("text" if format_of(path.name) == ".txt" else text_field)
+        yield str(path), file_records(str(path), partial(CountedFile, path, count_bytes), names), names, pattern
+        bytes_before += path.stat().st_size
+        counts.file_bytes = bytes_before  # a table's other columns are not read, the start of a .json file twice
+
+
+def _documents(
+    records: Records, names: list[str], pattern: str, skip_malformed: bool, counts: CorpusCounts
+) -> Iterator[str]:
+    for where, record in records:
         try:
-            text = _text_of(record, text_field)
+            text = text_of(record, names, pattern)
+            size = len(text.encode())
         except ValueError as error:
+            reason = "not valid Unicode or not UTF-8" if isinstance(error, UnicodeEncodeError) else error
             if not skip_malformed:
-                raise InputError(
-                    f"{where}: {error}. Nothing was trained. Repair it, or count and skip such documents "
-                    "with --skip_malformed."
-                ) from None
+                advice = "Repair it, or count and skip such documents with --skip_malformed."
+                raise InputError(f"{where}: {reason}. {advice}") from None
             counts.malformed += 1
+            if len(counts.first_malformed) < PLACES_SHOWN:
+                counts.first_malformed.append(f"{where}: {reason}")
             continue
-        if not text.strip():
+        if not text:
             counts.empty += 1
             continue
         counts.documents += 1
-        counts.text_bytes += len(text.encode())
+        counts.text_bytes += size
         yield text
-    if counts.documents == 0:
-        raise InputError(f"{source}: no document in it ({asdict(counts)}).")
 
 
-def source_fingerprint(source: str) -> dict:
-    """Identify ``source`` as far as can be seen without reading it: name, size and modification time, or hub id."""
-    path = Path(source)
-    if not path.exists():
-        return {"hub_id": source}
-    status = path.stat()
-    return {"file": path.name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns}
+def parse_text_field(text_field: str) -> tuple[list[str], str]:
+    """Return the names of the fields that make a document's text, and the pattern with one %s for each.
+
+    Raises:
+        InputError: braces that do not match, or nothing or something else than a field's name in them.
+    """
+    if "{" not in text_field:
+        return [text_field], "%s"
+    try:
+        parsed = list(string.Formatter().parse(text_field.replace("\\n", "\n").replace("\\t", "\t")))
+        names = [name for _, name, _, _ in parsed if name is not None]
+        if not all(names) or any(spec or conversion for _, _, spec, conversion in parsed):
+            raise ValueError("between braces stands the name of a field alone")
+        if not names:
+            raise ValueError("it names no field")
+    except ValueError as error:
+        raise InputError(f"--text_field {text_field!r}: {error}. An example: '{{title}}\\n\\n{{text}}'.") from None
+    return names, "".join(literal.replace("%", "%%") + ("" if name is None else "%s") for literal, name, _, _ in parsed)
 
 
-def _text_of(record, text_field: str) -> str:
-    """Return the text of a record; raise ValueError saying what is wrong with it."""
+def text_of(record: object, names: list[str], pattern: str) -> str:
+    """Return the text of a record, "" if all the fields in it are blank; raise ValueError saying what is wrong."""
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
-        raise ValueError(f"expected an object with a field {text_field!r}, found {type(record).__name__}")
-    if text_field not in record:
-        raise ValueError(f"no field {text_field!r}; the fields are {sorted(record)} (choose one with --text_field)")
-    text = record[text_field]
-    if not isinstance(text, str):
-        raise ValueError(f"field {text_field!r} holds {type(text).__name__}, not text")
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:  # a lone surrogate, which no tokenizer takes
-        raise ValueError(f"field {text_field!r} is not valid Unicode ({error.reason})") from None
-    return text
+        raise ValueError(f"expected an object with a field {names[0]!r}, found {type(record).__name__}")
+    values = [_value(record, name) for name in names]
+    return pattern % tuple(values) if any(map(NOT_BLANK.search, values)) else ""
 
 
-def _records(source: str) -> Iterator[tuple[str, object]]:
-    """Yield (where, record) pairs; a record that cannot be parsed is a ValueError in its place."""
-    path = Path(source)
-    if not path.exists():
-        if path.suffix in FORMATS | COMPRESSIONS or source.startswith((".", "/")) or source.count("/") != 1:
-            raise InputError(f"{source}: no such file. Give --data a file that exists, or a hub id like owner/name.")
-        check_hugging_face_answers(source)
-        yield from _dataset_records(source, source)
-        return
-    if path.is_dir():
-        raise InputError(f"{source}: is a folder. Give --data one file.")
-    if path.stat().st_size == 0:
-        raise InputError(f"{source}: the file is empty.")
-    kind = path.suffixes[-2] if path.suffix in COMPRESSIONS and len(path.suffixes) > 1 else path.suffix
-    if kind in {".json", ".jsonl", ".ndjson"}:
-        yield from _json_records(path)
-    elif kind == ".txt":
-        yield from _stream_records(path, _paragraph_records)
-    elif kind == ".parquet":
-        yield from _dataset_records(source, "parquet", data_files=source)
-    else:
-        raise InputError(
-            f"{source}: unknown format {kind!r}. Known are .parquet, and .json, .jsonl and .txt, "
-            f"also with one of {' '.join(sorted(COMPRESSIONS))} behind it."
-        )
-
-
-def _open(path: Path) -> io.BufferedIOBase:
-    if path.suffix == ".zst":
-        import pyarrow  # zstandard's own reader takes a file that is cut off for a shorter one
-
-        return io.BufferedReader(pyarrow.input_stream(str(path), compression="zstd"), 1 << 20)
-    return OPENERS.get(path.suffix, open)(path, "rb")
-
-
-def _json_records(path: Path) -> Iterator[tuple[str, object]]:
-    """A file that starts with '[' is one array; anything else is one JSON object a line."""
-    with _open(path) as stream:
-        head = b""
+def _value(record: dict, name: str) -> str:
+    value: object = record
+    for part in [name] if name in record else name.split("."):
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"no field {name!r}; the fields are {_field_names(record)} (choose with --text_field)")
+        value = value[part]
+    if isinstance(value, bytes):  # a .parquet column that is not marked as text
         try:
-            while not head.strip(b" \t\r\n" + BYTE_ORDER_MARK):
-                chunk = stream.read(1)
-                if not chunk:
-                    raise InputError(f"{path}: nothing but white space in it.")
-                head += chunk
-        except DAMAGE as error:
-            raise InputError(f"{path}: cannot be read ({error}).") from None
-    yield from _stream_records(path, _array_records if head.endswith(b"[") else _line_records)
-
-
-def _stream_records(path: Path, reader: Callable) -> Iterator[tuple[str, object]]:
-    """Yield what ``reader`` finds in the decompressed bytes of ``path``, less a byte order mark."""
-    try:
-        with _open(path) as stream:
-            if stream.peek(3).startswith(BYTE_ORDER_MARK):
-                stream.read(3)
-            yield from reader(path, stream)
-    except DAMAGE as error:
-        raise InputError(f"{path}: damaged or cut off ({error}). Fetch it again.") from None
-
-
-def _line_records(path: Path, stream) -> Iterator[tuple[str, object]]:
-    for number, line in enumerate(stream, start=1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line.decode())
-        except (ValueError, RecursionError) as error:  # also UnicodeDecodeError
-            record = ValueError(f"malformed line ({error})")
-        yield f"{path}, line {number}", record
-
-
-def _paragraph_records(path: Path, stream) -> Iterator[tuple[str, object]]:
-    """Documents are separated by blank lines."""
-    for blank, numbered in groupby(enumerate(stream, start=1), lambda numbered: not numbered[1].strip()):
-        if blank:
-            continue
-        numbers, lines = zip(*numbered, strict=True)
-        try:
-            record = {"text": b"".join(lines).decode().replace("\r\n", "\n").removesuffix("\n")}
+            value = value.decode()
         except UnicodeDecodeError as error:
-            record = error
-        yield f"{path}, line {numbers[0]}", record
+            raise not_utf8(error) from None
+    if not isinstance(value, str):
+        raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
+    return value
 
 
-def _array_records(path: Path, stream) -> Iterator[tuple[str, object]]:
-    import ijson
+def _detect_text_field(source: Source, records: Records) -> str:
+    """Return the field of a document's text, judged by the first record; say which it is."""
+    where, record = next(((where, record) for where, record in records if isinstance(record, dict)), (None, None))
+    if record is None:
+        return TEXT_FIELDS[0]  # for reading on: why there is no record is said there
+    usual = [name for name in record if name.lower() in TEXT_FIELDS]
+    usual = [name for name in usual if isinstance(record[name], str)] if len(usual) > 1 else usual
+    if len(usual) != 1:
+        reason = f"may be in any of {usual}" if usual else f"is in none of the usual fields ({', '.join(TEXT_FIELDS)})"
+        raise InputError(
+            f"{where}: the text {reason}. Choose with --text_field; the fields are {_field_names(record)}."
+        )
+    say(f"{source.given}: the text is in field {usual[0]!r}")
+    return usual[0]
 
-    number = 0
-    try:
-        for number, record in enumerate(ijson.items(stream, "item"), start=1):
-            yield f"{path}, item {number}", record
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        # What follows a syntax error in an array cannot be found again, so this is never skipped.
-        reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: the array is malformed after item {number} ({reason}). Repair the file.") from None
+
+def _field_names(record: dict) -> list[str]:
+    names = [
+        f"{name}.{inner}" if inner else name
+        for name, value in record.items()
+        for inner in (sorted(value) if isinstance(value, dict) and value else [""])
+    ]
+    return sorted(name[:60] for name in names)[:40]
 
 
-def _dataset_records(source: str, *args, **kwargs) -> Iterator[tuple[str, object]]:
-    """Stream through ``datasets``."""
-    import datasets
-
-    try:
-        dataset = datasets.load_dataset(*args, split="train", streaming=True, **kwargs)
-        for number, record in enumerate(dataset, start=1):
-            yield f"{source}, document {number}", record
-    except (OSError, EOFError, RuntimeError, ValueError) as error:
-        if Path(source).exists():
-            raise InputError(f"{source}: cannot be read ({error}).") from None
-        raise InputError(f"data set {source!r} cannot be streamed ({error}).\n{three_ways_on('--data')}") from None
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - PLACES_SHOWN:,} more" if len(names) > PLACES_SHOWN else ""
+    return ", ".join(names[:PLACES_SHOWN]) + more

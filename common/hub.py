@@ -2,13 +2,13 @@
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.messages import InputError, say
 
 PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
-HUGGING_FACE = "https://huggingface.co"
+HUGGING_FACE, HUGGING_FACE_MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
 TOKENIZER_VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken"]
 
@@ -84,29 +84,38 @@ def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
 def check_hugging_face_answers(data_set: str) -> None:
     """Raise InputError within PROBE_SECONDS if the hub that ``data_set`` would be streamed from does not answer."""
     endpoint = os.environ.get("HF_ENDPOINT", HUGGING_FACE)
-    if not _answering([endpoint]):
+    if not answering_hubs([endpoint]):
         raise InputError(f"data set {data_set}: {endpoint} does not answer.\n{three_ways_on('--data')}")
+
+
+def hub_endpoints() -> dict[str, str]:
+    """Return the hubs and their URLs in the order in which they are asked."""
+    modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
+    endpoints = {"ModelScope": modelscope or "https://www.modelscope.cn"}
+    for url in (os.environ.get("HF_ENDPOINT") or HUGGING_FACE, HUGGING_FACE_MIRROR):
+        endpoints[f"Hugging Face ({url})"] = url.rstrip("/")
+    return {hub: url if "://" in url else f"https://{url}" for hub, url in endpoints.items()}
 
 
 def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, complete: Callable[[Path], bool]) -> str:
     """Try the caches of both hubs, then every hub that answers; the first complete result wins."""
-    modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
-    hubs = {"ModelScope": (modelscope or "https://www.modelscope.cn", from_modelscope)}
-    for endpoint in (os.environ.get("HF_ENDPOINT", HUGGING_FACE), "https://hf-mirror.com"):
-        hubs[f"Hugging Face ({endpoint})"] = (endpoint, from_hugging_face)
     failures = []
     for cache, fetch in (("ModelScope's cache", from_modelscope), ("Hugging Face's cache", from_hugging_face)):
         path, reason = _attempt(fetch, complete, local_files_only=True)
         if path is not None:
             return path
         failures.append(f"  {cache}: {reason}")
-    answering = _answering([url for url, _ in hubs.values()])
-    for hub, (url, fetch) in hubs.items():
+    endpoints = hub_endpoints()
+    answering = answering_hubs(endpoints.values())
+    for hub, url in endpoints.items():
         if url not in answering:
             failures.append(f"  {hub}: does not answer")
             continue
         say(f"fetching {what} from {hub}")
-        path, reason = _attempt(fetch, complete, **({} if fetch is from_modelscope else {"endpoint": url}))
+        if hub == "ModelScope":
+            path, reason = _attempt(from_modelscope, complete)
+        else:
+            path, reason = _attempt(from_hugging_face, complete, endpoint=url)
         if path is not None:
             return path
         failures.append(f"  {hub}: {reason}")
@@ -122,7 +131,7 @@ def _attempt(fetch: Callable, complete: Callable[[Path], bool], **where) -> tupl
     return (path, "") if complete(Path(path)) else (None, "does not have it")
 
 
-def _answering(urls: list[str]) -> set[str]:
+def answering_hubs(urls: Iterable[str]) -> set[str]:
     """Return the URLs that answer an HTTP request within PROBE_SECONDS, asked all at once.
 
     Daemon threads, because a name look-up on a dead network ignores every timeout that Python offers.
@@ -133,7 +142,7 @@ def _answering(urls: list[str]) -> set[str]:
 
     def probe(url: str) -> None:
         try:
-            requests.head(url if "://" in url else f"https://{url}", timeout=PROBE_SECONDS / 2)
+            requests.head(url, timeout=PROBE_SECONDS / 2)
             answering.add(url)
         except requests.RequestException:
             pass

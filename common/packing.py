@@ -1,22 +1,20 @@
-"""Token store -> fixed-length rows, the held-out split, the order of training, and the token ledger."""
+"""Token stores -> rows of fixed length: of one store, and of several joined."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from common.held_out import held_out_documents
-from common.messages import InputError
+from common.attention import document_positions
+from common.order import IGNORED_ROW
 from common.token_store import TokenStore
 
-IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and trains nothing
 IGNORED_TARGET = -100  # torch's cross_entropy skips such targets
 
 
-class PackedRows(Dataset):
+class PackedRows:
     """The chosen documents of a store as one stream, cut into rows.
 
     Row i is the window of context_length + 1 tokens that starts at i * context_length: its first context_length
@@ -24,12 +22,24 @@ class PackedRows(Dataset):
     the stream but the first is a target exactly once. Documents follow each other without gap, each closed by its
     end-of-document token. Dropped: the last partial row, ``dropped_tokens`` < context_length + 1.
 
-    A row is found in O(log gaps) on the memory map, where a gap is a run of documents of the other split.
+    Isolated rows also have ``position_ids`` that start again at 0 with every document, by which attention stays
+    within it (common/attention.py), and the first token of a document is no target: nothing before it foretells it.
+    (Source: Qwen's maintainers, https://github.com/QwenLM/Qwen/issues/427)
+
+    A row is found in O(log documents) on the memory map.
     """
 
-    def __init__(self, store: TokenStore, chosen: np.ndarray, context_length: int, max_rows: int | None = None):
+    def __init__(
+        self,
+        store: TokenStore,
+        chosen: np.ndarray,
+        context_length: int,
+        isolated: bool = False,
+        max_rows: int | None = None,
+    ):
         """``chosen``: bool mask over the store's documents, shape (documents,)."""
-        self.tokens, self.context_length = store.tokens, context_length
+        self.tokens, self.document_starts = store.tokens, store.document_starts
+        self.context_length, self.isolated = context_length, isolated
         edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))  # runs of chosen documents
         self.run_starts = store.document_starts[edges[0::2]]  # in the store
         run_lengths = store.document_starts[edges[1::2]] - self.run_starts
@@ -38,7 +48,6 @@ class PackedRows(Dataset):
         self.stream_tokens = int(self.stream_starts[-1])
         self.whole_rows = max(0, (self.stream_tokens - 1) // context_length)
         self.rows = self.whole_rows if max_rows is None else min(self.whole_rows, max_rows)
-        self._target_bytes: int | None = None
 
     @property
     def row_tokens(self) -> int:
@@ -50,40 +59,90 @@ class PackedRows(Dataset):
         """Tokens of the last partial row."""
         return self.stream_tokens - self.row_tokens
 
-    def target_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return the UTF-8 size of the text that the rows' targets decode to; end-of-document tokens weigh nothing."""
-        if self._target_bytes is None:
-            targets = self.window(1, self.rows * self.context_length)
-            text = tokenizer.decode(targets[targets != tokenizer.eos_token_id], clean_up_tokenization_spaces=False)
-            self._target_bytes = len(text.encode())
-        return self._target_bytes
-
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """Return ``input_ids`` and ``shift_labels``, int64, shape (context_length,) each."""
-        if row == IGNORED_ROW:
-            return {
-                "input_ids": torch.zeros(self.context_length, dtype=torch.int64),
-                "shift_labels": torch.full((self.context_length,), IGNORED_TARGET, dtype=torch.int64),
-            }
+        """Return ``input_ids``, ``shift_labels`` and, isolated, ``position_ids``: int64, (context_length,) each."""
         if not 0 <= row < self.rows:
             raise IndexError(row)
-        window = torch.from_numpy(self.window(row * self.context_length, self.context_length + 1))
-        return {"input_ids": window[:-1], "shift_labels": window[1:]}
+        start = row * self.context_length
+        window = torch.from_numpy(self.window(start, self.context_length + 1))
+        inputs, targets = window[:-1], window[1:]
+        if not self.isolated:
+            return {"input_ids": inputs, "shift_labels": targets}
+        starts = self.starts_in(start, self.context_length + 1)
+        targets = targets.masked_fill(torch.from_numpy(starts[1:]), IGNORED_TARGET)
+        positions = torch.from_numpy(document_positions(starts[:-1]))
+        return {"input_ids": inputs, "shift_labels": targets, "position_ids": positions}
 
     def window(self, start: int, length: int) -> np.ndarray:
-        """Return tokens [start, start + length) of the stream as int64, gathered from the runs they lie in."""
-        pieces = []
+        """Return tokens [start, start + length) of the stream as int64."""
+        pieces = [self.tokens[begin:end] for begin, end in self._pieces(start, length)]
+        return np.concatenate(pieces).astype(np.int64)
+
+    def starts_in(self, start: int, length: int) -> np.ndarray:
+        """Return which tokens [start, start + length) of the stream are the first of a document: bool, (length,)."""
+        mask, offset = np.zeros(length, dtype=bool), 0
+        for begin, end in self._pieces(start, length):
+            first, last = np.searchsorted(self.document_starts, [begin, end])
+            mask[offset + self.document_starts[first:last] - begin] = True
+            offset += end - begin
+        return mask
+
+    def targets(self) -> np.ndarray:
+        """Return every target of the rows in order, without the ignored ones: int64."""
+        length = self.rows * self.context_length
+        if length == 0:
+            return np.zeros(0, dtype=np.int64)
+        targets = self.window(1, length)
+        return targets[~self.starts_in(1, length)] if self.isolated else targets
+
+    def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int]]:
+        """Yield where the stream's tokens [start, start + length) lie in the store, run by run."""
         run = int(np.searchsorted(self.stream_starts, start, side="right")) - 1
         while length:
-            offset = start - self.stream_starts[run]
-            taken = min(length, int(self.stream_starts[run + 1] - start))
-            begin = int(self.run_starts[run] + offset)
-            pieces.append(self.tokens[begin : begin + taken])
+            begin = int(self.run_starts[run] + start - self.stream_starts[run])
+            taken = min(length, int(self.stream_starts[run + 1]) - start)
+            yield begin, begin + taken
             start, length, run = start + taken, length - taken, run + 1
-        return np.concatenate(pieces).astype(np.int64)
+
+
+class JoinedRows(Dataset):
+    """The rows of several sources, one after the other. ``weights`` says how training mixes them, if not evenly."""
+
+    def __init__(self, sources: list[PackedRows], weights: list[float] | None = None):
+        self.sources, self.weights = sources, weights
+        self.context_length = sources[0].context_length
+        self.first_rows = np.cumsum([0, *(len(rows) for rows in sources)])
+        self.documents = sum(rows.documents for rows in sources)
+        self.stream_tokens = sum(rows.stream_tokens for rows in sources)
+        self._target_bytes: int | None = None
+
+    def __len__(self) -> int:
+        return int(self.first_rows[-1])
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        if row == IGNORED_ROW:
+            zeros = torch.zeros(self.context_length, dtype=torch.int64)
+            ignored = {"input_ids": zeros, "shift_labels": torch.full_like(zeros, IGNORED_TARGET)}
+            return ignored | ({"position_ids": torch.arange(len(zeros))} if self.sources[0].isolated else {})
+        source = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        if not 0 <= source < len(self.sources):
+            raise IndexError(row)
+        return self.sources[source][row - int(self.first_rows[source])]
+
+    def targets(self) -> np.ndarray:
+        """Return every target of the rows in order, without the ignored ones: int64."""
+        return np.concatenate([rows.targets() for rows in self.sources])
+
+    def target_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
+        """Return the UTF-8 size of the text that the targets decode to; end-of-document tokens weigh nothing."""
+        if self._target_bytes is None:
+            targets = self.targets()
+            text = tokenizer.decode(targets[targets != tokenizer.eos_token_id], clean_up_tokenization_spaces=False)
+            self._target_bytes = len(text.encode())
+        return self._target_bytes
 
 
 def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -92,108 +151,17 @@ def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]
     ``labels`` repeats ``shift_labels``: transformers computes a loss only when there are labels, and then prefers
     the shifted ones.
     """
-    batch = {name: torch.stack([row[name] for row in rows]) for name in ("input_ids", "shift_labels")}
+    batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {**batch, "labels": batch["shift_labels"]}
 
 
-class TrainingOrder(Sampler):
-    """The row at every position of the whole run: pass after pass over the rows, each shuffled by (seed, pass).
-
-    Position p is row permutation[pass][p % rows] with pass = p // rows, so a step may span two passes, and resuming
-    is a seek: set ``start`` and iterate.
-
-    Attributes:
-        start, real, total: positions from ``start`` to ``real`` hold rows; those up to ``total`` are ignored rows,
-            which complete the last step.
-        length: what ``len`` says, in rows.
-    """
-
-    def __init__(self, rows: int, seed: int, start: int = 0, real: int = 0, total: int = 0):
-        self.rows, self.seed = rows, seed
-        self.start, self.real, self.total, self.length = start, real, total, total
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __iter__(self) -> Iterator[int]:
-        position = self.start
-        while position < self.real:
-            epoch, first = divmod(position, self.rows)
-            permutation = np.random.default_rng([self.seed, epoch]).permutation(self.rows)
-            last = min(self.rows, first + self.real - position)
-            yield from permutation[first:last].tolist()
-            position += last - first
-        yield from [IGNORED_ROW] * (self.total - max(position, self.real))
-
-
-@dataclass
-class Ledger:
-    """Where every token went: tokens_read = tokens_train + tokens_held_out + tokens_dropped."""
-
-    documents: int  # read, of both splits
-    documents_held_out: int
-    documents_empty: int  # white space only: no tokens, not among ``documents``
-    documents_malformed: int  # skipped at --skip_malformed, not among ``documents``
-    tokens_read: int  # with an end-of-document token for each document
-    tokens_train: int  # laid into training rows
-    tokens_held_out: int  # laid into held-out rows
-    tokens_dropped: int  # the last partial row of each split
-    tokens_trained: int = 0  # targets of the steps made, over all passes
-
-    @classmethod
-    def of(cls, store: TokenStore, train: PackedRows, held_out: PackedRows) -> "Ledger":
-        """Count the store and its two splits; raises AssertionError if a token is unaccounted for."""
-        ledger = cls(
-            documents=store.documents,
-            documents_held_out=held_out.documents,
-            documents_empty=store.sidecar.get("empty", 0),
-            documents_malformed=store.sidecar.get("malformed", 0),
-            tokens_read=len(store.tokens),
-            tokens_train=train.row_tokens,
-            tokens_held_out=held_out.row_tokens,
-            tokens_dropped=train.dropped_tokens + held_out.dropped_tokens,
-        )
-        laid = ledger.tokens_train + ledger.tokens_held_out + ledger.tokens_dropped
-        assert ledger.tokens_read == laid, f"the ledger does not add up: {asdict(ledger)}"
-        return ledger
-
-    def __str__(self) -> str:
-        return (
-            f"{self.tokens_read:,} tokens read ({self.documents:,} documents) = {self.tokens_train:,} train"
-            f" + {self.tokens_held_out:,} held out ({self.documents_held_out:,} documents)"
-            f" + {self.tokens_dropped:,} dropped (last partial rows)"
-            + (f"; {self.documents_empty:,} empty documents" if self.documents_empty else "")
-            + (f"; {self.documents_malformed:,} malformed documents skipped" if self.documents_malformed else "")
-        )
-
-
-def split_rows(store: TokenStore, fraction: float, context_length: int, max_eval_rows: int | None = None):
-    """Return (training rows, held-out rows, ledger) of a store.
-
-    Raises:
-        InputError: a split is shorter than one row.
-    """
-    if max_eval_rows is not None and max_eval_rows < 1:
-        raise InputError(f"--max_eval_rows {max_eval_rows}: must be at least 1, or left out to evaluate on all.")
-    mask = held_out_documents(store.document_hashes(), fraction)
-    train = PackedRows(store, ~mask, context_length)
-    held_out = PackedRows(store, mask, context_length, max_eval_rows)
-    for name, rows in (("training", train), ("held-out", held_out)):
-        if len(rows) == 0:
-            raise InputError(
-                f"the {name} documents hold {rows.stream_tokens:,} tokens, less than one row of {context_length:,} + 1."
-                " Give more text, a shorter --context_length, or another --held_out_fraction."
-            )
-    return train, held_out, Ledger.of(store, train, held_out)
-
-
-def unigram_loss(train: PackedRows, held_out: PackedRows, vocabulary_size: int) -> float:
+def unigram_loss(train: JoinedRows, held_out: JoinedRows, vocabulary_size: int) -> float:
     """Return the held-out loss, in nats a token, of predicting every token by its frequency in training.
 
-    The least that a model must beat. Counted over at most the first 10 million training tokens, one added to each
-    count.
+    The least that a model must beat. Counted over at most the first 10 million training tokens of each source, one
+    added to each count.
     """
-    read = min(train.stream_tokens, 10_000_000)
-    counts = 1 + np.bincount(train.window(0, read), minlength=vocabulary_size)
-    targets = held_out.window(1, held_out.rows * held_out.context_length)
-    return float(np.mean(np.log(counts.sum()) - np.log(counts[targets])))
+    counts = np.ones(vocabulary_size, dtype=np.int64)
+    for rows in train.sources:
+        counts += np.bincount(rows.window(0, min(rows.stream_tokens, 10_000_000)), minlength=vocabulary_size)
+    return float(np.mean(np.log(counts.sum()) - np.log(counts[held_out.targets()])))

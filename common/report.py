@@ -1,16 +1,17 @@
 """What a run leaves behind besides its checkpoint: result files, a picture of the losses, a summary."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
-from common.packing import Ledger
+from common.ledger import Ledger
 from common.trainer import PretrainingTrainer, mean_logged_loss
 
 
-def save_results(trainer: PretrainingTrainer, ledger: Ledger, held_out: dict[str, float]) -> dict:
+def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:
     """Write train_results.json, eval_results.json, all_results.json, trainer_state.json and loss_curve.png.
 
     Args:
+        ledgers: of each source.
         held_out: what ``trainer.evaluate()`` returned, and anything else known of the held-out documents.
 
     Returns:
@@ -18,6 +19,14 @@ def save_results(trainer: PretrainingTrainer, ledger: Ledger, held_out: dict[str
     """
     history = trainer.state.log_history
     seconds = max((entry["train_seconds"] for entry in history if "train_seconds" in entry), default=0.0)
+    rows_trained = trainer.order.counts(trainer.position)  # of each source
+    context_length = trainer.train_dataset.context_length
+    sources = {
+        name: ledger.trained(rows, context_length)
+        for (name, ledger), rows in zip(ledgers.items(), rows_trained, strict=True)
+    }
+    total = sum(sources.values(), Ledger())
+    total.check()
     train = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -25,7 +34,8 @@ def save_results(trainer: PretrainingTrainer, ledger: Ledger, held_out: dict[str
         "train_seconds": seconds,
         # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
         "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
-        "ledger": asdict(replace(ledger, tokens_trained=trainer.tokens_seen)),
+        "ledger": asdict(total),
+        "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
     trainer.save_metrics("eval", held_out)
     trainer.save_metrics("train", train)
@@ -38,17 +48,27 @@ def save_results(trainer: PretrainingTrainer, ledger: Ledger, held_out: dict[str
 def summary(results: dict) -> str:
     """Return the results of a run as a few lines for people."""
     ledger = Ledger(**results["ledger"])
+    sources = {name: Ledger(**entry) for name, entry in results["sources"].items()}
+    test = [f"test loss        {results['test_loss']:.4f} nats a token"] if "test_loss" in results else []
+    shares = [
+        f"  {name}: {source.rows_trained / max(ledger.rows_trained, 1):.2%} of the rows trained on,"
+        f" {source.rows_trained / max(source.rows_train, 1):.2f} passes; {source}"
+        for name, source in sources.items()
+        if len(sources) > 1
+    ]
     return "\n".join(
         [
             "",
             f"held-out loss    {results['eval_loss']:.4f} nats a token"
             f" (by token frequency alone: {results['eval_unigram_loss']:.4f})",
+            *test,
             f"perplexity       {results['eval_perplexity']:,.2f}",
             f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
             f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
             f" = {results['epochs']:.2f} passes over the training rows",
             f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",
             f"ledger           {ledger}",
+            *shares,
         ]
     )
 

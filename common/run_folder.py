@@ -9,6 +9,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from common.arguments import SharedArguments
 from common.messages import InputError, say
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
@@ -18,12 +19,23 @@ DECIDING = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
 ]  # fmt: skip
+DECIDING_ROWS = [
+    "context_length", "packing", "held_out_fraction", "split", "keep_duplicates", "data_weights",
+]  # fmt: skip
 
 
-def run_identity(recipe: str, model: dict, data: dict, training: TrainingArguments) -> dict:
+def run_identity(
+    recipe: str, model: dict, data: dict, arguments: SharedArguments, training: TrainingArguments
+) -> dict:
     """Describe a run by what decides its losses, as JSON types."""
-    arguments = training.to_dict()
-    return {"recipe": recipe, "model": model, "data": data, "training": {name: arguments[name] for name in DECIDING}}
+    rows = {name: getattr(arguments, name) for name in DECIDING_ROWS}
+    values = training.to_dict()
+    return {
+        "recipe": recipe,
+        "model": model,
+        "data": data | rows,
+        "training": {name: values[name] for name in DECIDING},
+    }
 
 
 def claim_output_folder(folder: str, identity: dict) -> None:

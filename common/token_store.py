@@ -1,202 +1,184 @@
-"""Documents -> a token store, and reading any such store.
+"""Reading token stores: tokens on disk, memory-mapped, in the pairs of files that the ecosystem writes.
 
-The store is the ecosystem's own format, Megatron's (and PaddleNLP's) pair of ``.bin`` (raw tokens) and ``.idx``
-(where each sequence and document is). Beside the pair we keep ``.json``, a sidecar that says where the tokens come
-from and which tokenizer made them, and ``.hashes.npy``, a 64-bit hash of each document's text, by which documents
-are held out.
+A pair is Megatron's (and PaddleNLP's) ``.bin`` (raw tokens) and ``.idx`` (where each sequence and document is), or the
+older ``_ids.npy`` and ``_idx.npz`` of PaddleNLP's GPT. Beside a pair of ours lie ``.json``, a sidecar that says where
+the tokens come from and which tokenizer made them, and ``.hashes.npy``, a 64-bit hash of each document's text, by
+which documents are held out and duplicates found. A folder of pairs is read as one store.
 """
 
 import errno
 import hashlib
-import json
-import os
-import shutil
-from array import array
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
-from itertools import islice
+from itertools import pairwise
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerBase
 
-from common.corpus import CorpusCounts, read_documents, source_fingerprint
-from common.held_out import content_hash
-from common.messages import InputError, say
-from common.token_index import read_index, write_index
-from common.tokenizer import encode_batch, tokenizer_fingerprint
-
-BATCH_DOCUMENTS = 1_000  # tokenized at once: enough to fill the cores, little enough to stay small in memory
+from common.document_hashes import files_key, hash_documents, keep, load_hashes
+from common.messages import InputError, is_main_process
+from common.splits import repeated
+from common.stored_array import CHUNK_TOKENS, JoinedTokens
+from common.token_pair import TokenPair, find_pairs, open_pair
 
 
 class TokenStore:
-    """A memory-mapped ``.bin/.idx`` pair, read as a list of documents.
+    """One pair, or a folder of pairs in the order of their names, read as a list of documents.
 
     Attributes:
-        tokens: every token of the store in order, shape (tokens,), read-only.
+        tokens: every token of the store in order; its slices are arrays of ``tokens.dtype``.
         document_starts: where each document starts in ``tokens``, and the end: shape (documents + 1,), int64.
-        sidecar: what is known of the tokens' origin; empty for a pair of another writer.
+        sidecar: what is known of the tokens' origin, counts summed over the pairs; empty for another writer's pairs.
+        pairs: what the store is made of.
     """
 
-    def __init__(self, prefix: str | Path):
-        """Open ``prefix``.bin and ``prefix``.idx.
+    def __init__(self, path: str | Path, cache_dir: str | Path | None = None):
+        """Open ``path``: a prefix, one file of a pair, or a folder. Nothing is loaded but ``document_starts``.
+
+        Args:
+            cache_dir: keeps the document hashes of pairs that come without, which take a while to compute.
 
         Raises:
-            InputError: a file is missing, or the two do not fit each other; says which and how.
+            InputError: a file is missing or damaged, or the files do not fit each other; says which and how.
         """
-        self.prefix = str(prefix).removesuffix(".bin").removesuffix(".idx")
-        bin_path, idx_path = Path(self.prefix + ".bin"), Path(self.prefix + ".idx")
-        for path in (bin_path, idx_path):
-            if not path.exists():
-                raise InputError(f"{path}: no such file. A token store is a pair of {bin_path.name}, {idx_path.name}.")
-        dtype, sizes, pointers, document_index = read_index(idx_path)
-        if bin_path.stat().st_size != int(sizes.sum(dtype=np.int64)) * dtype.itemsize:
-            raise InputError(
-                f"{bin_path}: {bin_path.stat().st_size:,} bytes, but {idx_path.name} describes "
-                f"{int(sizes.sum(dtype=np.int64)) * dtype.itemsize:,}. The pair is damaged or does not belong together."
-            )
-        starts = np.zeros(len(sizes) + 1, dtype=np.int64)
-        np.cumsum(sizes, out=starts[1:])
-        if not np.array_equal(pointers, starts[:-1] * dtype.itemsize):
-            raise InputError(
-                f"{idx_path}: its sequences overlap or leave gaps; write the pair again, one sequence after the other."
-            )
-        empty = bin_path.stat().st_size == 0
-        self.tokens = np.zeros(0, dtype) if empty else np.memmap(bin_path, dtype=dtype, mode="r")
-        self.document_starts = starts[document_index]
-        sidecar_path = Path(self.prefix + ".json")
+        found = find_pairs(str(path))
+        self.prefix = found[0][0] if len(found) == 1 else str(path)
+        self.cache_dir = cache_dir
+        pairs, starts = zip(*(open_pair(*pair) for pair in found), strict=True)
+        self.pairs: list[TokenPair] = list(pairs)
+        self.tokens = joined_tokens(self.pairs)
+        self.document_starts = joined_starts(list(starts))
+        self.sidecar = self.pairs[0].sidecar if len(pairs) == 1 else joined_sidecar(self.pairs)
         self._hashes: np.ndarray | None = None
-        self.sidecar = json.loads(sidecar_path.read_text(encoding="utf-8")) if sidecar_path.exists() else {}
 
     @property
     def documents(self) -> int:
         return len(self.document_starts) - 1
 
     def document_hashes(self) -> np.ndarray:
-        """Return a uniform 64-bit hash of each document: of its text, or of its tokens for a foreign pair."""
+        """Return a uniform 64-bit hash of each document: of its text, or of its tokens for another writer's pair."""
         if self._hashes is None:
-            path = Path(self.prefix + ".hashes.npy")
-            spans = zip(self.document_starts[:-1], self.document_starts[1:], strict=True)
-            if path.exists():
-                self._hashes = np.load(path, allow_pickle=False)
-            else:
-                hashes = [content_hash(self.tokens[start:end].tobytes()) for start, end in spans]
-                self._hashes = np.array(hashes, dtype=np.uint64)
+            parts, first = [], 0
+            for pair in self.pairs:
+                stored = Path(pair.prefix + ".hashes.npy")
+                if pair.sidecar and stored.exists():
+                    parts.append(load_hashes(stored, pair.documents))
+                else:
+                    parts.append(self._hashes_of_tokens(pair, first))
+                first += pair.documents
+            self._hashes = parts[0] if len(parts) == 1 else np.concatenate(parts)
         return self._hashes
+
+    def _hashes_of_tokens(self, pair: TokenPair, first: int) -> np.ndarray:
+        """Return the hashes of the documents of ``pair``, which begin at document ``first``; kept in ``cache_dir``."""
+        kept = None if self.cache_dir is None else Path(self.cache_dir) / "document_hashes" / f"{files_key(pair)}.npy"
+        if kept is not None and kept.exists():
+            return load_hashes(kept, pair.documents)
+        hashes = hash_documents(self.tokens, self.document_starts[first : first + pair.documents + 1])
+        if kept is not None:
+            keep(kept, hashes)
+        return hashes
+
+    def duplicates(self) -> np.ndarray:
+        """Return which documents have the hash of an earlier one: their indexes, ascending, int64."""
+        return np.flatnonzero(repeated(self.document_hashes()))
 
     def fingerprint(self) -> str:
         """Return 16 hex digits that change with the documents, their order and their lengths."""
-        content = self.document_hashes().tobytes() + self.document_starts.tobytes()
-        return hashlib.blake2b(content, digest_size=8).hexdigest()
+        digest = hashlib.blake2b(np.ascontiguousarray(self.document_hashes()), digest_size=8)
+        digest.update(self.document_starts)
+        return digest.hexdigest()
+
+    def end_token_share(self, end_token_id: int) -> float:
+        """Return the share of the first 1,000 documents that end with ``end_token_id``; 0 for no documents."""
+        ends = [self.tokens[start:end][-1:] for start, end in pairwise(self.document_starts[:1001].tolist())]
+        return sum(last.tolist() == [end_token_id] for last in ends) / max(1, len(ends))
 
     def check_tokenizer(self, fingerprint: str, vocabulary_size: int) -> None:
-        """Raise InputError unless the store can have been made with the tokenizer at hand."""
-        made_with = self.sidecar.get("tokenizer", {}).get("fingerprint")
-        if made_with not in (None, fingerprint):
+        """Raise InputError unless the store can have been made with the tokenizer at hand.
+
+        Where the sidecar names another tokenizer it cannot; where some tokens' is unknown, all ids are looked at.
+        """
+        made_with = self.sidecar.get("tokenizer", {})
+        if made_with.get("fingerprint") not in (None, fingerprint):
             raise InputError(
-                f"{self.prefix}: made with another tokenizer (fingerprint {made_with}, the one at hand has "
-                f"{fingerprint}). Give the one it was made with by --tokenizer, or tokenize the text again."
+                f"{self.prefix}: made with another tokenizer (fingerprint {made_with['fingerprint']}, the one at hand "
+                f"has {fingerprint}). Give the one it was made with by --tokenizer, or tokenize the text again."
             )
-        if made_with is None and len(self.tokens) and (largest := int(self.tokens.max())) >= vocabulary_size:
+        if made_with.get("fingerprint") is None or made_with.get("unknown_in"):
+            self._check_ids(vocabulary_size)
+
+    def _check_ids(self, vocabulary_size: int) -> None:
+        starts, hidden = range(0, len(self.tokens), CHUNK_TOKENS), not is_main_process()
+        for start in tqdm(starts, "checking token ids", delay=2, mininterval=1, disable=hidden):
+            chunk = self.tokens.read(start, start + CHUNK_TOKENS)
+            known = (chunk >= 0) & (chunk < vocabulary_size)
+            if chunk.dtype.kind == "f":
+                known &= chunk == np.trunc(chunk)
+            if known.all():
+                continue
+            wrong = int(known.argmin())
+            document = int(np.searchsorted(self.document_starts, start + wrong, side="right")) - 1
             raise InputError(
-                f"{self.prefix}: holds token {largest:,}, but the tokenizer at hand has {vocabulary_size:,} tokens: "
-                "it was probably made with another. Give that one by --tokenizer."
+                f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the tokenizer at hand has ids "
+                f"0 to {vocabulary_size - 1:,}: it was probably made with another. Give that one by --tokenizer."
             )
 
 
-def token_store_of(
-    source: str, tokenizer: PreTrainedTokenizerBase, cache_dir: str, text_field: str, skip_malformed: bool
-) -> TokenStore:
-    """Return the token store of ``source``, tokenizing it unless that was done before with the same tokenizer.
-
-    A ``.bin`` source is a token store already, and used as it is. Otherwise the store lies in ``cache_dir`` under a
-    name made from all that decides its content; a changed file or tokenizer gives another name.
+def joined_tokens(pairs: list[TokenPair]) -> JoinedTokens:
+    """Return the tokens of the pairs end to end.
 
     Raises:
-        InputError: see ``read_documents``, ``TokenStore`` and ``write_token_store``.
+        InputError: they differ in dtype, or are more than a process may map.
     """
-    made_by = {"fingerprint": tokenizer_fingerprint(tokenizer), "end_token": tokenizer.eos_token}
-    if source.endswith(".bin"):
-        store = TokenStore(source)
-        store.check_tokenizer(made_by["fingerprint"], len(tokenizer))
-        return store
-    origin = {"source": source_fingerprint(source), "text_field": text_field, "skip_malformed": skip_malformed}
-    key = hashlib.sha256(json.dumps([origin, made_by], sort_keys=True).encode()).hexdigest()[:12]
-    prefix = Path(cache_dir) / f"{Path(source).name.split('.')[0]}-{key}" / "tokens"
-    if prefix.with_suffix(".json").exists():
-        say(f"tokenized before: {prefix}.bin")
-        return TokenStore(prefix)
-    counts = CorpusCounts()
-    return write_token_store(
-        read_documents(source, text_field, skip_malformed, counts),
-        lambda texts: encode_batch(tokenizer, texts),
-        tokenizer.eos_token_id,
-        len(tokenizer),
-        prefix,
-        lambda: {**asdict(counts), **origin, "tokenizer": made_by},
-    )
-
-
-def write_token_store(
-    documents: Iterable[str],
-    encode: Callable[[list[str]], list[list[int]]],
-    end_token_id: int,
-    vocabulary_size: int,
-    prefix: str | Path,
-    describe: Callable[[], dict],
-) -> TokenStore:
-    """Tokenize ``documents`` into the store ``prefix``, an end-of-document token after each.
-
-    The files appear under their names only when they are complete, the sidecar last. Nothing is dropped.
-
-    Args:
-        encode: texts -> token ids of each, without special tokens.
-        vocabulary_size: decides the width of a token on disk: uint16 below 65,500, as Megatron does, else int32.
-        describe: called at the end; returns what the sidecar says besides the counts (JSON types).
-
-    Raises:
-        InputError: the disk is full; what was half-written is removed.
-    """
-    prefix = Path(prefix)
-    prefix.parent.mkdir(parents=True, exist_ok=True)
-    dtype = np.dtype(np.uint16 if vocabulary_size < 65_500 else np.int32)
-    for left_over in prefix.parent.glob("*.partial-*.bin"):
-        say(f"note: {left_over} is of another launch: running, or interrupted, then it may be deleted")
-    partial = prefix.with_name(f"{prefix.name}.partial-{uuid4().hex[:8]}")
-    names = [".bin", ".idx", ".hashes.npy", ".json"]
-    sizes, hashes = array("i"), array("Q")
-    documents = iter(documents)
+    dtypes = {pair.tokens.dtype: pair.prefix for pair in pairs if len(pair.tokens)}
+    if len(dtypes) > 1:
+        seen = ", ".join(f"{dtype} in {prefix}" for dtype, prefix in dtypes.items())
+        raise InputError(f"tokens of different dtypes: {seen}. Make one store of them with data/prepare.py merge.")
     try:
-        with (
-            open(f"{partial}.bin", "wb") as bin_file,
-            tqdm(desc="tokenizing", unit=" documents", unit_scale=True, mininterval=1) as progress,
-        ):
-            while batch := list(islice(documents, BATCH_DOCUMENTS)):
-                for ids in encode(batch):
-                    np.array([*ids, end_token_id], dtype=dtype).tofile(bin_file)
-                    sizes.append(len(ids) + 1)
-                hashes.extend(content_hash(text.encode()) for text in batch)
-                progress.update(len(batch))
-            bin_file.flush()
-            os.fsync(bin_file.fileno())
-        write_index(f"{partial}.idx", np.frombuffer(sizes, np.int32), dtype)
-        np.save(f"{partial}.hashes.npy", np.frombuffer(hashes, np.uint64))
-        counts = {"documents": len(sizes), "tokens": int(np.frombuffer(sizes, np.int32).sum(dtype=np.int64))}
-        sidecar = json.dumps({**counts, **describe()}, indent=1, ensure_ascii=False)
-        Path(f"{partial}.json").write_text(sidecar + "\n", encoding="utf-8")
-        for name in names:
-            os.replace(f"{partial}{name}", f"{prefix}{name}")
+        return JoinedTokens([pair.tokens for pair in pairs])
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno != errno.EMFILE:
             raise
-        free = f"{shutil.disk_usage(prefix.parent).free / 2**30:.2f} GiB free"
         raise InputError(
-            f"{prefix.parent}: no space left while tokenizing ({free} after {len(sizes):,} documents). "
-            f"Make room (a token takes {dtype.itemsize} bytes), or choose another disk with --cache_dir."
+            f"{pairs[0].prefix} and the other {len(pairs) - 1:,} pairs are more files than a process may hold open "
+            "here: raise the limit (ulimit -n 65536), or make one store of them with data/prepare.py merge."
         ) from None
-    finally:
-        for name in names:
-            Path(f"{partial}{name}").unlink(missing_ok=True)
-    return TokenStore(prefix)
+
+
+def joined_starts(parts: list[np.ndarray]) -> np.ndarray:
+    """Return the document starts of pairs laid end to end."""
+    if len(parts) == 1:
+        return parts[0]
+    joined, first = np.zeros(1 + sum(len(part) - 1 for part in parts), dtype=np.int64), 0
+    for part in parts:
+        np.add(part, int(joined[first]), out=joined[first : first + len(part)])
+        first += len(part) - 1
+    return joined
+
+
+def joined_sidecar(pairs: list[TokenPair]) -> dict:
+    """Return what the sidecars say together: the counts that all have, summed, and the tokenizer. {} if none has any.
+
+    Raises:
+        InputError: they were made with different tokenizers.
+    """
+    if not any(pair.sidecar for pair in pairs):
+        return {}
+    sidecars = [{**pair.sidecar, "documents": pair.documents, "tokens": len(pair.tokens)} for pair in pairs]
+    counts = {key: [sidecar.get(key) for sidecar in sidecars] for key in sidecars[0]}
+    joined = {key: sum(values) for key, values in counts.items() if all(type(value) is int for value in values)}
+    made_by = [sidecar.get("tokenizer", {}) for sidecar in sidecars]
+    known = {
+        str(tokenizer["fingerprint"]): place for place, tokenizer in enumerate(made_by) if "fingerprint" in tokenizer
+    }
+    if len(known) > 1:
+        seen = ", ".join(f"{pairs[place].prefix} ({fingerprint})" for fingerprint, place in known.items())
+        raise InputError(f"made with different tokenizers: {seen}. Tokenize them with the same one.")
+    for place in known.values():
+        unknown = [
+            pair.prefix
+            for pair, tokenizer in zip(pairs, made_by, strict=True)
+            if "fingerprint" not in tokenizer or "unknown_in" in tokenizer
+        ]
+        joined["tokenizer"] = {**made_by[place], **({"unknown_in": unknown} if unknown else {})}
+    return joined

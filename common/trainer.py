@@ -17,7 +17,8 @@ from common.callbacks import ScreenCallback
 from common.flops import flops_per_token, peak_tflops
 from common.memory import memory_gib
 from common.messages import InputError, say
-from common.packing import IGNORED_ROW, PackedRows, TrainingOrder, collate_rows
+from common.order import IGNORED_ROW, TrainingOrder
+from common.packing import JoinedRows, collate_rows
 
 
 class PretrainingTrainer(Trainer):
@@ -27,7 +28,7 @@ class PretrainingTrainer(Trainer):
     partial step, and resuming is a seek. ``state.epoch`` still says how many passes over the rows are done.
     """
 
-    def __init__(self, model, args, train_rows: PackedRows, eval_rows: PackedRows, rows_per_step: int, **kwargs):
+    def __init__(self, model, args, train_rows: JoinedRows, eval_rows: JoinedRows, rows_per_step: int, **kwargs):
         """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes."""
         self.rows_per_step = rows_per_step
         if args.max_steps == 0 or (args.max_steps < 0 and round(args.num_train_epochs * len(train_rows)) < 1):
@@ -36,7 +37,11 @@ class PretrainingTrainer(Trainer):
                 f"{len(train_rows):,}. Ask for at least one."
             )
         self.rows_wanted = None if args.max_steps > 0 else round(args.num_train_epochs * len(train_rows))
-        self.order = TrainingOrder(len(train_rows), args.seed if args.data_seed is None else args.data_seed)
+        self.order = TrainingOrder(
+            [len(rows) for rows in train_rows.sources],
+            args.seed if args.data_seed is None else args.data_seed,
+            train_rows.weights,
+        )
         self._plan(args, first_step=0, first_position=0)
         self.flops_per_token = flops_per_token(model, train_rows.context_length)
         self.interval = Stopwatch()
@@ -114,15 +119,15 @@ class PretrainingTrainer(Trainer):
         self.eval_targets += int(inputs["shift_labels"].ne(-100).sum())
         return None, None, None
 
-    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Return the exact mean over all targets of all processes. Replaces: the mean of gathered batch means."""
         self.eval_nats, self.eval_targets = 0.0, 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         nats, targets = (
             sum(column) for column in zip(*gather_object([(self.eval_nats, self.eval_targets)]), strict=True)
         )
         loss = nats / targets
-        nats_a_byte = nats / self.eval_dataset.target_bytes(self.processing_class)
+        nats_a_byte = nats / dataloader.dataset.target_bytes(self.processing_class)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 709 else math.inf
         # So that different tokenizers compare. Source: The Pile, section 3.1, https://arxiv.org/abs/2101.00027

@@ -24,12 +24,14 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
+from common.attention import check_isolation
 from common.callbacks import SampleCallback
 from common.hub import fetch_data_file
 from common.launch import check_launch, launch_defaults, set_batch
+from common.ledger import split_rows
 from common.messages import say
 from common.model import model_from_config, parameter_report
-from common.packing import split_rows, unigram_loss
+from common.packing import unigram_loss
 from common.report import save_results, summary
 from common.run_folder import (
     check_disk_space,
@@ -38,8 +40,10 @@ from common.run_folder import (
     last_checkpoint,
     run_identity,
 )
-from common.token_store import token_store_of
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint, tokenizer_trained_on
+from common.sources import resolve_sources
+from common.token_writer import token_store_of
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokenizer_training import tokenizer_trained_on
 from common.tracking import swanlab_callbacks
 from common.trainer import PretrainingTrainer
 
@@ -92,7 +96,7 @@ TRAINING = dict(
 # --sample: the bundled articles, and what two CPU cores train on them in three minutes.
 SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
 SAMPLE = dict(
-    data=str(ROOT / "data" / "sample_zh.jsonl"),
+    data=[str(ROOT / "data" / "sample_zh.jsonl")],
     tokenizer="train",
     vocabulary_size=4096,
     context_length=128,
@@ -136,22 +140,24 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
     with training.main_process_first(desc="tokenizing"):
-        data = shared.data or fetch_data_file(
-            "fjcanyue/wikipedia-zh-cn", "wikipedia-zh-cn-20240820.json", ROOT / "data"
+        sources = resolve_sources(
+            shared.data
+            or [fetch_data_file("fjcanyue/wikipedia-zh-cn", "wikipedia-zh-cn-20240820.json", ROOT / "data")]
         )
         if shared.tokenizer == "train":
-            tokenizer = tokenizer_trained_on(data, shared)
+            tokenizer = tokenizer_trained_on(sources, shared)
         else:
             tokenizer = load_tokenizer(shared.tokenizer, shared.end_token)
-        store = token_store_of(data, tokenizer, shared.cache_dir, shared.text_field, shared.skip_malformed)
-    train_rows, eval_rows, ledger = split_rows(
-        store, shared.held_out_fraction, shared.context_length, shared.max_eval_rows
-    )
-    say(f"ledger: {ledger}")
+        stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
+    train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
+    for name, ledger in ledgers.items():
+        say(f"ledger of {name}: {ledger}")
 
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
     model = model_from_config(shape, tokenizer, shared.context_length)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
+    if shared.packing == "isolated":
+        check_isolation(model)
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
     trainer = PretrainingTrainer(model, training, train_rows, eval_rows, rows_per_step, processing_class=tokenizer)
@@ -162,13 +168,11 @@ def main(argv: list[str] | None = None) -> None:
         Path(__file__).name,
         {**shape, "vocabulary_rows": model.config.vocab_size},
         {
-            "tokens": len(store.tokens),
-            "documents": store.fingerprint(),
+            "documents": [store.fingerprint() for store in stores.values()],
             "tokenizer": tokenizer_fingerprint(tokenizer),
-            "context_length": shared.context_length,
             "rows_per_step": rows_per_step,
-            "held_out_fraction": shared.held_out_fraction,
         },
+        shared,
         training,
     )
     with training.main_process_first(desc="run folder"):
@@ -187,8 +191,10 @@ def main(argv: list[str] | None = None) -> None:
     # Evaluate on the held-out documents, with samples; save the model; say what came of it.
     held_out = trainer.evaluate()
     held_out["eval_unigram_loss"] = unigram_loss(train_rows, eval_rows, model.config.vocab_size)
+    if test_rows is not None:
+        held_out |= trainer.evaluate(test_rows, metric_key_prefix="test")
     trainer.save_model()
-    results = save_results(trainer, ledger, held_out)
+    results = save_results(trainer, ledgers, held_out)
     say(summary(results))
     say(f"model, results and loss_curve.png are in {training.output_dir}")
 

@@ -5,11 +5,31 @@ import json
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
+from hypothesis import settings
+
+from common.splits import content_hash
+from common.token_index import write_index
+from common.token_store import TokenStore
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
+settings.load_profile("no deadline")
 ROOT = Path(__file__).resolve().parent.parent
+END = 0
+
+
+def store_of_tokens(folder: Path, documents: list[list[int]], end: list[int] = [END]):  # noqa: B006
+    """Return a token store of documents given as token ids below 1,000, with ``end`` behind each."""
+    prefix = Path(folder) / "tokens"
+    closed = [[*document, *end] for document in documents]
+    np.array([token for document in closed for token in document], np.uint16).tofile(f"{prefix}.bin")
+    write_index(f"{prefix}.idx", np.array([len(document) for document in closed], np.int32), np.dtype(np.uint16))
+    hashes = [content_hash(str(document).encode()) for document in documents]
+    np.save(f"{prefix}.hashes.npy", np.array(hashes, np.uint64))
+    return TokenStore(prefix)
 
 
 def load_recipe(name: str):

@@ -1,139 +1,95 @@
 """Packing against a reference of plain lists, written from the definition and not from the code."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
-from hypothesis import assume, given, settings
+from conftest import END, store_of_tokens
+from hypothesis import given
 from hypothesis import strategies as st
 
-from common.held_out import held_out_documents
-from common.messages import InputError
-from common.packing import (
-    IGNORED_ROW,
-    IGNORED_TARGET,
-    Ledger,
-    PackedRows,
-    TrainingOrder,
-    collate_rows,
-    split_rows,
-)
-from common.token_store import TokenStore, write_token_store
+from common.order import IGNORED_ROW
+from common.packing import IGNORED_TARGET, JoinedRows, PackedRows, collate_rows, unigram_loss
 
-END = 0
 documents_of_tokens = st.lists(st.lists(st.integers(1, 900), max_size=9), min_size=2, max_size=12)
 
 
-def store_of(folder, documents) -> TokenStore:
-    texts = [" ".join(map(str, document)) for document in documents]
-    encode = lambda batch: [[int(word) for word in text.split()] for text in batch]  # noqa: E731
-    return write_token_store(texts, encode, END, 1000, folder / "tokens", lambda: {})
-
-
-def reference_rows(documents: list[list[int]], context_length: int) -> list[tuple[list[int], list[int]]]:
-    stream = [token for document in documents for token in [*document, END]]
+def reference_rows(documents: list[list[int]], context_length: int, isolated: bool) -> list[dict[str, list[int]]]:
+    stream = [(token, place) for document in documents for place, token in enumerate([*document, END])]
     rows = []
     while len(stream) > context_length:
-        rows.append((stream[:context_length], stream[1 : context_length + 1]))
+        inputs, targets = stream[:context_length], stream[1 : context_length + 1]
+        row = {"input_ids": [token for token, _ in inputs], "shift_labels": [token for token, _ in targets]}
+        if isolated:
+            row["shift_labels"] = [IGNORED_TARGET if place == 0 else token for token, place in targets]
+            begun = inputs[0][1]  # the row's first document is shown from here on
+            whole_documents = [index for index, (_, place) in enumerate(inputs) if place == 0]
+            row["position_ids"] = [
+                place if any(start <= index for start in whole_documents) else place - begun
+                for index, (_, place) in enumerate(inputs)
+            ]
+        rows.append(row)
         stream = stream[context_length:]
     return rows
 
 
-@given(documents_of_tokens, st.data())
-def test_rows_are_the_reference_rows(tmp_path_factory, documents, data):
+def as_lists(rows) -> list[dict[str, list[int]]]:
+    return [{name: tensor.tolist() for name, tensor in rows[row].items()} for row in range(len(rows))]
+
+
+@given(documents_of_tokens, st.booleans(), st.data())
+def test_rows_are_the_reference_rows(tmp_path_factory, documents, isolated, data):
     chosen = data.draw(st.lists(st.booleans(), min_size=len(documents), max_size=len(documents)))
     context_length = data.draw(st.integers(1, 7))
-    rows = PackedRows(store_of(tmp_path_factory.mktemp("s"), documents), np.array(chosen), context_length)
-    expected = reference_rows([d for d, keep in zip(documents, chosen, strict=True) if keep], context_length)
-    assert [
-        (row["input_ids"].tolist(), row["shift_labels"].tolist()) for row in map(rows.__getitem__, range(len(rows)))
-    ] == (expected)
-    stream_tokens = sum(len(d) + 1 for d, keep in zip(documents, chosen, strict=True) if keep)
+    store = store_of_tokens(tmp_path_factory.mktemp("s"), documents)
+    rows = PackedRows(store, np.array(chosen), context_length, isolated)
+    kept = [document for document, keep in zip(documents, chosen, strict=True) if keep]
+    expected = reference_rows(kept, context_length, isolated)
+    assert as_lists(rows) == expected
+    stream_tokens = sum(len(document) + 1 for document in kept)
     assert rows.row_tokens == (len(expected) * context_length + 1 if expected else 0)
     assert rows.row_tokens + rows.dropped_tokens == stream_tokens
     assert rows.dropped_tokens <= context_length
+    targets = [target for row in expected for target in row["shift_labels"] if target != IGNORED_TARGET]
+    assert rows.targets().tolist() == targets
 
 
-@given(documents_of_tokens, st.floats(0.01, 0.99), st.integers(1, 4))
-def test_the_ledger_adds_up(tmp_path_factory, documents, fraction, context_length):
-    store = store_of(tmp_path_factory.mktemp("s"), documents)
-    try:
-        train, held_out, ledger = split_rows(store, fraction, context_length)
-    except InputError:
-        assume(False)  # a split shorter than a row
-    read = sum(len(document) + 1 for document in documents)
-    assert ledger.tokens_read == read
-    assert ledger.tokens_read == ledger.tokens_train + ledger.tokens_held_out + ledger.tokens_dropped
-    assert ledger.tokens_dropped <= 2 * context_length
-    assert ledger.documents == len(documents) == train.documents + held_out.documents
+@given(documents_of_tokens, documents_of_tokens, st.integers(1, 5))
+def test_joined_rows_are_those_of_the_sources_in_order(tmp_path_factory, first, second, length):
+    parts = [
+        PackedRows(store_of_tokens(tmp_path_factory.mktemp("s"), documents), np.array([True] * len(documents)), length)
+        for documents in (first, second)
+    ]
+    joined = JoinedRows(parts)
+    assert as_lists(joined) == as_lists(parts[0]) + as_lists(parts[1])
+    for row in (len(joined), -2):
+        with pytest.raises(IndexError):
+            joined[row]
 
 
-def test_the_ledger_notices_a_lost_token(tmp_path):
-    store = store_of(tmp_path, [[1, 2, 3], [4, 5, 6]])
-    mask = np.array([True, False])
-    train, held_out = PackedRows(store, mask, 2), PackedRows(store, ~mask, 2)
-    train.stream_tokens -= 1
-    with pytest.raises(AssertionError, match="does not add up"):
-        Ledger.of(store, train, held_out)
-
-
-@given(st.lists(st.integers(0, 2**64 - 1), min_size=2, max_size=50), st.floats(0.001, 0.999))
-def test_copies_of_a_document_are_on_the_same_side(hashes, fraction):
-    hashes = np.array(hashes, dtype=np.uint64)
-    if len(np.unique(hashes)) < 2:
-        with pytest.raises(InputError, match="give more: one is held out"):
-            held_out_documents(hashes, fraction)
-        return
-    mask = held_out_documents(hashes, fraction)
-    assert mask.any() and not mask.all()
-    assert not set(hashes[mask].tolist()) & set(hashes[~mask].tolist())
-
-
-def test_the_held_out_share_and_its_stability():
-    hashes = np.random.default_rng(0).integers(0, 2**64, 100_000, dtype=np.uint64)
-    mask = held_out_documents(hashes, 0.05)
-    assert abs(mask.mean() - 0.05) < 0.003  # four standard deviations
-    assert (held_out_documents(hashes[:50_000], 0.05) == mask[:50_000]).all()  # appended data changes nothing
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1])
-def test_an_impossible_held_out_fraction_is_refused(fraction):
-    with pytest.raises(InputError, match="must lie between 0 and 1"):
-        held_out_documents(np.array([1, 2], np.uint64), fraction)
-
-
-def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
-    with pytest.raises(InputError, match=r"hold \d+ tokens, less than one row of 64 \+ 1"):
-        split_rows(store_of(tmp_path, [[1, 2], [3, 4]]), 0.5, 64)
-
-
-@settings(max_examples=200)
-@given(st.integers(1, 20), st.integers(0, 70), st.integers(0, 20), st.data())
-def test_the_order_visits_every_row_once_a_pass_and_seeks(rows, real, ignored, data):
-    order = TrainingOrder(rows, seed=3, real=real, total=real + ignored)
-    positions = list(order)
-    assert len(positions) == len(order) == real + ignored
-    assert positions[real:] == [IGNORED_ROW] * ignored
-    for first in range(0, real, rows):
-        visited = positions[first : min(first + rows, real)]
-        assert len(set(visited)) == len(visited)
-        if len(visited) == rows:
-            assert sorted(visited) == list(range(rows))
-    order.start = data.draw(st.integers(0, real + ignored))
-    assert list(order) == positions[order.start :]
-
-
-def test_passes_and_seeds_are_shuffled_differently():
-    first, second = np.split(np.array(list(TrainingOrder(50, seed=1, real=100, total=100))), 2)
-    assert first.tolist() != second.tolist()
-    assert list(TrainingOrder(50, seed=2, real=50, total=50)) != first.tolist()
+def test_documents_without_tokens_leave_no_trace(tmp_path):
+    store = store_of_tokens(tmp_path, [[], [1, 2], [], [], [3, 4, 5], []], end=[])
+    rows = PackedRows(store, np.array([True, True, True, False, True, True]), 2, isolated=True)
+    assert [row["input_ids"] for row in as_lists(rows)] == [[1, 2], [3, 4]]
+    assert [row["shift_labels"] for row in as_lists(rows)] == [[2, IGNORED_TARGET], [4, 5]]
 
 
 def test_a_batch_is_contiguous_and_an_ignored_row_has_no_target(tmp_path):
-    rows = PackedRows(store_of(tmp_path, [[1, 2, 3, 4], [5, 6]]), np.array([True, True]), 3)
-    batch = collate_rows([rows[0], rows[IGNORED_ROW]])
-    assert batch["input_ids"].shape == batch["shift_labels"].shape == (2, 3)
-    assert all(tensor.is_contiguous() and tensor.dtype == torch.int64 for tensor in batch.values())
-    assert batch["shift_labels"][0].tolist() == [2, 3, 4]
-    assert (batch["shift_labels"][1] == IGNORED_TARGET).all()
-    with pytest.raises(IndexError):
-        rows[len(rows)]
+    for isolated in (False, True):
+        rows = PackedRows(store_of_tokens(tmp_path, [[1, 2, 3, 4], [5, 6]]), np.array([True, True]), 3, isolated)
+        joined = JoinedRows([rows])
+        batch = collate_rows([joined[0], joined[IGNORED_ROW]])
+        assert ("position_ids" in batch) == isolated
+        assert all(tensor.shape == (2, 3) and tensor.dtype == torch.int64 for tensor in batch.values())
+        assert all(tensor.is_contiguous() for tensor in batch.values())
+        assert batch["shift_labels"][0].tolist() == [2, 3, 4]
+        assert (batch["shift_labels"][1] == IGNORED_TARGET).all()
+
+
+def test_the_unigram_loss_by_hand(tmp_path):
+    store = store_of_tokens(tmp_path, [[1, 1, 1], [2, 1]])  # 1 1 1 0 | 2 1 0
+    train = JoinedRows([PackedRows(store, np.array([True, False]), 2)])
+    held_out = JoinedRows([PackedRows(store, np.array([False, True]), 2)])
+    # One added to each of 4 counts: token 1 has 4 of 8, token 0 has 2 of 8. Held-out targets: 1, 0.
+    assert unigram_loss(train, held_out, 4) == pytest.approx((math.log(2) + math.log(4)) / 2)

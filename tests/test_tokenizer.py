@@ -8,22 +8,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.arguments import SharedArguments
-from common.held_out import content_hash
+from common.encoding import encoder_of
 from common.messages import InputError
-from common.tokenizer import (
-    END_TOKEN,
-    encode_batch,
-    load_tokenizer,
-    tokenizer_fingerprint,
-    tokenizer_trained_on,
-    train_tokenizer,
-)
+from common.sources import resolve_source
+from common.splits import content_hash
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokenizer_training import END_TOKEN, tokenizer_trained_on, train_tokenizer
 
 TEXTS = [
     "the quick brown fox jumps over the lazy dog " * 5,
     "今天天气很好,今天天气不好。" * 5,
     "in 1999 it was 1999 " * 5,
 ]
+
+
+def encode_batch(tokenizer, texts: list[str]) -> list[list[int]]:
+    return [ids.tolist() for ids in encoder_of(tokenizer).encode(texts)]
 
 
 @pytest.fixture(scope="module")
@@ -154,9 +154,16 @@ def test_a_folder_without_a_tokenizer_is_one_clear_error(tmp_path, files):
 
 
 def test_a_batch_is_the_texts_one_by_one(tokenizer):
-    texts = [*TEXTS, "", " ", "a\n", f"an {END_TOKEN} inside", "e\u0301 👩‍👩‍👧"]
+    texts = [*TEXTS, "", " ", "a\n", "e\u0301 👩‍👩‍👧"]
     one_by_one = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
     assert encode_batch(tokenizer, texts) == one_by_one
+
+
+def test_no_text_forges_the_end_of_a_document(tokenizer):
+    text = f"an {END_TOKEN} inside"
+    assert tokenizer.eos_token_id in tokenizer(text)["input_ids"]  # what transformers does
+    [ids] = encode_batch(tokenizer, [text])
+    assert tokenizer.eos_token_id not in ids and tokenizer.decode(ids) == text
 
 
 def test_no_text_is_cut_short_or_filled_up(tokenizer, folder):
@@ -201,7 +208,7 @@ def test_a_trained_tokenizer_never_sees_held_out_documents(tmp_path):
     assert 10 < len(held_out) < 60
 
     arguments = SharedArguments(vocabulary_size=2000, held_out_fraction=0.3, cache_dir=str(tmp_path / "cache"))
-    vocabulary = tokenizer_trained_on(str(data), arguments).get_vocab()
+    vocabulary = tokenizer_trained_on([resolve_source(str(data))], arguments).get_vocab()
     assert {word for word in words if f"Ġ{word}" in vocabulary} == set(words) - held_out
 
 
@@ -210,29 +217,33 @@ def test_a_trained_tokenizer_is_cached(tmp_path):
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     cache = tmp_path / "cache"
     arguments = SharedArguments(vocabulary_size=300, cache_dir=str(cache))
-    first = tokenizer_fingerprint(tokenizer_trained_on(str(data), arguments))
-    (folder,) = cache.iterdir()
+    first = tokenizer_fingerprint(tokenizer_trained_on([resolve_source(str(data))], arguments))
+    (folder,) = cache.glob("a-tokenizer-*")
     written = (folder / "tokenizer.json").stat().st_mtime_ns
-    assert tokenizer_fingerprint(tokenizer_trained_on(str(data), arguments)) == first
-    assert [*cache.iterdir()] == [folder]
+    assert tokenizer_fingerprint(tokenizer_trained_on([resolve_source(str(data))], arguments)) == first
+    assert [*cache.glob("a-*")] == [folder]
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
 
     for change in (dict(vocabulary_size=299), dict(held_out_fraction=0.3)):
-        tokenizer_trained_on(str(data), SharedArguments(**{"vocabulary_size": 300, "cache_dir": str(cache)} | change))
-    assert len([*cache.iterdir()]) == 3
+        changed = SharedArguments(**{"vocabulary_size": 300, "cache_dir": str(cache)} | change)
+        tokenizer_trained_on([resolve_source(str(data))], changed)
+    assert len([*cache.glob("a-*")]) == 3
     with data.open("a") as more:
         more.write('{"text": "more"}\n')
-    tokenizer_trained_on(str(data), arguments)
-    assert len([*cache.iterdir()]) == 4
+    tokenizer_trained_on([resolve_source(str(data))], arguments)
+    assert len([*cache.glob("a-*")]) == 4
 
 
 def test_a_failed_training_leaves_nothing_in_the_cache(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": 2}\n')
+    source = resolve_source(str(tmp_path / "a.jsonl"))
     with pytest.raises(InputError, match="line 2"):
-        tokenizer_trained_on(str(tmp_path / "a.jsonl"), SharedArguments(cache_dir=str(tmp_path / "cache")))
-    assert not (tmp_path / "cache").exists()
+        tokenizer_trained_on([source], SharedArguments(cache_dir=str(tmp_path / "cache")))
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == ["CACHEDIR.TAG"]
 
 
 def test_a_token_store_trains_no_tokenizer(tmp_path):
+    (tmp_path / "a.bin").write_bytes(b"")
+    (tmp_path / "a.idx").write_bytes(b"")
     with pytest.raises(InputError, match=r"--tokenizer train: .*a\.bin holds tokens, not text"):
-        tokenizer_trained_on(str(tmp_path / "a.bin"), SharedArguments(cache_dir=str(tmp_path)))
+        tokenizer_trained_on([resolve_source(str(tmp_path / "a.bin"))], SharedArguments(cache_dir=str(tmp_path)))

@@ -8,12 +8,16 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, losses, small_run
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
+from common.arguments import SharedArguments
 from common.messages import InputError
+from common.order import TrainingOrder
+from common.packing import JoinedRows
 
 
 @pytest.fixture(scope="module")
@@ -107,10 +111,9 @@ def test_the_folder_is_an_ordinary_checkpoint(finished):
 def test_the_held_out_loss_is_that_of_the_saved_model(wiki, finished, cache_dir):
     """Loss and bits per byte computed again from the checkpoint, document text and all, by other means."""
     model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
-    store = wiki.token_store_of(
-        str(ROOT / "data" / "sample_zh.jsonl"), tokenizer, str(cache_dir), text_field="text", skip_malformed=False
-    )
-    _, rows, _ = wiki.split_rows(store, 0.05, 64)
+    arguments = SharedArguments(held_out_fraction=0.05, context_length=64, cache_dir=str(cache_dir))
+    [source] = wiki.resolve_sources([str(ROOT / "data" / "sample_zh.jsonl")])
+    _, rows, _, _ = wiki.split_rows({source.name: wiki.token_store_of(source, tokenizer, arguments)}, arguments)
     nats, target_bytes = 0.0, b""
     for index in range(5):
         ids, targets = rows[index]["input_ids"], rows[index]["shift_labels"]
@@ -179,19 +182,17 @@ def test_passes_end_in_one_partial_step(wiki, cache_dir, tmp_path):
 
 def test_a_run_that_ended_in_a_partial_step_continues_at_the_next_row(wiki, cache_dir, tmp_path, monkeypatch):
     """No row is skipped or repeated, and a run cannot be asked for less than it has done."""
-    visited = []
-    row_of = wiki.PretrainingTrainer.__init__.__globals__["PackedRows"].__getitem__
+    visited, row_of = [], JoinedRows.__getitem__
     monkeypatch.setattr(
-        wiki.PretrainingTrainer.__init__.__globals__["PackedRows"],
-        "__getitem__",
-        lambda rows, index: (visited.append((rows.documents, index)), row_of(rows, index))[1],
+        JoinedRows, "__getitem__", lambda rows, index: (visited.append((rows.documents, index)), row_of(rows, index))[1]
     )
     flags = "--max_steps -1 --eval_strategy no --save_strategy steps --save_steps 2".split()
     for passes in ("0.013", "0.02"):
         wiki.main(small_run(cache_dir, tmp_path, *flags, "--num_train_epochs", passes))
     rows = (results_of(tmp_path)["ledger"]["tokens_train"] - 1) // 64
     trained = [index for documents, index in visited if documents > 100 and index >= 0]
-    expected = list(wiki.PretrainingTrainer.__init__.__globals__["TrainingOrder"](rows, 42, 0, round(0.02 * rows)))
+    order = TrainingOrder([rows], 42)
+    expected = order.rows_at(np.arange(round(0.02 * rows))).tolist()
     assert round(0.013 * rows) % 4 and round(0.02 * rows) > round(0.013 * rows)
     assert trained == expected
     assert results_of(tmp_path)["ledger"]["tokens_trained"] == len(expected) * 64
@@ -199,6 +200,54 @@ def test_a_run_that_ended_in_a_partial_step_continues_at_the_next_row(wiki, cach
     assert len([index for documents, index in visited if documents > 100 and index >= 0]) == len(expected)
     with pytest.raises(InputError, match="more than is asked for now"):
         wiki.main(small_run(cache_dir, tmp_path, *flags, "--num_train_epochs", "0.01"))
+
+
+def test_a_mixture_is_trained_by_its_weights_and_resumes(wiki, cache_dir, tmp_path, capsys):
+    """Three quarters Chinese, one quarter English, exact to a row; stopped after 3 steps and continued, the same."""
+    both = [str(ROOT / "data" / f"sample_{language}.jsonl") for language in ("zh", "en")]
+    flags = ["--data", *both, "--data_weights", "3", "1"]
+    wiki.main(small_run(cache_dir, tmp_path / "alone", *flags))
+    results = results_of(tmp_path / "alone")
+    trained = {name: source["rows_trained"] for name, source in results["sources"].items()}
+    assert trained == {"sample_zh": 18, "sample_en": 6}
+    assert results["ledger"]["tokens_trained"] == 24 * 64
+    for name in ("documents", "tokens_read", "tokens_train", "tokens_dropped", "rows_trained", "bytes_read"):
+        assert results["ledger"][name] == sum(source[name] for source in results["sources"].values())
+    assert "sample_en: 25.00% of the rows trained on" in capsys.readouterr().out
+
+    # The schedule depends on the number of steps; a constant one lets the two halves be compared.
+    flags += ["--lr_scheduler_type", "constant", "--lr_scheduler_kwargs", "{}", "--warmup_steps", "0"]
+    wiki.main(small_run(cache_dir, tmp_path / "whole", *flags))
+    for steps in ("3", "6"):
+        wiki.main(small_run(cache_dir, tmp_path / "halves", *flags, "--max_steps", steps))
+    assert losses(tmp_path / "halves") == losses(tmp_path / "whole")
+    assert results_of(tmp_path / "halves")["sources"] == results_of(tmp_path / "whole")["sources"]
+
+
+def test_a_split_in_order_has_a_test_after_training(wiki, cache_dir, tmp_path):
+    wiki.main(small_run(cache_dir, tmp_path, "--split", "90,5,5", "--packing", "isolated", "--max_steps", "1"))
+    results = results_of(tmp_path)
+    ledger = results["ledger"]
+    assert ledger["documents"] == 263 == ledger["documents_train"] + 13 + 13
+    assert (ledger["documents_held_out"], ledger["documents_test"]) == (13, 13)
+    # 5 rows each, less the targets that begin a document, and nearly the loss of a model that knows nothing.
+    assert 300 < results["test_tokens"] <= 320 and 300 < results["eval_tokens"] <= 320
+    assert results["test_loss"] == pytest.approx(math.log(4096), rel=0.05)
+    assert results["test_loss"] != results["eval_loss"]
+
+
+def test_duplicates_are_left_out_and_counted(wiki, cache_dir, tmp_path):
+    sample = (ROOT / "data" / "sample_zh.jsonl").read_text(encoding="utf-8")
+    (tmp_path / "twice.jsonl").write_text(sample + sample, encoding="utf-8")
+    flags = ["--data", str(tmp_path / "twice.jsonl"), "--max_steps", "1", "--eval_strategy", "no"]
+    wiki.main(small_run(cache_dir, tmp_path / "run", *flags))
+    ledger = results_of(tmp_path / "run")["ledger"]
+    assert (ledger["documents"], ledger["documents_duplicate"]) == (526, 263)
+    wiki.main(small_run(cache_dir, tmp_path / "kept", *flags, "--keep_duplicates"))
+    kept = results_of(tmp_path / "kept")["ledger"]
+    assert kept["documents_duplicate"] == kept["tokens_duplicate"] == 0
+    assert kept["documents_held_out"] == 2 * ledger["documents_held_out"]
+    assert kept["tokens_read"] == ledger["tokens_read"] == 2 * ledger["tokens_duplicate"]
 
 
 def test_accumulation_does_not_change_the_losses(wiki, finished, cache_dir, tmp_path):
@@ -226,6 +275,9 @@ def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
     [
         (["--data", "no/such/file.jsonl"], "no such file"),
         (["--text_field", "body"], r"no field 'body'; the fields are \['text', 'title'\]"),
+        (["--data_weights", "1", "2"], "gives 2 weights for 1 sources"),
+        (["--data_weights", "0"], "0.0: must be above 0"),
+        (["--split", "949"], "give two or three shares"),
         (["--context_length", "100000", "--tokens_per_step", "400000"], "less than one row"),
         (["--tokens_per_step", "100"], "not a multiple"),
         (["--held_out_fraction", "2"], "must lie between 0 and 1"),

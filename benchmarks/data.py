@@ -1,0 +1,147 @@
+"""From text to rows: ours against the tutorials' way, on the same text and the same cores, in one run.
+
+    python benchmarks/data.py --data corpus.jsonl --tokenizer DIR
+
+Each variant runs in a process of its own and starts from nothing: read, tokenize, write, pack into rows of 512, and
+read every row once. Seconds are of that work, without imports. The tutorials' rules are written out below.
+"""
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import chain
+from pathlib import Path
+
+CONTEXT_LENGTH = 512
+HEADER = f"{'variant':<28}{'seconds':>9}{'tokens/s':>12}{'ratio':>7}{'bytes/token':>13}{'peak MB':>9}{'dropped':>9}"
+
+
+def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
+    """happy-llm's chapter 6 and run_clm.py: map(tokenize), map(group_texts), the tail of each batch dropped."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
+
+    def tokenize(batch):
+        return tokenizer([text + tokenizer.eos_token for text in batch["text"]])
+
+    def group(batch):
+        joined = {name: list(chain(*lists)) for name, lists in batch.items()}
+        whole = len(joined["input_ids"]) // CONTEXT_LENGTH * CONTEXT_LENGTH
+        rows = {
+            name: [ids[start : start + CONTEXT_LENGTH] for start in range(0, whole, CONTEXT_LENGTH)]
+            for name, ids in joined.items()
+        }
+        return rows | {"labels": rows["input_ids"].copy()}
+
+    tokenized = documents.map(tokenize, batched=True, num_proc=processes, remove_columns=documents.column_names)
+    rows = tokenized.map(group, batched=True, num_proc=processes).with_format("numpy")
+    return sum(batch["input_ids"].size for batch in rows.iter(64))
+
+
+def whole_chunks(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
+    """SwanLab's wiki tutorial: cut each document into pieces of 512 tokens, keep the pieces of exactly 512."""
+    import datasets
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
+
+    def tokenize(batch):
+        limits = {"truncation": True, "max_length": CONTEXT_LENGTH, "return_overflowing_tokens": True}
+        pieces = tokenizer(batch["text"], **limits)["input_ids"]
+        return {"input_ids": [ids for ids in pieces if len(ids) == CONTEXT_LENGTH]}
+
+    rows = documents.map(tokenize, batched=True, num_proc=processes, remove_columns=documents.column_names)
+    return sum(batch["input_ids"].size for batch in rows.with_format("numpy").iter(64))
+
+
+def ours(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
+    """This project: token_store_of and PackedRows, as the recipes call them."""
+    import numpy as np
+
+    from common.arguments import SharedArguments
+    from common.packing import PackedRows
+    from common.sources import resolve_source
+    from common.token_writer import token_store_of
+    from common.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(tokenizer_folder)
+    store = token_store_of(resolve_source(data), tokenizer, SharedArguments(cache_dir=str(folder)))
+    rows = PackedRows(store, np.ones(store.documents, dtype=bool), CONTEXT_LENGTH)
+    return 1 + sum(len(rows[row]["shift_labels"]) for row in range(len(rows)))  # 1: the first is no target
+
+
+VARIANTS = {"group_texts": group_texts, "whole_chunks": whole_chunks, "ours": ours}
+
+
+def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
+    """Run one variant in this process; return seconds, tokens in rows, bytes on disk, peak MB of a process."""
+    import datasets  # noqa: F401  imports are not what is measured
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
+
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.perf_counter()
+        kept = VARIANTS[variant](data, tokenizer, Path(folder), processes)
+        seconds = time.perf_counter() - began
+        disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return {"seconds": seconds, "kept": kept, "disk": disk, "peak_mb": peak / 1024}
+
+
+def totals(data: str, tokenizer_folder: str) -> tuple[int, int]:
+    """Return tokens without and with end-of-document tokens, counted by transformers one document at a time."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    with open(data, encoding="utf-8") as file:
+        sizes = [len(tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]) for line in file]
+    return sum(sizes), sum(sizes) + len(sizes)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, help="A .jsonl file with a field text.")
+    parser.add_argument("--tokenizer", required=True, help="A folder.")
+    parser.add_argument("--variant", help=argparse.SUPPRESS)
+    parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.variant:
+        print(json.dumps(measure(arguments.variant, arguments.data, arguments.tokenizer, arguments.processes)))
+        return
+    cores = os.cpu_count() or 1
+    runs = [("group_texts", processes) for processes in sorted({1, cores, 2 * cores, 10})]
+    runs += [("whole_chunks", 10), ("ours", cores)]
+    results = {}
+    for variant, processes in runs:
+        command = [sys.executable, __file__, "--data", arguments.data, "--tokenizer", arguments.tokenizer]
+        command += ["--variant", variant, "--processes", str(processes)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(f"{variant} with {processes} processes failed:\n{done.stderr[-2000:]}")
+        results[variant, processes] = json.loads(done.stdout.splitlines()[-1])
+        print(f"{variant} {processes}: {results[variant, processes]}", file=sys.stderr)
+    text_tokens, tokens = totals(arguments.data, arguments.tokenizer)
+    rates = {run: (text_tokens if run[0] == "whole_chunks" else tokens) / results[run]["seconds"] for run in runs}
+    best = max(rate for (variant, _), rate in rates.items() if variant == "group_texts")
+    print(f"{cores} cores, {Path(arguments.data).name}, {tokens:,} tokens\n{HEADER}")
+    for run, result in results.items():
+        variant, processes = run
+        read = text_tokens if variant == "whole_chunks" else tokens
+        print(
+            f"{variant + (f', {processes} threads' if variant == 'ours' else f', num_proc={processes}'):<28}"
+            f"{result['seconds']:>9.1f}{rates[run]:>12,.0f}{rates[run] / best:>7.2f}{result['disk'] / read:>13.1f}"
+            f"{result['peak_mb']:>9.0f}{1 - result['kept'] / read:>9.2%}"
+        )
+
+
+if __name__ == "__main__":
+    main()

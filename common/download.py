@@ -1,0 +1,171 @@
+"""Fetch a corpus into a folder: resumable, and compared with the checksum that its hub publishes.
+
+Both hubs' own downloaders resume, too. This one is used for all of them because it treats plain URLs the same way,
+compares sha256 (huggingface_hub compares the size only), goes through hf-mirror.com without Xet storage, and has no
+limit of an hour a file (modelscope 1.40 has).
+"""
+
+import lzma
+import re
+import tarfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
+
+from common.hub_data import IDENTIFIER, find_files
+from common.hub_files import HubFile
+from common.messages import InputError, say
+from common.remote_file import RemoteFile
+from common.verified_file import check_disk, copy, fetch_file, finish, is_here, part_of, sidecar_of, size_of
+
+ARCHIVES = (".tar.bz2", ".tar.gz", ".tgz", ".tar.xz", ".tar")
+PADDLENLP = "https://bj.bcebos.com/paddlenlp/models/transformers/llama/data/"
+
+
+@dataclass(frozen=True)
+class Corpus:
+    about: str  # what is not marked otherwise is by the account of those who published or used it, not measured here
+    licence: str
+    identifier: str = ""  # on the hubs, as in common/hub_data.py
+    urls: tuple[str, ...] = ()  # or anywhere else
+
+
+CORPORA = {
+    "wiki-zh": Corpus(
+        "Chinese Wikipedia of 2024-08-20, simplified: about 1.44 million articles, 1.99 GB, one JSON array",
+        "CC BY-SA (https://dumps.wikimedia.org/legal.html)",
+        identifier="fjcanyue/wikipedia-zh-cn:wikipedia-zh-cn-20240820.json",
+    ),
+    "openwebtext": Corpus(
+        "English web pages, about 8.0 million documents, about 24 GB in 80 parquet files",
+        "CC0-1.0 for the collection; the pages belong to their authors (https://skylion007.github.io/OpenWebTextCorpus)",
+        identifier="Skylion007/openwebtext",
+    ),
+    "openwebtext-100k": Corpus(
+        "100,000 documents of OpenWebText2 as PaddleNLP's token files: ids of LLaMA's tokenizer, and of no other",
+        "none stated by PaddleNLP (https://github.com/PaddlePaddle/PaddleNLP, llm/README.md)",
+        urls=(PADDLENLP + "llama_openwebtext_100k.bin", PADDLENLP + "llama_openwebtext_100k.idx"),
+    ),
+    "seq-monkey": Corpus(
+        "Mobvoi's general Chinese corpus, which happy-llm trains on: about 10 billion tokens, 10 GB packed",
+        "Mobvoi's open data terms (https://github.com/mobvoi/seq-monkey-data), to be read before any other use",
+        identifier="ddzhu123/seq-monkey:mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2",
+    ),
+}
+
+
+def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
+    """Fetch a corpus of CORPORA, or the train split of a data set (``owner/name[:subset]``), and return its files.
+
+    One file goes into ``folder`` itself, several into a folder of their own in it. An interrupted download is
+    continued. Beside every FILE lies FILE.sha256, which ``sha256sum -c`` reads. A file that is there already is read
+    and compared with it, and fetched again if it was altered; ``verify=False`` spares the reading. An archive is
+    unpacked, and its files are returned; it may be deleted then.
+
+    Raises:
+        InputError: unknown name, no hub has it, the disk is too small, or what comes is not what the hub announces.
+    """
+    if name not in CORPORA and not IDENTIFIER.fullmatch(name):
+        raise InputError(f"{name}: not one of {', '.join(CORPORA)}, nor a data set id like owner/name.")
+    corpus = CORPORA.get(name) or Corpus("a data set of the hubs", "see its page there", identifier=name)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(folder):
+        if here := _already_here(corpus, name, folder, verify):
+            return here
+        say(f"{name}: {corpus.about}. Licence: {corpus.licence}.")
+        place, files = _at_urls(corpus.urls) if corpus.urls else find_files(corpus.identifier)
+        targets = _targets(folder, name, [file.path for file in files])
+        missing = [(f, t) for f, t in zip(files, targets, strict=True) if not is_here(t, f.sha256, verify)]
+        say(f"{name}: {len(files)} files from {place}, {len(files) - len(missing)} of them already here")
+        check_disk(folder, sum(max(0, file.size_bytes - size_of(part_of(target))) for file, target in missing))
+        for file, target in missing:
+            fetch_file(file, target)
+        return [path for t in targets for path in (unpack(t) if t.name.endswith(ARCHIVES) else [t])]
+
+
+def unpack(archive: Path) -> list[Path]:
+    """Unpack the files of a tar archive beside it, each under its bare name: no path in it can lead elsewhere.
+
+    Links, devices and hidden files are left out, which is said.
+
+    Raises:
+        InputError: the archive is damaged, two files have one name, or the disk is too small.
+    """
+    say(f"{archive}: unpacking")
+    unpacked = []
+    try:
+        with tarfile.open(archive, "r|*") as tar:
+            for member in tar:
+                target = archive.parent / PurePosixPath(member.name.replace("\\", "/")).name
+                if member.isdir():
+                    continue
+                if not member.isfile() or target.name.startswith("."):
+                    say(f"{archive}: {member.name} is left out (a link, a device or a hidden file)")
+                    continue
+                if target in unpacked:
+                    raise InputError(f"{archive}: holds two files called {target.name}. Unpack it by hand.")
+                unpacked.append(target)
+                if not is_here(target, announced=None):
+                    check_disk(archive.parent, member.size)
+                    with tar.extractfile(member) as stream, part_of(target).open("wb") as out:
+                        digest = copy(stream, out, "unpacking", target, member.size)
+                    finish(target, digest)
+    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+        raise InputError(f"{archive}: cannot be unpacked ({type(error).__name__}: {error}).") from None
+    return unpacked
+
+
+@contextmanager
+def _only_one(folder: Path) -> Iterator[None]:
+    """Let one of the processes and machines that share ``folder`` download into it at a time."""
+    lock = FileLock(folder / ".download.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        say(f"another process is downloading into {folder}: waiting for it")
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _already_here(corpus: Corpus, name: str, folder: Path, verify: bool) -> list[Path]:
+    """Return the files of a corpus if their names are known and all are here as they were fetched: no hub is asked.
+
+    Of an archive this is the file that it is named after.
+    """
+    file = corpus.identifier.partition(":")[2]
+    names = [PurePosixPath(urlsplit(url).path).name for url in corpus.urls] or ([file] if file else [])
+    suffixes = [next((suffix for suffix in ARCHIVES if name.endswith(suffix)), "") for name in names]
+    targets = _targets(folder, name, [n.removesuffix(suffix) for n, suffix in zip(names, suffixes, strict=True)])
+    whole = all(target.is_file() and sidecar_of(target).exists() for target in targets)
+    if not targets or not whole or not all(is_here(target, None, verify) for target in targets):
+        return []
+    say(f"{', '.join(map(str, targets))}: already here")
+    return targets
+
+
+def _at_urls(urls: tuple[str, ...]) -> tuple[str, list[HubFile]]:
+    files = []
+    for url in urls:
+        with RemoteFile(url) as remote:
+            files.append(HubFile(PurePosixPath(urlsplit(url).path).name, remote.size_bytes, url))
+    return urlsplit(urls[0]).hostname, files
+
+
+def _targets(folder: Path, name: str, paths: list[str]) -> list[Path]:
+    """Return where the files of ``paths`` go."""
+    if len(paths) == 1:
+        return [folder / PurePosixPath(paths[0]).name]
+    folder = folder / re.sub("[/:]", "--", name)
+    for path in paths:
+        if folder.resolve() not in (folder / path).resolve().parents:
+            raise InputError(f"{name}: its file {path!r} would lie outside {folder}.")
+    return [folder / path for path in paths]

@@ -1,0 +1,152 @@
+"""Where every token went, source by source; and the way from token stores to the rows of each split."""
+
+from collections import Counter
+from dataclasses import asdict, dataclass, fields, replace
+
+import numpy as np
+
+from common.arguments import SharedArguments
+from common.messages import InputError
+from common.packing import JoinedRows, PackedRows
+from common.splits import Split, split_by_hash, split_in_order
+from common.token_store import TokenStore
+
+
+@dataclass
+class Ledger:
+    """tokens_read = tokens_train + tokens_held_out + tokens_test + tokens_duplicate + tokens_dropped.
+
+    And documents = documents_train + documents_held_out + documents_test + documents_duplicate.
+    """
+
+    bytes_read: int = 0  # of text, UTF-8, of ``documents``; 0 where a token store does not say
+    documents: int = 0  # read
+    documents_train: int = 0
+    documents_held_out: int = 0
+    documents_test: int = 0
+    documents_duplicate: int = 0  # exact copies of an earlier document: left out, unless --keep_duplicates
+    documents_empty: int = 0  # no text: no tokens, not among ``documents``
+    documents_malformed: int = 0  # skipped at --skip_malformed, not among ``documents``
+    tokens_read: int = 0  # with an end-of-document token for each document
+    tokens_train: int = 0  # laid into training rows
+    tokens_held_out: int = 0  # laid into held-out rows
+    tokens_test: int = 0  # laid into test rows
+    tokens_duplicate: int = 0
+    tokens_dropped: int = 0  # the last partial row of each split
+    rows_train: int = 0
+    rows_held_out: int = 0
+    rows_test: int = 0
+    rows_trained: int = 0  # by the steps made, over all passes
+    tokens_trained: int = 0  # the same in tokens
+
+    @classmethod
+    def of(cls, store: TokenStore, split: Split, rows: dict[str, PackedRows]) -> "Ledger":
+        """Count a source: what its store says was read, against what its rows hold.
+
+        Args:
+            rows: of "train", "held_out" and "test".
+
+        Raises:
+            AssertionError: a token or a document is unaccounted for.
+        """
+        sizes = np.diff(store.document_starts)
+        said = Counter(store.sidecar)  # 0 for what it does not say
+        ledger = cls(
+            bytes_read=said["text_bytes"],
+            documents=store.documents + said["duplicates"],  # data/prepare.py leaves them out of a store
+            documents_duplicate=int(split.duplicate.sum()) + said["duplicates"],
+            documents_empty=said["empty"],
+            documents_malformed=said["malformed"],
+            tokens_read=len(store.tokens) + said["duplicate_tokens"],
+            tokens_duplicate=int(sizes[split.duplicate].sum()) + said["duplicate_tokens"],
+            tokens_dropped=sum(part.dropped_tokens for part in rows.values()),
+        )
+        for name, part in rows.items():
+            setattr(ledger, f"documents_{name}", part.documents)
+            setattr(ledger, f"tokens_{name}", part.row_tokens)
+            setattr(ledger, f"rows_{name}", part.whole_rows)
+        ledger.check()
+        return ledger
+
+    def check(self) -> None:
+        """Raise AssertionError unless every document and token is accounted for."""
+        uses = ("train", "held_out", "test", "duplicate")
+        documents = sum(getattr(self, f"documents_{use}") for use in uses)
+        tokens = sum(getattr(self, f"tokens_{use}") for use in uses) + self.tokens_dropped
+        assert self.documents == documents, f"the ledger of documents does not add up: {asdict(self)}"
+        assert self.tokens_read == tokens, f"the ledger of tokens does not add up: {asdict(self)}"
+
+    def __add__(self, other: "Ledger") -> "Ledger":
+        return Ledger(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Ledger)))
+
+    def __str__(self) -> str:
+        parts = [f"{self.tokens_train:,} train", f"{self.tokens_held_out:,} held out"]
+        parts += [f"{self.tokens_test:,} test"] if self.documents_test else []
+        parts += [f"{self.tokens_duplicate:,} duplicate"] if self.documents_duplicate else []
+        notes = [f"{self.documents_held_out:,} held out"]
+        notes += [f"{self.documents_test:,} test"] if self.documents_test else []
+        notes += [f"{self.documents_duplicate:,} duplicates left out"] if self.documents_duplicate else []
+        notes += [f"{self.documents_empty:,} empty"] if self.documents_empty else []
+        notes += [f"{self.documents_malformed:,} malformed skipped"] if self.documents_malformed else []
+        return (
+            f"{self.tokens_read:,} tokens read = {' + '.join(parts)} + {self.tokens_dropped:,} dropped (last partial "
+            f"rows); {self.documents:,} documents ({', '.join(notes)})"
+        )
+
+    def trained(self, rows: int, context_length: int) -> "Ledger":
+        """Return this ledger with what the steps made so far trained on."""
+        return replace(self, rows_trained=rows, tokens_trained=rows * context_length)
+
+
+def split_rows(
+    stores: dict[str, TokenStore], arguments: SharedArguments
+) -> tuple[JoinedRows, JoinedRows, JoinedRows | None, dict[str, Ledger]]:
+    """Return training rows, held-out rows, test rows (None unless --split asks for them), a ledger of each source.
+
+    Raises:
+        InputError: a split is shorter than one row, or the flags make none.
+    """
+    if arguments.max_eval_rows is not None and arguments.max_eval_rows < 1:
+        raise InputError(
+            f"--max_eval_rows {arguments.max_eval_rows}: must be at least 1, or left out to evaluate on all."
+        )
+    packed = {"train": [], "held_out": [], "test": []}
+    ledgers = {}
+    for (name, store), split in zip(stores.items(), _splits(list(stores.values()), arguments), strict=True):
+        rows = {
+            use: PackedRows(
+                store,
+                getattr(split, use),
+                arguments.context_length,
+                arguments.packing == "isolated",
+                None if use == "train" else arguments.max_eval_rows,
+            )
+            for use in packed
+        }
+        ledgers[name] = Ledger.of(store, split, rows)
+        for use, part in rows.items():
+            packed[use].append(part)
+    joined = {use: JoinedRows(parts, arguments.data_weights) for use, parts in packed.items()}
+    for use in ("train", "held_out") + (("test",) if joined["test"].documents else ()):
+        if len(joined[use]) == 0:
+            raise InputError(
+                f"the {use} documents hold {joined[use].stream_tokens:,} tokens, less than one row of "
+                f"{arguments.context_length:,} + 1. Give more text, a shorter --context_length, or another "
+                "--held_out_fraction or --split."
+            )
+    return joined["train"], joined["held_out"], joined["test"] if len(joined["test"]) else None, ledgers
+
+
+def _splits(stores: list[TokenStore], arguments: SharedArguments) -> list[Split]:
+    """Return the split of each store. Hashes are looked at together: a copy in another source is a copy too."""
+    hashes = np.concatenate([store.document_hashes() for store in stores])
+    documents = [store.documents for store in stores]
+    if arguments.split is None:
+        whole = split_by_hash(hashes, arguments.held_out_fraction, arguments.keep_duplicates)
+    else:
+        whole = split_in_order(documents, hashes, arguments.split, arguments.keep_duplicates)
+    ends = np.cumsum([0, *documents])
+    return [
+        Split(*(getattr(whole, field.name)[begin:end] for field in fields(Split)))
+        for begin, end in zip(ends[:-1], ends[1:], strict=True)
+    ]

@@ -1,0 +1,188 @@
+"""Documents -> token store, on the command line; recipes call the same functions by themselves.
+
+    python data/prepare.py tokenize --input corpus.jsonl.gz more/ --tokenizer DIR --output tokens/corpus
+    python data/prepare.py inspect tokens/corpus --tokenizer DIR
+    python data/prepare.py merge --input tokens/a tokens/b --output tokens/ab
+    python data/prepare.py train-tokenizer --input corpus.jsonl --vocabulary_size 16000 --output my-tokenizer
+    python data/prepare.py download wiki-zh --output data
+
+``--data tokens/corpus.bin`` trains on the result. For corpora that outgrow one machine: data/prepare_distributed.py.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from common.corpus import CorpusCounts, read_documents
+from common.download import CORPORA, download
+from common.messages import InputError
+from common.near_duplicates import without_near_duplicates
+from common.sources import Source, resolve_sources
+from common.splits import content_hash, held_out_below
+from common.token_merge import merge_token_stores
+from common.token_store import TokenStore
+from common.token_writer import FILES, origin_of, write_token_store
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokenizer_training import SAMPLE_BYTES, sample_of, tokenizer_report, train_tokenizer
+
+HELD_OUT_FRACTION = 0.005  # of the documents: what a recipe holds out by default, train-tokenizer reports on
+REPORT_BYTES = 20_000_000  # of held-out text at most
+
+
+def tokenize(arguments: argparse.Namespace) -> None:
+    """Write the pair, and as the last line what is in it as JSON."""
+    began = time.perf_counter()
+    tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_token)
+    sources = resolve_sources(arguments.input)
+    removes = {"keep_duplicates": arguments.keep_duplicates, "near_duplicates": arguments.near_duplicates}
+    origin = origin_of(sources, tokenizer, arguments.text_field, arguments.skip_malformed) | removes
+    check_output(arguments.output, origin)
+    counts = CorpusCounts()
+    documents = documents_of(sources, arguments, counts)
+    if arguments.near_duplicates is not None:
+        report = Path(f"{arguments.output}.near_duplicates.jsonl")
+        documents = without_near_duplicates(documents, arguments.near_duplicates, report)
+    size_bytes = sum(source.size_bytes for source in sources)
+    drop_duplicates = not arguments.keep_duplicates
+    store = write_token_store(
+        documents, counts, tokenizer, arguments.output, origin, size_bytes, arguments.workers, drop_duplicates
+    )
+    said = store.sidecar
+    line = {
+        "documents": said["documents"],
+        "tokens": said["tokens"] - said["end_tokens"],  # of text; the .bin holds one end token a document besides
+        "end_tokens": said["end_tokens"],
+        "bytes": said["text_bytes"],
+        "seconds": round(time.perf_counter() - began, 2),
+    }
+    print(json.dumps(line | {name: said[name] for name in ("duplicates", "empty", "malformed")}))
+
+
+def check_output(output: str, origin: dict) -> None:
+    """Raise InputError if another token store is at ``output``. One of the same origin is found, and not made again."""
+    existing = [name for name in FILES if Path(f"{output}{name}").exists()]
+    interrupted = Path(f"{output}.lock").exists()  # ours, cut off between the renaming of two files
+    if existing and len(existing) < len(FILES) and not interrupted:
+        raise InputError(f"{output}{existing[0]}: is there already, and not of a token store of ours. Choose another.")
+    if len(existing) < len(FILES):
+        return
+    there = TokenStore(output).sidecar
+    different = [name for name, value in json.loads(json.dumps(origin)).items() if there.get(name) != value]
+    if different:
+        raise InputError(
+            f"{output}.bin: is there already, made otherwise ({', '.join(different)}: see {output}.json). "
+            "Choose another --output, or remove its files."
+        )
+
+
+def documents_of(sources: list[Source], arguments: argparse.Namespace, counts: CorpusCounts) -> Iterator[str]:
+    for source in sources:
+        yield from read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
+
+
+def inspect(arguments: argparse.Namespace) -> None:
+    """Print counts, what the sidecar says, and the first documents, decoded if a tokenizer is given."""
+    store = TokenStore(arguments.store)
+    print(f"{store.documents:,} documents, {len(store.tokens):,} tokens of {store.tokens.dtype} in {arguments.store}")
+    print(json.dumps(store.sidecar, indent=1, ensure_ascii=False) if store.sidecar else "no sidecar: not made by us")
+    tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
+    if tokenizer is not None:
+        store.check_tokenizer(tokenizer_fingerprint(tokenizer), len(tokenizer))
+    for number in range(min(arguments.documents, store.documents)):
+        ids = store.tokens[store.document_starts[number] : store.document_starts[number + 1]]
+        shown = ids[: arguments.tokens].tolist()
+        left = f" and {len(ids) - len(shown):,} more" if len(ids) > len(shown) else ""
+        print(f"--- document {number}, {len(ids):,} tokens\n{tokenizer.decode(shown) if tokenizer else shown}{left}")
+
+
+def merge(arguments: argparse.Namespace) -> None:
+    """Write several stores as one, or one in the other format."""
+    store = merge_token_stores([TokenStore(path) for path in arguments.input], arguments.output, arguments.legacy)
+    print(json.dumps({"documents": store.documents, "tokens": len(store.tokens)}))
+
+
+def train(arguments: argparse.Namespace) -> None:
+    """Train a tokenizer on a sample of the documents that a recipe would not hold out; report on those it would."""
+    sources, limit = resolve_sources(arguments.input), held_out_below(HELD_OUT_FRACTION)
+    held_out: list[str] = []
+    room = REPORT_BYTES
+
+    def training_documents() -> Iterator[str]:
+        nonlocal room
+        for text in documents_of(sources, arguments, CorpusCounts()):
+            if content_hash(text.encode()) >= limit:
+                yield text
+            elif len(text.encode()) <= room:
+                held_out.append(text)
+                room -= len(text.encode())
+
+    sample, counts = sample_of(training_documents(), int(arguments.sample_mb * 1e6))
+    tokenizer = train_tokenizer(sample, arguments.vocabulary_size)
+    tokenizer.save_pretrained(arguments.output)
+    reference = None if arguments.reference is None else load_tokenizer(arguments.reference)
+    report = tokenizer_report(tokenizer, held_out, arguments.hidden_size, reference)
+    print(json.dumps({"output": arguments.output, "sample": counts, **report}))
+
+
+def fetch(arguments: argparse.Namespace) -> None:
+    """Download a corpus (wiki-zh, openwebtext, seq-monkey) or any data set id, resumed and checked."""
+    for path in download(arguments.name, Path(arguments.output)):
+        print(path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name: str, run: Callable, output: str | None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
+        sub.set_defaults(run=run)
+        if output is not None:
+            sub.add_argument("--output", required=True, help=output)
+        return sub
+
+    def add_source_flags(sub: argparse.ArgumentParser) -> None:
+        sub.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")
+        sub.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
+        sub.add_argument("--skip_malformed", action="store_true", help="Count malformed documents and go on.")
+
+    sub = command("tokenize", tokenize, "Prefix of the .bin and .idx.")
+    add_source_flags(sub)
+    sub.add_argument("--tokenizer", required=True, help="A folder, or a ModelScope or Hugging Face id.")
+    sub.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
+    sub.add_argument("--workers", type=int, help="Threads that tokenize; one for each core if left out.")
+    sub.add_argument("--keep_duplicates", action="store_true", help="Keep exact copies of a document.")
+    sub.add_argument("--near_duplicates", type=float, metavar="SIMILARITY", help="Remove documents this alike: 0.8.")
+
+    sub = command("inspect", inspect, None)
+    sub.add_argument("store", help="Prefix, .bin file, or a folder of token stores.")
+    sub.add_argument("--tokenizer", help="Decode with this one, and check that it made the store.")
+    sub.add_argument("--documents", type=int, default=3, help="How many documents to show (3).")
+    sub.add_argument("--tokens", type=int, default=60, help="Of each, how many tokens (60).")
+
+    sub = command("merge", merge, "Prefix of the result.")
+    sub.add_argument("--input", nargs="+", required=True, help="Token stores, in the order of the result.")
+    sub.add_argument("--legacy", action="store_true", help="Write the older _ids.npy and _idx.npz.")
+
+    sub = command("train-tokenizer", train, "The tokenizer's folder.")
+    add_source_flags(sub)
+    sub.add_argument("--vocabulary_size", type=int, default=32_000, help="Tokens (32000).")
+    sub.add_argument(
+        "--sample_mb", type=float, default=SAMPLE_BYTES / 1e6, help="Text to train on, in MB (%(default)s)."
+    )
+    sub.add_argument("--reference", help="A tokenizer to compare with, such as Qwen/Qwen2-0.5B.")
+    sub.add_argument("--hidden_size", type=int, default=512, help="For which the embedding is counted (512).")
+
+    sub = command("download", fetch, "Folder.")
+    sub.add_argument("name", help=f"{', '.join(CORPORA)}, or a data set id like owner/name.")
+
+    arguments = parser.parse_args(argv)
+    arguments.run(arguments)
+
+
+if __name__ == "__main__":
+    main()

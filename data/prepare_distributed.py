@@ -1,0 +1,153 @@
+"""Documents -> token stores, by many tasks on one machine or many: for corpora that outgrow one.
+
+    python data/prepare_distributed.py --input corpus/ --tokenizer DIR --output tokens/corpus --tasks 4
+    python data/prepare_distributed.py --input corpus/ --tokenizer DIR --output tokens/corpus --tasks 256 \
+        --executor slurm --partition cpu --time 04:00:00 --cpus_per_task 4
+    python data/prepare_distributed.py --input corpus/ --tokenizer DIR --output tokens/corpus --tasks 64 --executor ray
+
+Every task writes one shard into the output folder; ``--data tokens/corpus`` trains on all of them as one store. The
+tasks are run by datatrove (pip install 'datatrove>=0.10,<0.11', and ray for that executor; the folder has to be on a
+file system that all machines share). Launch again after an interruption: finished tasks are not run again. At the end
+the shards are checked against each other, and the last line is JSON as that of data/prepare.py.
+
+Files are dealt out whole, so that each is read once and the order of the documents is kept. Where files are few or one
+of them is very large, every task reads them all and takes every n-th document: simple and right for every format, but
+worth it for some dozen tasks only; for more, split the file (split -n l/256). We read with common.corpus, not with
+datatrove's readers: those skip what they cannot parse and empty documents, and do not say how many.
+
+Differences to data/prepare.py: exact copies stay in the shards (a recipe leaves them out, and says how many).
+"""
+
+import argparse
+import os
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+from common.messages import InputError, say
+from common.sources import resolve_sources
+from common.token_shards import WORK_FOLDER, plan_shards, report_shards, write_shard
+
+INSTALL = "pip install 'datatrove>=0.10,<0.11'"
+
+
+def local_executor(arguments: argparse.Namespace, step: partial, logs: str):
+    from datatrove.executor import LocalPipelineExecutor
+
+    # spawn: the only way to start a process that Windows and macOS have, too
+    return LocalPipelineExecutor([step], arguments.tasks, arguments.workers, logs, start_method="spawn")
+
+
+def ray_executor(arguments: argparse.Namespace, step: partial, logs: str):
+    import ray
+    from datatrove.executor import RayPipelineExecutor
+
+    ray.init(ignore_reinit_error=True)
+    return RayPipelineExecutor(
+        [step],
+        arguments.tasks,
+        arguments.workers,
+        logging_dir=logs,
+        cpus_per_task=arguments.cpus_per_task,
+        mem_per_cpu_gb=arguments.memory_per_cpu_gb,
+    )
+
+
+def slurm_executors(arguments: argparse.Namespace, step: partial, folder: str, logs: str):
+    """Return the executor of the last step; it starts that of the tasks, which it waits for."""
+    from datatrove.executor import SlurmPipelineExecutor
+
+    if not arguments.partition:
+        raise InputError("--executor slurm: needs --partition.")
+    settings = dict(
+        time=arguments.time,
+        partition=arguments.partition,
+        cpus_per_task=arguments.cpus_per_task,
+        mem_per_cpu_gb=arguments.memory_per_cpu_gb,
+        qos=None,
+        env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',  # the commands of this environment
+        sbatch_args=dict(pair.split("=", 1) for pair in arguments.sbatch),
+    )
+    tasks = SlurmPipelineExecutor(
+        [step], arguments.tasks, workers=arguments.workers, job_name="tokenize", logging_dir=logs, **settings
+    )
+    report = partial(report_shards, folder=folder, began=time.time())
+    return SlurmPipelineExecutor(
+        [report],
+        1,
+        job_name="check_shards",
+        depends=tasks,
+        skip_completed=False,
+        logging_dir=f"{logs}-check",
+        **settings,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse(argv)
+    began = time.time()
+    try:
+        import datatrove  # noqa: F401
+    except ImportError:
+        raise InputError(f"the tasks are run by datatrove, which is not installed: {INSTALL}") from None
+    folder = os.path.abspath(arguments.output)
+    plan_shards(
+        folder,
+        resolve_sources(arguments.input),
+        arguments.tokenizer,
+        arguments.end_token,
+        arguments.text_field,
+        arguments.skip_malformed,
+        arguments.tasks,
+    )
+    logs = str(Path(folder, WORK_FOLDER, "tokenize"))
+    cores = os.cpu_count() or 1
+    if arguments.executor == "local" and arguments.workers == -1:
+        arguments.workers = min(arguments.tasks, cores)
+    threads = max(1, cores // arguments.workers) if arguments.executor == "local" else arguments.cpus_per_task
+    step = partial(write_shard, folder=folder, threads=threads)
+    if arguments.executor == "slurm":
+        slurm_executors(arguments, step, folder, logs).run()
+        say(f"submitted. The last job checks the shards and prints their counts; the logs are in {logs}*/slurm_logs")
+        return
+    executor = (local_executor if arguments.executor == "local" else ray_executor)(arguments, step, logs)
+    try:
+        executor.run()
+    except RuntimeError as error:
+        raise InputError(f"{error}\nA task failed, its log is in {logs}/logs. Repair that and launch again.") from None
+    report_shards(None, 0, 1, folder, began)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")
+    parser.add_argument("--tokenizer", required=True, help="A folder, or a ModelScope or Hugging Face id.")
+    parser.add_argument("--output", required=True, help="Folder of the shards.")
+    parser.add_argument("--tasks", type=int, required=True, help="How many shards.")
+    parser.add_argument(
+        "--executor", choices=["local", "slurm", "ray"], default="local", help="What runs them (local)."
+    )
+    parser.add_argument("--workers", type=int, default=-1, help="Tasks at a time: the cores if local, else all.")
+    parser.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
+    parser.add_argument("--skip_malformed", action="store_true", help="Count malformed documents and go on.")
+    parser.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
+    parser.add_argument("--cpus_per_task", type=int, default=1, help="On Slurm and Ray (1).")
+    parser.add_argument("--memory_per_cpu_gb", type=int, default=4, help="On Slurm and Ray (4).")
+    parser.add_argument("--partition", help="Of Slurm.")
+    parser.add_argument("--time", default="24:00:00", help="Limit of a Slurm task (24:00:00).")
+    parser.add_argument(
+        "--sbatch", nargs="*", default=[], metavar="NAME=VALUE", help="More for Slurm: account=x qos=y."
+    )
+    arguments = parser.parse_args(argv)
+    if arguments.workers != -1 and arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers}: at least 1")
+    if any("=" not in pair for pair in arguments.sbatch):
+        parser.error(f"--sbatch {' '.join(arguments.sbatch)}: NAME=VALUE, without dashes")
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""Isolated packing against the same documents trained one by one."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import store_of_tokens
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.attention import check_isolation, document_positions
+from common.messages import InputError
+from common.packing import IGNORED_TARGET, JoinedRows, PackedRows, collate_rows
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
+QWEN2 = dict(model_type="qwen2", intermediate_size=64, num_key_value_heads=2, **SHAPE)
+GEMMA3 = dict(  # sliding windows, shorter than the documents, in every other layer
+    model_type="gemma3_text", intermediate_size=64, num_key_value_heads=2, head_dim=8, sliding_window=4, **SHAPE
+)
+GPT2 = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=1000, n_positions=64)
+BLOOM = dict(model_type="bloom", n_layer=2, n_head=4, hidden_size=32, vocab_size=1000)
+
+
+def model_of(shape: dict, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    shape = dict(shape)
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_positions_start_again_with_every_document():
+    starts = np.array([False, False, True, True, False, True])
+    assert document_positions(starts).tolist() == [0, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", [QWEN2, GEMMA3, GPT2], ids=lambda shape: shape["model_type"])
+def test_isolated_rows_train_as_their_documents_do_one_by_one(tmp_path, shape, attention):
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(1, 1000, length).tolist() for length in (9, 1, 30, 3, 14, 2, 7)]
+    store = store_of_tokens(tmp_path, documents)
+    context_length = 16
+    rows = JoinedRows([PackedRows(store, np.ones(len(documents), bool), context_length, isolated=True)])
+    batch = collate_rows([rows[row] for row in range(len(rows))])
+    model = model_of(shape, attention).eval()
+
+    packed = model(**batch, use_cache=False, num_items_in_batch=1).loss
+    packed.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    unpacked, targets = torch.zeros(()), 0
+    for row in range(len(rows)):  # a document that crosses a row's border is trained in two parts
+        window = rows.sources[0].window(row * context_length, context_length + 1)
+        starts = [0, *(np.flatnonzero(rows.sources[0].starts_in(row * context_length, context_length + 1)[1:]) + 1)]
+        for begin, end in zip(starts, [*starts[1:], context_length + 1], strict=True):
+            part = torch.from_numpy(window[begin:end])[None]
+            if part.shape[1] > 1:  # the document that starts with the row's last target is not seen in it
+                logits = model(input_ids=part[:, :-1], use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="sum")
+                unpacked, targets = unpacked + loss, targets + part.shape[1] - 1
+    unpacked.backward()
+
+    assert targets == int((batch["shift_labels"] != IGNORED_TARGET).sum())
+    assert packed.item() == pytest.approx(unpacked.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [QWEN2, GEMMA3, GPT2], ids=lambda shape: shape["model_type"])
+def test_architectures_that_isolate_pass_the_check(shape):
+    model = model_of(shape)
+    check_isolation(model)
+    assert model.training
+
+
+def test_an_architecture_that_mixes_documents_is_refused():
+    with pytest.raises(InputError, match="--packing isolated: BloomForCausalLM lets documents"):
+        check_isolation(model_of(BLOOM, "eager"))
