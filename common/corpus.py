@@ -28,6 +28,7 @@ class CorpusCounts:
         documents: those handed out; ``text_bytes`` is their UTF-8 size.
         empty: those of white space, control and format characters only.
         malformed: those that cannot be read; ``first_malformed`` says of a few where they are, and what is wrong.
+        near_duplicates: those that ``data/prepare.py --near_duplicates`` left out of the ones handed out.
         file_bytes: read of local files so far, as they are on disk; beside ``Source.size_bytes``, for showing progress.
     """
 
@@ -35,6 +36,7 @@ class CorpusCounts:
     text_bytes: int = 0
     empty: int = 0
     malformed: int = 0
+    near_duplicates: int = 0
     file_bytes: int = 0
     first_malformed: list[str] = field(default_factory=list)
 

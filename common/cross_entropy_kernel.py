@@ -27,8 +27,8 @@ def cross_entropy_in_place(
     """Return the loss of each row, fp32, shape (rows,); overwrite ``logits`` with the gradient of the losses' sum.
 
     Arguments as ``common.linear_cross_entropy.cross_entropy_plain``, which does the same in plain torch. Where rows are
-    wider than the vocabulary (``logits`` is a view), the rest of a row is ours to overwrite. A target outside the
-    vocabulary gives NaN.
+    wider than the vocabulary (``logits`` is a view), the gradient of the rest is 0. A target outside the vocabulary
+    gives NaN.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     with torch.cuda.device_of(logits):
@@ -93,7 +93,7 @@ def _cross_entropy(
             gradient = (tl.exp(values - normalizer) - tl.where(column == target, 1.0, 0.0)) * scale
             if CAPPED:
                 gradient *= 1.0 - (values / soft_cap) * (values / soft_cap)
-            gradient = tl.where(used, gradient, 0.0)
+            gradient = tl.where(used & (column < vocabulary), gradient, 0.0)
             tl.store(logits + column, gradient.to(logits.dtype.element_ty), mask=column < width)
 
 

@@ -52,8 +52,8 @@ CORPORA = {
         urls=(PADDLENLP + "llama_openwebtext_100k.bin", PADDLENLP + "llama_openwebtext_100k.idx"),
     ),
     "seq-monkey": Corpus(
-        "Mobvoi's general Chinese corpus, which happy-llm trains on: about 10 billion tokens, 10 GB packed",
-        "Mobvoi's open data terms (https://github.com/mobvoi/seq-monkey-data), to be read before any other use",
+        "Mobvoi's general Chinese corpus, which happy-llm trains on: 13 million documents, about 10 GB packed",
+        "Apache-2.0 (https://github.com/mobvoi/seq-monkey-data)",
         identifier="ddzhu123/seq-monkey:mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2",
     ),
 }
@@ -64,8 +64,8 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
 
     One file goes into ``folder`` itself, several into a folder of their own in it. An interrupted download is
     continued. Beside every FILE lies FILE.sha256, which ``sha256sum -c`` reads. A file that is there already is read
-    and compared with it, and fetched again if it was altered; ``verify=False`` spares the reading. An archive is
-    unpacked, and its files are returned; it may be deleted then.
+    and compared with it, and fetched again if it was altered; ``verify=False`` takes it as it is, whoever put it there.
+    An archive is unpacked, and its files are returned; it may be deleted then.
 
     Raises:
         InputError: unknown name, no hub has it, the disk is too small, or what comes is not what the hub announces.
@@ -145,8 +145,8 @@ def _already_here(corpus: Corpus, name: str, folder: Path, verify: bool) -> list
     names = [PurePosixPath(urlsplit(url).path).name for url in corpus.urls] or ([file] if file else [])
     suffixes = [next((suffix for suffix in ARCHIVES if name.endswith(suffix)), "") for name in names]
     targets = _targets(folder, name, [n.removesuffix(suffix) for n, suffix in zip(names, suffixes, strict=True)])
-    whole = all(target.is_file() and sidecar_of(target).exists() for target in targets)
-    if not targets or not whole or not all(is_here(target, None, verify) for target in targets):
+    known = all(target.is_file() and (sidecar_of(target).exists() or not verify) for target in targets)
+    if not targets or not known or (verify and not all(is_here(target, None) for target in targets)):
         return []
     say(f"{', '.join(map(str, targets))}: already here")
     return targets

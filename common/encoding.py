@@ -44,7 +44,7 @@ class Encoder:
 
     ``encode`` raises:
         InputError: the engine gave up on a text.
-        UnicodeEncodeError: a text has a lone surrogate; common/corpus.py lets none pass.
+        UnicodeEncodeError, TypeError: a text has a lone surrogate; common/corpus.py lets none pass.
     """
 
     name: str

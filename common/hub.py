@@ -57,37 +57,6 @@ def fetch_tokenizer(name: str) -> str:
     return _fetch(f"tokenizer {name}", "--tokenizer", from_modelscope, from_hugging_face, complete)
 
 
-def fetch_data_file(repository: str, file_name: str, folder: Path) -> str:
-    """Return ``folder/file_name``, downloaded from the data set ``repository`` unless it is there already.
-
-    Raises:
-        InputError: it is not there and no hub is reachable.
-    """
-    target = Path(folder) / file_name
-    if target.exists():
-        return str(target)
-
-    def from_modelscope(**where):
-        from modelscope import snapshot_download
-
-        snapshot_download(repository, repo_type="dataset", allow_patterns=[file_name], local_dir=str(folder), **where)
-        return str(target)
-
-    def from_hugging_face(**where):
-        from huggingface_hub import hf_hub_download
-
-        return hf_hub_download(repository, file_name, repo_type="dataset", local_dir=str(folder), **where)
-
-    return _fetch(f"{file_name} of data set {repository}", "--data", from_modelscope, from_hugging_face, Path.exists)
-
-
-def check_hugging_face_answers(data_set: str) -> None:
-    """Raise InputError within PROBE_SECONDS if the hub that ``data_set`` would be streamed from does not answer."""
-    endpoint = os.environ.get("HF_ENDPOINT", HUGGING_FACE)
-    if not answering_hubs([endpoint]):
-        raise InputError(f"data set {data_set}: {endpoint} does not answer.\n{three_ways_on('--data')}")
-
-
 def hub_endpoints() -> dict[str, str]:
     """Return the hubs and their URLs in the order in which they are asked."""
     modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old

@@ -51,10 +51,11 @@ class Ledger:
         """
         sizes = np.diff(store.document_starts)
         said = Counter(store.sidecar)  # 0 for what it does not say
+        left_out = said["duplicates"] + said["near_duplicates"]  # of the store, by data/prepare.py
         ledger = cls(
             bytes_read=said["text_bytes"],
-            documents=store.documents + said["duplicates"],  # data/prepare.py leaves them out of a store
-            documents_duplicate=int(split.duplicate.sum()) + said["duplicates"],
+            documents=store.documents + left_out,
+            documents_duplicate=int(split.duplicate.sum()) + left_out,
             documents_empty=said["empty"],
             documents_malformed=said["malformed"],
             tokens_read=len(store.tokens) + said["duplicate_tokens"],

@@ -11,10 +11,8 @@ from common.messages import InputError, say
 
 CONNECT_SECONDS, SILENCE_SECONDS = 8, 30  # without a connection, and without a byte on one that is open
 SLOW_BYTES, SLOW_SECONDS = 1 << 16, 60  # fewer bytes than this in as many seconds of reading is as good as none
-ATTEMPTS, LONGEST_PAUSE_SECONDS = (
-    7,
-    30,
-)  # in a row without SLOW_BYTES; pauses of 1, 2, 4, 8, 16 and 30 seconds: a minute
+ATTEMPTS = 7  # in a row without SLOW_BYTES; the pauses between them are 1, 2, 4, 8, 16 and 30 seconds
+LONGEST_PAUSE_SECONDS = 30
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that a server takes back; any other error is final
 LOGIN = " (private, or its terms are to be accepted on the hub's page first; then export HF_TOKEN)"
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)

@@ -24,9 +24,7 @@ DECIDING_ROWS = [
 ]  # fmt: skip
 
 
-def run_identity(
-    recipe: str, model: dict, data: dict, arguments: SharedArguments, training: TrainingArguments
-) -> dict:
+def run_identity(recipe: str, model: dict, data: dict, arguments: SharedArguments, training: TrainingArguments) -> dict:
     """Describe a run by what decides its losses, as JSON types."""
     rows = {name: getattr(arguments, name) for name in DECIDING_ROWS}
     values = training.to_dict()

@@ -22,7 +22,7 @@ from common.token_writer import origin_of, write_token_store
 from common.tokenizer import load_tokenizer
 
 WORK_FOLDER = ".tasks"  # in the folder of shards; hidden, so that it is not taken for documents
-LARGEST_SHARE = 2.0  # times an equal share: where whole files would give a task more, documents are dealt out instead
+LARGEST_SHARE = 1.5  # times an equal share: where whole files would give a task more, documents are dealt out instead
 
 
 def plan_shards(

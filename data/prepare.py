@@ -18,7 +18,7 @@ from pathlib import Path
 from common.corpus import CorpusCounts, read_documents
 from common.download import CORPORA, download
 from common.messages import InputError
-from common.near_duplicates import without_near_duplicates
+from common.near_duplicates import NearDuplicateCounts, without_near_duplicates
 from common.sources import Source, resolve_sources
 from common.splits import content_hash, held_out_below
 from common.token_merge import merge_token_stores
@@ -36,14 +36,13 @@ def tokenize(arguments: argparse.Namespace) -> None:
     began = time.perf_counter()
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_token)
     sources = resolve_sources(arguments.input)
-    removes = {"keep_duplicates": arguments.keep_duplicates, "near_duplicates": arguments.near_duplicates}
+    removes = {"keep_duplicates": arguments.keep_duplicates, "near_duplicate_similarity": arguments.near_duplicates}
     origin = origin_of(sources, tokenizer, arguments.text_field, arguments.skip_malformed) | removes
     check_output(arguments.output, origin)
     counts = CorpusCounts()
     documents = documents_of(sources, arguments, counts)
     if arguments.near_duplicates is not None:
-        report = Path(f"{arguments.output}.near_duplicates.jsonl")
-        documents = without_near_duplicates(documents, arguments.near_duplicates, report)
+        documents = without_alike(documents, arguments, counts)
     size_bytes = sum(source.size_bytes for source in sources)
     drop_duplicates = not arguments.keep_duplicates
     store = write_token_store(
@@ -57,7 +56,14 @@ def tokenize(arguments: argparse.Namespace) -> None:
         "bytes": said["text_bytes"],
         "seconds": round(time.perf_counter() - began, 2),
     }
-    print(json.dumps(line | {name: said[name] for name in ("duplicates", "empty", "malformed")}))
+    print(json.dumps(line | {name: said[name] for name in ("duplicates", "near_duplicates", "empty", "malformed")}))
+
+
+def without_alike(documents: Iterator[str], arguments: argparse.Namespace, counts: CorpusCounts) -> Iterator[str]:
+    """Yield ``documents`` less near-duplicates, which OUTPUT.near_duplicates.jsonl lists and ``counts`` count."""
+    met, report = NearDuplicateCounts(), Path(f"{arguments.output}.near_duplicates.jsonl")
+    yield from without_near_duplicates(documents, arguments.near_duplicates, report, met)
+    counts.near_duplicates = met.removed
 
 
 def check_output(output: str, origin: dict) -> None:

@@ -26,7 +26,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from common.arguments import SharedArguments
 from common.attention import check_isolation
 from common.callbacks import SampleCallback
-from common.hub import fetch_data_file
+from common.download import download
 from common.launch import check_launch, launch_defaults, set_batch
 from common.ledger import split_rows
 from common.messages import say
@@ -140,10 +140,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
     with training.main_process_first(desc="tokenizing"):
-        sources = resolve_sources(
-            shared.data
-            or [fetch_data_file("fjcanyue/wikipedia-zh-cn", "wikipedia-zh-cn-20240820.json", ROOT / "data")]
-        )
+        sources = resolve_sources(shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])])
         if shared.tokenizer == "train":
             tokenizer = tokenizer_trained_on(sources, shared)
         else:

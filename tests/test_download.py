@@ -165,6 +165,9 @@ def test_an_altered_file_is_fetched_again(hub, tmp_path, capsys):
 
 def test_a_file_of_the_users_own(hub, tmp_path):
     (tmp_path / "wiki.json").write_bytes(b"mine")
+    asked = len(hub.asked)
+    assert download("owner/name:wiki.json", tmp_path, verify=False) == [tmp_path / "wiki.json"]  # as recipes call it
+    assert len(hub.asked) == asked
     with pytest.raises(InputError, match="was not fetched by this command"):
         download("owner/name:wiki.json", tmp_path)
     assert (tmp_path / "wiki.json").read_bytes() == b"mine"

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from conftest import ROOT
 
-from common.hub import fetch_data_file, fetch_tokenizer
+from common.hub import fetch_tokenizer
 from common.messages import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -120,7 +120,7 @@ def fetch(call: str, port: int, caches) -> subprocess.CompletedProcess:
         HTTPS_PROXY="http://127.0.0.1:9",  # so that hf-mirror.com is closed on a connected machine, too
         NO_PROXY="127.0.0.1",
     )
-    code = f"from common.hub import fetch_data_file, fetch_tokenizer; print({call})"
+    code = f"from common.hub import fetch_tokenizer; print({call})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -144,30 +144,9 @@ def test_a_tokenizer_is_downloaded_and_found_again(hub, tmp_path):
     assert path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path)) == folder
 
 
-def test_a_data_file_is_downloaded_once(hub, tmp_path):
-    call = f"fetch_data_file('owner/small', 'part/data.json', {str(tmp_path / 'data')!r})"
-    path = path_in(fetch(call, hub.server_port, tmp_path))
-    assert path == tmp_path / "data/part/data.json"
-    assert files_in(tmp_path / "data") == {"part/data.json": FILES["part/data.json"]}
-    asked = len(hub.asked)
-    assert path_in(fetch(call, hub.server_port, tmp_path)) == path
-    assert len(hub.asked) == asked
-
-
-def test_what_a_hub_does_not_have(hub, tmp_path):
-    result = fetch(f"fetch_data_file('owner/small', 'other.json', {str(tmp_path)!r})", hub.server_port, tmp_path)
-    assert result.returncode == 1
-    assert "cannot fetch other.json of data set owner/small:\n  ModelScope's cache: " in result.stderr
-    assert "\n  ModelScope: " in result.stderr and "\n  Hugging Face (http://127.0.0.1:" in result.stderr
-    assert "Three ways on" in result.stderr and "Traceback" not in result.stderr
-
-
-@pytest.mark.parametrize(
-    "call", ["fetch_tokenizer('owner/small')", "fetch_data_file('owner/small', 'data.json', {!r})"]
-)
-def test_unreachable_hubs(call, closed_port, tmp_path):
+def test_unreachable_hubs(closed_port, tmp_path):
     begin = time.monotonic()
-    result = fetch(call.format(str(tmp_path)), closed_port, tmp_path)
+    result = fetch("fetch_tokenizer('owner/small')", closed_port, tmp_path)
     assert time.monotonic() - begin < 30
     assert result.returncode == 1
     assert result.stderr.count("does not answer") == 3
@@ -195,9 +174,7 @@ def test_a_hub_that_stalls(hub, tmp_path):
 
 
 def test_what_is_local_is_returned_as_it_is(tmp_path):
-    (tmp_path / "data.json").write_text("[]")
     assert fetch_tokenizer(str(tmp_path)) == str(tmp_path)
-    assert fetch_data_file("owner/small", "data.json", tmp_path) == str(tmp_path / "data.json")
 
 
 @pytest.mark.parametrize("name", ["small", "a/b/c", "./owner", "/no/such", "../small"])

@@ -136,8 +136,9 @@ def compare(
     reference = loss_and_gradients(plain, tensors, upstream)
     found = loss_and_gradients(fused, tensors, upstream)
     tolerance = {torch.float64: 1e-6, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    # Where the target's probability is nearly 1, its gradient is what is left of 1 - 1 in fp32.
-    cancelled = 2e-6 * upstream.item() * scale / (num_items or 1)
+    # A gradient may be what is left of larger numbers: 1 - 1 at a probable target, chunks that cancel each other.
+    largest = max(x.abs().max().item() for x in tensors if x is not None)
+    cancelled = max(2e-6, torch.finfo(dtype).eps) * upstream.item() * scale / (num_items or 1) * max(1, largest)
     for true, other, ours in zip(truth, reference, found, strict=True):
         if true.numel() == 0:
             continue
@@ -231,7 +232,7 @@ def test_autocast_multiplies_in_its_dtype_and_keeps_the_gradients_wide(dtype):
     with torch.autocast("cpu", dtype=dtype):
         expected = materialised(hidden, weight, targets, bias, 1.0, None, None)
         loss = fused_linear_cross_entropy(hidden, weight, targets, bias, chunk_bytes=2**16)
-    torch.testing.assert_close(loss, expected, rtol=2e-4, atol=0)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)  # that of fp32 is 2e-6 and 7e-5 off
     for found, other in zip(torch.autograd.grad(loss, leaves), torch.autograd.grad(expected, leaves), strict=True):
         assert found.dtype == torch.float32
         torch.testing.assert_close(found, other, rtol=0, atol=0.02 * other.abs().max().item())
@@ -273,10 +274,18 @@ def test_all_logits_are_never_held():
     with LargestTensor() as materialising:
         materialised(hidden, weight, targets, None, 1.0, None, None).backward()
     assert materialising.elements == rows * vocabulary  # the recorder sees them
-    chunk_bytes = 64 * vocabulary * (4 + 8)  # 64 rows, with two copies
+    chunk_bytes = 64 * 1024 * (4 + 8)  # 64 rows of the padded vocabulary, with two copies
     with LargestTensor() as chunked:
         fused_linear_cross_entropy(hidden, weight, targets, chunk_bytes=chunk_bytes).backward()
-    assert chunked.elements == 64 * 1024  # rows start at multiples of 64 numbers
+    assert chunked.elements == 64 * 1024
+
+
+def test_evaluation_holds_no_gradients():
+    hidden, weight, _, targets = problem(640, 8, 1024, False, torch.float32)
+    weight.requires_grad_()
+    with torch.no_grad(), LargestTensor() as recorder:
+        fused_linear_cross_entropy(hidden, weight, targets, chunk_bytes=4 * 1024 * 12)
+    assert recorder.elements == 4 * 1024  # four rows of logits; the gradients would have 5,120 and 8,192
 
 
 @given(rows=st.integers(0, 100_000), row_bytes=st.integers(1, 10**6), chunk_bytes=st.integers(1, 10**9))
@@ -314,15 +323,17 @@ def test_the_kernel_does_what_plain_torch_does(dtype, vocabulary, scale, soft_ca
     given = (4 * torch.randn(6, -(-vocabulary // 64) * 64)).to(device, dtype)  # rows wider than the vocabulary
     targets = torch.randint(vocabulary, (6,), device=device)
     targets[2] = -100
-    ours, plain = given.clone()[:, :vocabulary], given.float().clone()[:, :vocabulary]
+    whole, plain = given.clone(), given.float().clone()[:, :vocabulary]
+    ours = whole[:, :vocabulary]
     found = cross_entropy_in_place(ours, targets, scale, soft_cap, -100, with_gradient)
     expected = cross_entropy_plain(plain, targets, scale, soft_cap, -100, with_gradient)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     if with_gradient:
         bits = {torch.float32: 2e-5, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
         torch.testing.assert_close(ours.float(), plain, rtol=bits, atol=1e-6)
+        assert not whole[:, vocabulary:].any()
     else:
-        assert torch.equal(ours, given[:, :vocabulary])
+        assert torch.equal(whole, given)
 
 
 @needs_kernel
@@ -407,17 +418,15 @@ def test_two_micro_batches_of_different_counts_equal_one_batch():
     assert_same_gradients(gradients(two), gradients(one))
 
 
-def test_evaluation_holds_no_gradients_and_generation_is_unchanged():
+def test_evaluation_and_generation_are_unchanged():
     own = tiny_model().eval()
     fused = copy.deepcopy(own)
     use_fused_loss(fused, chunk_bytes=5 * VOCABULARY * 12)
     inputs = batch()
     with torch.no_grad():
-        with LargestTensor() as recorder:
-            loss = fused(**inputs, num_items_in_batch=1).loss
+        loss = fused(**inputs, num_items_in_batch=1).loss
         torch.testing.assert_close(loss, own(**inputs, num_items_in_batch=1).loss)
         assert not loss.requires_grad
-        assert recorder.elements < min(30 * VOCABULARY, 32 * VOCABULARY)  # neither all logits nor a weight's gradient
         ids = inputs["input_ids"]
         torch.testing.assert_close(fused(input_ids=ids).logits, own(input_ids=ids).logits)
     prompt = inputs["input_ids"][:, :3]

@@ -8,7 +8,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 from common.flops import flops_per_token, peak_tflops
 from common.messages import InputError
 from common.model import matmul_parameters, model_from_config, parameter_report
-from common.tokenizer import train_tokenizer
+from common.tokenizer_training import train_tokenizer
 
 
 @pytest.fixture(scope="module")

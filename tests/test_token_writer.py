@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
@@ -60,6 +60,7 @@ def test_the_bytes_are_the_ecosystems(tmp_path):
     )
 
 
+@settings(max_examples=10)  # each builds an encoder twice
 @given(st.lists(st.lists(st.integers(1, 65_498), max_size=5), min_size=1, max_size=8))
 def test_what_is_written_is_read(tmp_path_factory, documents):
     for tokenizer, dtype in ((SMALL, np.uint16), (LARGE, np.int32)):

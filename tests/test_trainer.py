@@ -11,7 +11,7 @@ import common.trainer as trainer
 from common.callbacks import generate_samples
 from common.messages import InputError
 from common.model import model_from_config
-from common.tokenizer import train_tokenizer
+from common.tokenizer_training import train_tokenizer
 
 
 def test_a_lap_leaves_pauses_out(monkeypatch):
