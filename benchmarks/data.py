@@ -17,15 +17,22 @@ import time
 from itertools import chain
 from pathlib import Path
 
+import datasets
+import numpy as np
+from transformers import AutoTokenizer
+
+from common.arguments import SharedArguments
+from common.packing import PackedRows
+from common.sources import resolve_source
+from common.token_writer import token_store_of
+from common.tokenizer import load_tokenizer
+
 CONTEXT_LENGTH = 512
 HEADER = f"{'variant':<28}{'seconds':>9}{'tokens/s':>12}{'ratio':>7}{'bytes/token':>13}{'peak MB':>9}{'dropped':>9}"
 
 
 def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
     """happy-llm's chapter 6 and run_clm.py: map(tokenize), map(group_texts), the tail of each batch dropped."""
-    import datasets
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
 
@@ -48,9 +55,6 @@ def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) 
 
 def whole_chunks(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
     """SwanLab's wiki tutorial: cut each document into pieces of 512 tokens, keep the pieces of exactly 512."""
-    import datasets
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
 
@@ -65,14 +69,6 @@ def whole_chunks(data: str, tokenizer_folder: str, folder: Path, processes: int)
 
 def ours(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
     """This project: token_store_of and PackedRows, as the recipes call them."""
-    import numpy as np
-
-    from common.arguments import SharedArguments
-    from common.packing import PackedRows
-    from common.sources import resolve_source
-    from common.token_writer import token_store_of
-    from common.tokenizer import load_tokenizer
-
     tokenizer = load_tokenizer(tokenizer_folder)
     store = token_store_of(resolve_source(data), tokenizer, SharedArguments(cache_dir=str(folder)))
     rows = PackedRows(store, np.ones(store.documents, dtype=bool), CONTEXT_LENGTH)
@@ -84,10 +80,6 @@ VARIANTS = {"group_texts": group_texts, "whole_chunks": whole_chunks, "ours": ou
 
 def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
     """Run one variant in this process; return seconds, tokens in rows, bytes on disk, peak MB of a process."""
-    import datasets  # noqa: F401  imports are not what is measured
-    import torch  # noqa: F401
-    import transformers  # noqa: F401
-
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         kept = VARIANTS[variant](data, tokenizer, Path(folder), processes)
@@ -99,8 +91,6 @@ def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
 
 def totals(data: str, tokenizer_folder: str) -> tuple[int, int]:
     """Return tokens without and with end-of-document tokens, counted by transformers one document at a time."""
-    from transformers import AutoTokenizer
-
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     with open(data, encoding="utf-8") as file:
         sizes = [len(tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]) for line in file]
@@ -111,15 +101,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="A .jsonl file with a field text.")
     parser.add_argument("--tokenizer", required=True, help="A folder.")
+    cores = os.cpu_count() or 1
+    num_proc = sorted({1, cores, 10})
+    parser.add_argument("--num_proc", type=int, nargs="+", default=num_proc, help="Of group_texts; %(default)s.")
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.variant:
         print(json.dumps(measure(arguments.variant, arguments.data, arguments.tokenizer, arguments.processes)))
         return
-    cores = os.cpu_count() or 1
-    runs = [("group_texts", processes) for processes in sorted({1, cores, 2 * cores, 10})]
-    runs += [("whole_chunks", 10), ("ours", cores)]
+    runs = [("group_texts", processes) for processes in arguments.num_proc]
+    runs += [("whole_chunks", arguments.num_proc[-1]), ("ours", cores)]
     results = {}
     for variant, processes in runs:
         command = [sys.executable, __file__, "--data", arguments.data, "--tokenizer", arguments.tokenizer]

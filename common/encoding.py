@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from common.messages import InputError
@@ -63,7 +63,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder("transformers (Python)", note, lambda texts: python_ids(python_tokenizer, texts))
 
     content = with_ordinary_special_tokens(json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token)
-    backend = Tokenizer.from_str(json.dumps(content))
+    backend = twin_of(tokenizer.backend_tokenizer, content) or Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = True
     try:
         engine = tiktoken_engine(content, backend, lambda text: backend_ids(backend, [text])[0])
@@ -98,6 +98,23 @@ def with_ordinary_special_tokens(content: dict, end_token: str | None) -> dict:
         vocabulary = dict(zip(names, model["vocab"].values(), strict=True))
     left = [token for token in added if token["content"] not in special.intersection(words)]
     return content | {"model": model | {"vocab": vocabulary}, "added_tokens": left}
+
+
+def twin_of(backend: Tokenizer, content: dict) -> Tokenizer | None:
+    """Return ``content`` as a tokenizer that shares the model of ``backend``: sooner made. None if that cannot be."""
+    if content["model"]["type"] != "BPE" or content["model"]["ignore_merges"]:  # the latter is switched off for a while
+        return None
+    twin = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        twin.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        twin.pre_tokenizer = backend.pre_tokenizer
+    for token in sorted(content["added_tokens"], key=lambda token: token["id"]):
+        options = {name: value for name, value in token.items() if name not in ("id", "content")}
+        twin.add_tokens([AddedToken(token["content"], **options)])
+        if twin.token_to_id(token["content"]) != token["id"]:
+            return None
+    return twin
 
 
 def backend_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:

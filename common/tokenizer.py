@@ -3,6 +3,7 @@
 import hashlib
 import json
 
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.hub import fetch_tokenizer
@@ -45,8 +46,11 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return 16 hex digits that change with anything that changes the ids of a text or of its end."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        content = tokenizer.get_vocab()
+        content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:
-        content = json.loads(backend.to_str()) | {"truncation": None, "padding": None}  # the encoders use neither
-    decides = [content, tokenizer.eos_token_id]
-    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:16]
+        if backend.truncation or backend.padding:  # the encoders use neither
+            backend = Tokenizer.from_str(backend.to_str())
+            backend.no_truncation()
+            backend.no_padding()
+        content = backend.to_str()
+    return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()[:16]

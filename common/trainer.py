@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -54,6 +55,11 @@ class PretrainingTrainer(Trainer):
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
         )
+        fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if fsdp_plugin is not None and args.bf16:
+            # Accelerate's policy returns the loss in bf16, three digits of it, and adds gradients up in bf16.
+            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            fsdp_plugin.mixed_precision_policy = policy
         for printer in (ProgressCallback, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
         self.add_callback(ScreenCallback())

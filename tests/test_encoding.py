@@ -135,7 +135,7 @@ def test_every_code_point(kind):
     normalized = trained(kind).normalizer is not None
     disputed = disputed_characters(PATTERNS[kind], normalized)
     agreed = [chr(code) for code in np.flatnonzero(~disputed) if not 0xD800 <= code < 0xE000]
-    assert len(agreed) > (140_000 if normalized else 260_000)
+    assert len(agreed) > (80_000 if normalized else 120_000)
     engine = engine_of(trained(kind))
     strict = encoder_and_reference(kind)[1]
     texts = ["".join(f"'{c}a{c} {c}1\n" for c in agreed[i : i + 2000]) for i in range(0, len(agreed), 2000)]
@@ -148,7 +148,7 @@ def test_python_never_calls_normalized_what_tokenizers_would_change():
     agreed = [chr(code) for code in np.flatnonzero(~disputed_characters(QWEN2, True)) if not 0xD800 <= code < 0xE000]
     for form in ("{}", "e{}", "{}\u0301", "\u0345{}", "q\u0323{}\u0301", "ᄒ{}", "{}\u0338\u0323"):
         normal = [text for text in map(form.format, agreed) if unicodedata.is_normalized("NFC", text)]
-        assert len(normal) > 100_000
+        assert len(normal) > 80_000
         joined = "\n".join(normal)
         assert normalizers.NFC().normalize_str(joined) == joined
 

@@ -60,6 +60,21 @@ def test_the_bytes_are_the_ecosystems(tmp_path):
     )
 
 
+def test_datatrove_writes_the_same_bytes(tmp_path):
+    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+
+    documents = [[1, 2, 3], [65_498], [], list(range(1, 1000))]
+    for tokenizer, token_size in ((SMALL, 2), (LARGE, 4)):
+        theirs = MegatronTokenizedFile(str(tmp_path), f"theirs{token_size}", token_size=token_size)
+        for document in documents:
+            theirs.write([*document, 0])
+        theirs.close()
+        write(tmp_path / f"ours{token_size}", documents, tokenizer)
+        for suffix in (".bin", ".idx"):
+            ours = (tmp_path / f"ours{token_size}{suffix}").read_bytes()
+            assert ours == (tmp_path / f"theirs{token_size}{suffix}").read_bytes()
+
+
 @settings(max_examples=10)  # each builds an encoder twice
 @given(st.lists(st.lists(st.integers(1, 65_498), max_size=5), min_size=1, max_size=8))
 def test_what_is_written_is_read(tmp_path_factory, documents):
