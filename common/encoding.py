@@ -71,7 +71,7 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
     except Unsupported as reason:
         return Encoder("tokenizers", f"not tiktoken: {reason}", lambda texts: backend_ids(backend, texts))
     note = f"same ids as tokenizers on {tried:,} awkward texts tried at start"
-    return Encoder("tiktoken", note, lambda texts: [engine.encode(text) for text in texts])
+    return Encoder("tiktoken", note, engine.encode_batch)
 
 
 def with_ordinary_special_tokens(content: dict, end_token: str | None) -> dict:

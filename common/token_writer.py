@@ -171,11 +171,13 @@ def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
 
 def _encode(texts: list[str], encoder: Encoder, end_token_id: int, dtype: np.dtype) -> tuple[np.ndarray, ...]:
     """Return the tokens of all ``texts``, and the size and the hash of each."""
-    end = np.array([end_token_id], dtype=dtype)
-    tokens = [ids.astype(dtype) for ids in encoder.encode(texts)]
-    sizes = np.array([len(ids) + 1 for ids in tokens], dtype=np.int32)
-    hashes = np.array([content_hash(text.encode()) for text in texts], dtype=np.uint64)
-    return np.concatenate([part for ids in tokens for part in (ids, end)]), sizes, hashes
+    ids = encoder.encode(texts)
+    sizes = np.array([len(document) + 1 for document in ids], dtype=np.int32)
+    tokens = np.full(sizes.sum(dtype=np.int64), end_token_id, dtype=dtype)
+    is_text = np.ones(len(tokens), dtype=bool)
+    is_text[np.cumsum(sizes, dtype=np.int64) - 1] = False
+    tokens[is_text] = np.concatenate(ids)
+    return tokens, sizes, np.array([content_hash(text.encode()) for text in texts], dtype=np.uint64)
 
 
 def _in_order(work: Callable, batches: Iterable[list[str]], workers: int) -> Iterator:
