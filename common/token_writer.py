@@ -44,6 +44,9 @@ def token_store_of(source: Source, tokenizer: PreTrainedTokenizerBase, arguments
     if source.token_store is not None:
         store = TokenStore(source.token_store, arguments.cache_dir)
         store.check_tokenizer(tokenizer_fingerprint(tokenizer), len(tokenizer))
+        share = store.end_token_share(tokenizer.eos_token_id)
+        if share < 1:
+            say(f"note: only {share:.0%} of the first documents of {source.given} end with {tokenizer.eos_token!r}")
         return store
     origin = origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed)
     key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]

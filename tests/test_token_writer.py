@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import store_of_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -205,10 +206,16 @@ def test_the_sidecar_says_where_the_tokens_come_from(tmp_path):
     assert set(asdict(CorpusCounts())) <= set(sidecar)
 
 
-def test_a_token_store_is_used_as_it_is(tmp_path):
+def test_a_token_store_is_used_as_it_is(tmp_path, capsys):
     write(tmp_path / "mine", [[1, 2], [70]])
     [source] = resolve_sources([str(tmp_path / "mine.bin")])
     store = token_store_of(source, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
     assert read(store) == [[1, 2, 0], [70, 0]]
+    assert "note" not in capsys.readouterr().out
+    (tmp_path / "theirs").mkdir()
+    store_of_tokens(tmp_path / "theirs", [[1, 2], [3]], end=[])
+    [theirs] = resolve_sources([str(tmp_path / "theirs" / "tokens.bin")])
+    token_store_of(theirs, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+    assert "only 0% of the first documents" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds token 70"):
         token_store_of(source, number_tokenizer(50), SharedArguments(cache_dir=str(tmp_path / "cache")))
