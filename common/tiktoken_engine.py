@@ -10,7 +10,6 @@ That the ids are the same rests on four arguments, each checked when the engine 
 - Added tokens, ``<tool_call>`` and the like, are not merges: a text that contains one goes to tokenizers.
 """
 
-import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
@@ -18,17 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import tiktoken
-from tokenizers import Regex, Tokenizer, pre_tokenizers
+from tokenizers import Tokenizer
+
+from common.unicode_agreement import CHARACTER_CLASS, disputed_characters, examined_characters
 
 # What ByteLevel(use_regex=True) splits with. Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-CHARACTER_CLASS = re.compile(r"\\[pP]\{\w+\}|\\[sSd]")
 # The two differ on ``.``, ``$``, ``\w``, ``&&`` and on what ``+`` and ``?`` mean after ``{1,3}``.
 COMMON_SYNTAX = re.compile(r"(?:\(\?(?:i:|:|!)|\\[rn]|\{\d+(?:,\d*)?\}(?![+?])|[()|?*+^\[\]' /A-Za-z0-9-])*")
-CODE_POINTS = 0x110000
-# Planes 0 and 1: looking at one plane more takes half a second at every start. Texts with rarer characters, such as the
-# Chinese ones of plane 2, go to tokenizers.
-EXAMINED_CODE_POINTS = 0x20000
 # Room for the 200 bytes of memory that tokenizers takes for a byte of text; no effect on the ids.
 SEGMENT_CHARACTERS = 2**18
 GROUP_CHARACTERS = 2**10  # of short texts, checked together
@@ -68,7 +64,7 @@ class TiktokenEngine:
         except ValueError:  # as in _encode_segment
             return [self.encode(text) for text in texts]
         ends = np.append(np.flatnonzero(ranks == len(self.id_of_rank)), len(ranks)).tolist()
-        ids = ranks if self.rank_is_id else np.append(self.id_of_rank, 0)[ranks]
+        ids = ranks if self.rank_is_id else np.append(self.id_of_rank, np.uint32(0))[ranks]
         parts = iter([ids[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)])
         taken = iter(plain)
         following = next(taken, None)
@@ -95,16 +91,13 @@ class TiktokenEngine:
         return np.concatenate([self._encode_segment(part) for part in segments(text, segment_characters)])
 
     def _encode_segment(self, text: str) -> np.ndarray:
-        if self.added_tokens.search(text):
+        if self._needs_reference(text):
             return self.reference(text)
         normal = text
-        if not text.isascii():
-            if self.disputed[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any():
+        if self.normalize is not None and not unicodedata.is_normalized("NFC", text):
+            normal = self.normalize(text)
+            if self.added_tokens.search(normal):
                 return self.reference(text)
-            if self.normalize is not None and not unicodedata.is_normalized("NFC", text):
-                normal = self.normalize(text)
-                if self.added_tokens.search(normal):
-                    return self.reference(text)
         try:
             return self._ids(normal)
         except ValueError:  # a run of a million white space characters is more than fancy-regex remembers
@@ -112,13 +105,14 @@ class TiktokenEngine:
 
     def _is_plain(self, text: str) -> bool:
         """Whether tiktoken may have ``text`` as it is."""
-        if self.added_tokens.search(text):
-            return False
-        if text.isascii():
-            return True
-        if self.disputed[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any():
+        if self._needs_reference(text):
             return False
         return self.normalize is None or unicodedata.is_normalized("NFC", text)
+
+    def _needs_reference(self, text: str) -> bool:
+        if self.added_tokens.search(text):
+            return True
+        return not text.isascii() and bool(self.disputed[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any())
 
     def _ids(self, text: str) -> np.ndarray:
         ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
@@ -259,50 +253,3 @@ def byte_level_alphabet() -> dict[str, int]:
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
-
-
-def examined_characters() -> str:
-    """Return every character below EXAMINED_CODE_POINTS; surrogates are none."""
-    codes = np.arange(EXAMINED_CODE_POINTS, dtype="<u4")
-    return codes[(codes < 0xD800) | (codes >= 0xE000)].tobytes().decode("utf-32-le")
-
-
-@functools.lru_cache(maxsize=4)  # takes a second
-def disputed_characters(pattern: str, normalized: bool) -> np.ndarray:
-    """Return the code points on which the engines could disagree, as a boolean table of all.
-
-    They are: all that were not examined; those in one engine's character class and not in the other's; those that
-    ``(?i:`` could take for an ASCII letter of the pattern; and, where NFC matters, those that Python's unicodedata
-    does not know yet (what it knows it knows for good: an assigned character's normalisation never changes,
-    https://www.unicode.org/policies/stability_policy.html).
-    """
-    characters = examined_characters()
-    disputed = set()
-    for character_class in {found[:2].lower() + found[2:] for found in CHARACTER_CLASS.findall(pattern)}:
-        outside = f"[^{character_class}]"
-        disputed |= matches_in_oniguruma(outside, characters) ^ matches_in_fancy_regex(outside, characters)
-    if "(?i:" in pattern:
-        disputed |= {
-            character for character in characters if not character.isascii() and character.casefold() in pattern
-        }
-    if normalized:
-        disputed |= {character for character in characters if unicodedata.category(character) == "Cn"}
-    table = np.ones(CODE_POINTS, dtype=bool)
-    table[:EXAMINED_CODE_POINTS] = False
-    table[[ord(character) for character in disputed]] = True
-    table.flags.writeable = False
-    return table
-
-
-def matches_in_oniguruma(character_class: str, characters: str) -> set[str]:
-    """Return those of ``characters`` that tokenizers' regex engine finds in ``character_class``."""
-    splitter = pre_tokenizers.Split(Regex(character_class + "+"), behavior="removed", invert=True)
-    return set("".join(piece for piece, _ in splitter.pre_tokenize_str(characters)))
-
-
-def matches_in_fancy_regex(character_class: str, characters: str) -> set[str]:
-    """Return those that tiktoken's regex engine finds: with the bytes as ranks, tiktoken gives back what matches."""
-    single_bytes = {bytes([byte]): byte for byte in range(256)}
-    pattern = character_class + "{1,16}"
-    encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})
-    return set(encoding.encode_to_numpy(characters).astype(np.uint8).tobytes().decode())

@@ -24,10 +24,10 @@ from common.tiktoken_engine import (
     SAFE_CUT,
     TiktokenEngine,
     Unsupported,
-    disputed_characters,
     segments,
     tiktoken_engine,
 )
+from common.unicode_agreement import disputed_characters
 
 END = "<|endoftext|>"
 QWEN2 = (
