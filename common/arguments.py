@@ -69,6 +69,20 @@ class SharedArguments:
             "choices": ["cross", "isolated"],
         },
     )
+    optimizer: str = field(
+        default="auto",
+        metadata={
+            "help": "muon: Muon for the matrices of the layers, AdamW for the rest. adamw: what --optim names. auto: muon, "
+            "but adamw under DeepSpeed, whose ZeRO cuts matrices up.",
+            "choices": ["auto", "muon", "adamw"],
+        },
+    )
+    attn_implementation: str = field(
+        default="auto",
+        metadata={
+            "help": "Attention kernel: sdpa, flex_attention, eager, flash_attention_2 ... auto: the fastest there is."
+        },
+    )
     cache_dir: str = field(default="data/cache", metadata={"help": "Where tokenized data is kept and found again."})
     swanlab: str = field(
         default="auto",

@@ -90,7 +90,11 @@ def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: to
     model.eval()
     texts = []
     accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+    # Generating makes a new shape with every token: each would be compiled, were the model compiled.
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
+    ):
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)

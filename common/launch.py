@@ -1,6 +1,8 @@
 """Preflight: what the launcher's YAML decided, and combinations that would fail late or train the wrong thing."""
 
+import importlib.util
 import os
+import shutil
 import sys
 
 import torch
@@ -67,6 +69,7 @@ def check_launch(training: TrainingArguments) -> None:
             f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
             f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
         )
+    check_compiler(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), training.device)
     if training.device.type == "cuda" and torch.version.hip is None:
         check_cuda_device(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
@@ -75,6 +78,41 @@ def check_launch(training: TrainingArguments) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if local < visible:
             say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+
+
+def check_compiler(backend: str, device: torch.device) -> None:
+    """Refuse the YAML's ``dynamo_backend`` where torch.compile would fail at the first step."""
+    if backend.lower() != "inductor":
+        return
+    compilers = ("g++", "clang++", "c++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        missing = f"a C++ compiler ({', '.join(compilers)})"
+    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "Triton, which comes with torch on Linux (on Windows: pip install triton-windows)"
+    else:
+        return
+    raise InputError(
+        f"the YAML's dynamo_config compiles the model, and that needs {missing}. Install it, or train uncompiled:\n"
+        "  accelerate launch --config_file YAML --dynamo_backend no RECIPE"
+    )
+
+
+def choose_optimizer(wanted: str, training: TrainingArguments) -> str:
+    """Return "muon" or "adamw" for ``--optimizer`` ``wanted``, and say why where it was left to us."""
+    zero = training.deepspeed_plugin is not None
+    if wanted == "muon" and zero:
+        raise InputError(
+            "--optimizer muon works on whole matrices, and DeepSpeed's ZeRO cuts them up. Use "
+            "accelerate_configs/fsdp2.yaml or ddp.yaml, or --optimizer adamw."
+        )
+    if wanted != "auto":
+        return wanted
+    if zero:
+        say(
+            "optimizer: AdamW, because DeepSpeed's ZeRO cuts up the matrices that Muon needs whole. Muon learns faster: "
+            "use accelerate_configs/fsdp2.yaml or ddp.yaml"
+        )
+    return "adamw" if zero else "muon"
 
 
 def check_cuda_device(name: str, capability: tuple[int, int], architectures: list[str], precision: str) -> None:
@@ -102,12 +140,14 @@ def check_cuda_device(name: str, capability: tuple[int, int], architectures: lis
 
 
 def set_batch(training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:
-    """Derive gradient accumulation from ``tokens_per_step`` where the flag left it open; return rows a step.
+    """Derive micro-batch and gradient accumulation from ``tokens_per_step``; return rows a step.
 
-    ``training.gradient_accumulation_steps`` of 0 means open; an explicit one wins, and changes the tokens a step.
+    ``training.per_device_train_batch_size`` is the most rows at once: where a process has fewer, or a number of rows
+    that does not divide by it, the micro-batch is made smaller, by less than half. An explicit
+    ``training.gradient_accumulation_steps`` (not 0) wins, and changes the tokens a step.
 
     Raises:
-        InputError: tokens_per_step is not a whole number of micro-batches.
+        InputError: tokens_per_step cannot be divided so.
     """
     for flag, value in (
         ("--context_length", context_length),
@@ -115,23 +155,28 @@ def set_batch(training: TrainingArguments, tokens_per_step: int, context_length:
     ):
         if value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
-    micro_batch_rows = training.per_device_train_batch_size * training.world_size
-    micro_batch_tokens = micro_batch_rows * context_length
-    arithmetic = (
-        f"{training.per_device_train_batch_size} rows x {training.world_size} processes x {context_length} tokens"
-    )
+    most, processes = training.per_device_train_batch_size, training.world_size
     if training.gradient_accumulation_steps > 0:
+        rows_per_step = most * processes * training.gradient_accumulation_steps
         say(
-            f"batch: {arithmetic} x {training.gradient_accumulation_steps} accumulated (your flag wins over "
-            f"--tokens_per_step) = {micro_batch_tokens * training.gradient_accumulation_steps:,} tokens a step"
+            f"batch: {most} rows x {processes} processes x {context_length} tokens x "
+            f"{training.gradient_accumulation_steps} accumulated (your flag wins over --tokens_per_step) = "
+            f"{rows_per_step * context_length:,} tokens a step"
         )
-        return micro_batch_rows * training.gradient_accumulation_steps
-    if tokens_per_step % micro_batch_tokens or tokens_per_step <= 0:
-        nearest = max(1, round(tokens_per_step / micro_batch_tokens)) * micro_batch_tokens
+        return rows_per_step
+    rows, rest = divmod(tokens_per_step, processes * context_length)  # of each process
+    micro_batch = max((size for size in range(1, min(most, rows) + 1) if rows % size == 0), default=0)
+    if rest or micro_batch == 0 or 2 * micro_batch <= min(most, rows):
+        unit = min(most, max(rows, 1)) * processes * context_length
         raise InputError(
-            f"--tokens_per_step {tokens_per_step:,} is not a multiple of {arithmetic} = {micro_batch_tokens:,}. "
-            f"Use --tokens_per_step {nearest}, or another --per_device_train_batch_size."
+            f"--tokens_per_step {tokens_per_step:,} cannot be divided among {processes} processes into micro-batches "
+            f"of about {min(most, max(rows, 1))} rows of {context_length} tokens. Use --tokens_per_step "
+            f"{max(1, round(tokens_per_step / unit)) * unit}, or another --per_device_train_batch_size."
         )
-    training.gradient_accumulation_steps = tokens_per_step // micro_batch_tokens
-    say(f"batch: {arithmetic} x {training.gradient_accumulation_steps} accumulated = {tokens_per_step:,} tokens a step")
-    return micro_batch_rows * training.gradient_accumulation_steps
+    training.per_device_train_batch_size = micro_batch
+    training.gradient_accumulation_steps = rows // micro_batch
+    say(
+        f"batch: {micro_batch} rows x {processes} processes x {context_length} tokens x {rows // micro_batch} "
+        f"accumulated = {tokens_per_step:,} tokens a step"
+    )
+    return rows * processes

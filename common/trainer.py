@@ -5,19 +5,20 @@ import json
 import math
 import shutil
 import time
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.callbacks import ScreenCallback
+from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
 from common.memory import memory_gib
 from common.messages import InputError, say
+from common.muon import MuonWithAdamW
 from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import JoinedRows, collate_rows
 
@@ -29,8 +30,21 @@ class PretrainingTrainer(Trainer):
     partial step, and resuming is a seek. ``state.epoch`` still says how many passes over the rows are done.
     """
 
-    def __init__(self, model, args, train_rows: JoinedRows, eval_rows: JoinedRows, rows_per_step: int, **kwargs):
-        """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes."""
+    def __init__(
+        self,
+        model,
+        args,
+        train_rows: JoinedRows,
+        eval_rows: JoinedRows,
+        rows_per_step: int,
+        optimizer: str = "adamw",
+        **kwargs,
+    ):
+        """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes.
+
+        ``optimizer``: "muon" (common/muon.py), or "adamw": whatever ``args.optim`` names.
+        """
+        self.optimizer_name = optimizer
         self.rows_per_step = rows_per_step
         if args.max_steps == 0 or (args.max_steps < 0 and round(args.num_train_epochs * len(train_rows)) < 1):
             raise InputError(
@@ -47,6 +61,8 @@ class PretrainingTrainer(Trainer):
         self.flops_per_token = flops_per_token(model, train_rows.context_length)
         self.interval = Stopwatch()
         args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
+        # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
+        args.accelerator_config.non_blocking = args.dataloader_pin_memory
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
         if args.deepspeed_plugin is not None:
             # DeepSpeed adds micro-batches up in bf16 by default; DDP and FSDP2 do so in fp32.
@@ -107,6 +123,15 @@ class PretrainingTrainer(Trainer):
                 say(f"note: {planned}: the learning-rate schedule moves with it")
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """Replaces: one optimizer for all parameters, if it is to be Muon for the matrices."""
+        if self.optimizer_name == "muon" and self.optimizer is None:
+            model = self.model if model is None else model
+            _, settings = self.get_optimizer_cls_and_kwargs(self.args, model)  # learning rate, betas, eps, fused
+            decayed = self.get_decay_parameter_names(model)
+            self.optimizer = MuonWithAdamW(model, decayed, weight_decay=self.args.weight_decay, **settings)
+        return super().create_optimizer(model)
+
     def _get_train_sampler(self, train_dataset=None) -> TrainingOrder:
         """Replaces: a random order per epoch."""
         return self.order
@@ -121,17 +146,16 @@ class PretrainingTrainer(Trainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             nats = model(**inputs, num_items_in_batch=1).loss  # the sum over the targets, divided by 1
-        self.eval_nats += nats.item()
-        self.eval_targets += int(inputs["shift_labels"].ne(-100).sum())
+        # They stay on the device: reading them here would make it wait for the next batch.
+        self.eval_sums.append((nats, inputs["shift_labels"].ne(-100).sum()))
         return None, None, None
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix: str = "eval", **kwargs):
         """Return the exact mean over all targets of all processes. Replaces: the mean of gathered batch means."""
-        self.eval_nats, self.eval_targets = 0.0, 0
+        self.eval_sums = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        nats, targets = (
-            sum(column) for column in zip(*gather_object([(self.eval_nats, self.eval_targets)]), strict=True)
-        )
+        sums = gather_object([(nats.item(), targets.item()) for nats, targets in self.eval_sums])  # of all processes
+        nats, targets = (sum(column) for column in zip(*sums, strict=True))
         loss = nats / targets
         nats_a_byte = nats / dataloader.dataset.target_bytes(self.processing_class)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
@@ -185,51 +209,6 @@ class PretrainingTrainer(Trainer):
             **memory_gib(self.args.device),
             "train_seconds": self.seconds_before + time.time() - start_time,
         }
-
-
-class RunClock(TrainerCallback):
-    """Start the clocks when training starts, count passes over the rows, and log the last step, whatever its number."""
-
-    def __init__(self, trainer: PretrainingTrainer):
-        self.trainer = trainer
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # Trainer has copied the tokenizer's padding token into the config; see model_from_config why it must not be
-        # saved: whoever loads the model to train on would get an end-of-document embedding without gradient.
-        model.config.pad_token_id = None
-        earlier = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
-        self.trainer.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
-        self.trainer.seen_at_last_log = self.trainer.tokens_seen
-        self.trainer.interval.lap()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        state.epoch = self.trainer.position / self.trainer.order.rows
-        if control.should_save:  # a checkpoint's log ends with its own step, so that nothing is lost between logs
-            control.should_log = True
-        if state.global_step >= state.max_steps:
-            control.should_log = True
-            control.should_evaluate = False  # the recipe evaluates once, after training
-
-
-class Stopwatch:
-    """Seconds between laps, without the pauses. A pause first waits for the accelerator, whose queue runs ahead."""
-
-    def __init__(self):
-        self.started, self.paused_seconds = time.perf_counter(), 0.0
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        seconds = now - self.started - self.paused_seconds
-        self.started, self.paused_seconds = now, 0.0
-        return seconds
-
-    @contextmanager
-    def paused(self):
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        began = time.perf_counter()
-        yield
-        self.paused_seconds += time.perf_counter() - began
 
 
 def mean_logged_loss(log_history: list[dict]) -> float:

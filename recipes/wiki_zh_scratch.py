@@ -24,10 +24,10 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
-from common.attention import check_isolation
+from common.attention import check_isolation, choose_attention
 from common.callbacks import SampleCallback
 from common.download import download
-from common.launch import check_launch, launch_defaults, set_batch
+from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import say
@@ -156,10 +156,14 @@ def main(argv: list[str] | None = None) -> None:
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     if shared.packing == "isolated":
         check_isolation(model)
+    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    trainer = PretrainingTrainer(model, training, train_rows, eval_rows, rows_per_step, processing_class=tokenizer)
+    optimizer = choose_optimizer(shared.optimizer, training)
+    trainer = PretrainingTrainer(
+        model, training, train_rows, eval_rows, rows_per_step, optimizer, processing_class=tokenizer
+    )
     trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
@@ -170,6 +174,7 @@ def main(argv: list[str] | None = None) -> None:
             "documents": [store.fingerprint() for store in stores.values()],
             "tokenizer": tokenizer_fingerprint(tokenizer),
             "rows_per_step": rows_per_step,
+            "optimizer": optimizer,
         },
         shared,
         training,

@@ -6,7 +6,14 @@ import pytest
 import torch
 
 import common.launch as launch
-from common.launch import check_cuda_device, check_launch, launch_defaults, set_batch
+from common.launch import (
+    check_compiler,
+    check_cuda_device,
+    check_launch,
+    choose_optimizer,
+    launch_defaults,
+    set_batch,
+)
 from common.messages import InputError
 
 
@@ -29,12 +36,43 @@ def test_an_explicit_accumulation_wins_and_is_said(capsys):
     assert "1,536 tokens a step" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("tokens_per_step", [131_073, 4_096, 0])
+@pytest.mark.parametrize(("processes", "micro_batch", "accumulation"), [(8, 16, 2), (32, 8, 1), (3, 16, 5)])
+def test_a_process_with_fewer_rows_than_a_micro_batch_takes_them_at_once(processes, micro_batch, accumulation):
+    training = batch_of(per_device=16 if processes != 3 else 17, processes=processes)
+    assert set_batch(training, 8 * 16 * 2 * 512 if processes != 3 else 3 * 80 * 512, 512) % processes == 0
+    assert training.per_device_train_batch_size == micro_batch
+    assert training.gradient_accumulation_steps == accumulation
+
+
+@pytest.mark.parametrize("tokens_per_step", [131_073, 17 * 512, 0, -512])
 def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
-    with pytest.raises(InputError, match=r"not a multiple of 16 rows x 1 processes x 512 tokens = 8,192") as error:
+    with pytest.raises(InputError, match=r"cannot be divided among 1 processes into micro-batches of about") as error:
         set_batch(batch_of(), tokens_per_step, 512)
     suggested = int(str(error.value).split("Use --tokens_per_step ")[1].split(",")[0])
     set_batch(batch_of(), suggested, 512)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "zero", "chosen"),
+    [("auto", None, "muon"), ("auto", {}, "adamw"), ("adamw", None, "adamw"), ("muon", None, "muon")],
+)
+def test_the_optimizer_is_muon_where_matrices_are_whole(wanted, zero, chosen, capsys):
+    assert choose_optimizer(wanted, SimpleNamespace(deepspeed_plugin=zero)) == chosen
+    assert ("because DeepSpeed" in capsys.readouterr().out) == (zero is not None)
+
+
+def test_muon_under_deepspeed_is_refused_with_what_works():
+    with pytest.raises(InputError, match=r"fsdp2.yaml or ddp.yaml, or --optimizer adamw"):
+        choose_optimizer("muon", SimpleNamespace(deepspeed_plugin={}))
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", "C\\+\\+ compiler"), ("cuda", "Triton")])
+def test_compiling_without_a_compiler_is_refused_with_the_flag_that_works(monkeypatch, device, missing):
+    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    check_compiler("no", torch.device(device))
+    with pytest.raises(InputError, match=f"needs (a )?{missing}.*\n.*--dynamo_backend no"):
+        check_compiler("INDUCTOR", torch.device(device))
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -279,7 +279,7 @@ def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
         (["--data_weights", "0"], "0.0: must be above 0"),
         (["--split", "949"], "give two or three shares"),
         (["--context_length", "100000", "--tokens_per_step", "400000"], "less than one row"),
-        (["--tokens_per_step", "100"], "not a multiple"),
+        (["--tokens_per_step", "100"], "cannot be divided"),
         (["--held_out_fraction", "2"], "must lie between 0 and 1"),
         (["--tokenizer", "./no/such/folder"], "no such folder"),
         (["--bf16", "true", "--fp16", "false"], "the recipe's flags say bf16"),

@@ -1,0 +1,307 @@
+"""Training speed on one GPU: the tutorials' way, ours through Trainer and the launcher, and a bare loop, in one table.
+
+    python benchmarks/gpu.py                                        # every variant, about 10 minutes on an H100
+    python benchmarks/gpu.py --variants '123M*' --profile           # some of them, and where their time goes
+
+Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml and trains on random tokens,
+so that nothing but speed can be read off. Tokens a second are the median over intervals of two steps after the fourth;
+the seconds to the first step include compiling, from an empty compiler cache for each job's first compiled variant.
+MFU is model FLOPs (common/flops.py: attention in full, recomputation not counted) over the card's dense bf16 peak.
+The ratio is to the job's variant "tutorial".
+"""
+
+import argparse
+import fnmatch
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DataLoaderConfiguration
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from common.flops import flops_per_token, peak_tflops
+from common.launch import launch_defaults
+from common.loss import use_fused_loss
+from common.packing import JoinedRows, PackedRows, collate_rows
+from common.token_index import write_index
+from common.token_store import TokenStore
+from common.trainer import PretrainingTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+WARM_STEPS, INTERVAL = 4, 2
+
+# What is trained: shape, dtype of the parameters, context length, tokens a step, steps.
+JOBS = {
+    "123M": dict(
+        shape=dict(
+            model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+            num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151_680,
+        ),
+        context_length=512, tokens_per_step=131_072, steps=16,
+    ),
+    "0.5B": dict(  # Qwen2.5-0.5B
+        shape=dict(
+            model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+            num_key_value_heads=2, tie_word_embeddings=True, vocab_size=151_936,
+        ),
+        context_length=2048, tokens_per_step=131_072, steps=12,
+    ),
+    "7B": dict(  # Llama-2-7B
+        shape=dict(
+            model_type="llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32,
+            num_attention_heads=32, num_key_value_heads=32, tie_word_embeddings=False, vocab_size=32_000,
+        ),
+        context_length=4096, tokens_per_step=32_768, steps=10, dtype="bfloat16", optim="adamw_8bit",
+    ),
+}  # fmt: skip
+
+
+def variant(job: str, rows: int, loop: str = "recipe", compiled: bool = True, **changes) -> dict:
+    """Describe a run: ``rows`` a micro-batch; ``loop`` is tutorial, recipe or bare; ``changes`` overrule the job."""
+    return {**JOBS[job], "job": job, "rows": rows, "loop": loop, "compiled": compiled, **changes}
+
+
+# The tutorial's vocabulary is not padded: the tokenizer's 151,646, as SwanLab's wiki tutorial builds it.
+TUTORIAL_123M = {**JOBS["123M"]["shape"], "vocab_size": 151_646}
+VARIANTS = {
+    "123M tutorial": variant("123M", 32, "tutorial", compiled=False, shape=TUTORIAL_123M),
+    "123M recipe, not compiled": variant("123M", 64, compiled=False),
+    "123M recipe": variant("123M", 64),
+    "123M recipe, Muon": variant("123M", 64, optimizer="muon"),
+    "123M recipe, 128 rows": variant("123M", 128),
+    "123M recipe, isolated": variant("123M", 64, isolated=True),
+    "123M bare loop": variant("123M", 64, "bare"),
+    "0.5B tutorial": variant("0.5B", 8, "tutorial", compiled=False),
+    "0.5B recipe": variant("0.5B", 8),
+    "0.5B recipe, 16 rows": variant("0.5B", 16),
+    "0.5B recipe, isolated": variant("0.5B", 8, isolated=True),
+    "0.5B bare loop": variant("0.5B", 8, "bare"),
+    "7B tutorial": variant("7B", 4, "tutorial", compiled=False, recompute=True),
+    "7B recipe": variant("7B", 1),
+    "7B recipe, recompute": variant("7B", 4, recompute=True),
+}
+
+
+class Clock(TrainerCallback):
+    """Time steps, waiting for the GPU only at the ends of intervals; optionally profile one interval."""
+
+    def __init__(self, profile: bool):
+        self.intervals, self.step, self.kernels = [], 0, None
+        self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profile else None
+
+    def on_train_begin(self, *_, **__):
+        self.started = self.last = self.now()
+
+    def on_step_end(self, *_, **__):
+        self.step += 1
+        if self.step == 1:
+            self.first_step_seconds = self.now() - self.started
+        if self.step % INTERVAL:
+            return
+        now = self.now()
+        if self.step > WARM_STEPS:
+            self.intervals.append(now - self.last)
+        if self.profiler is not None and self.step == WARM_STEPS:
+            self.profiler.start()
+        if self.profiler is not None and self.step == WARM_STEPS + INTERVAL:
+            self.profiler.stop()
+            self.kernels = kernel_shares(self.profiler, now - self.last)
+        self.last = self.now()
+
+    @staticmethod
+    def now() -> float:
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+KINDS = {  # by the kernel's name
+    "loss": "cross_entropy",
+    "attention": "flash|fmha|cudnn.*attention|sdpa|flex_attention",
+    "products": "gemm|nvjet|cutlass|splitK|ampere_|sm90_xmma",
+    "optimizer": "multi_tensor|adam|Adam|foreach|kOptimizer",
+    "compiled elementwise": "triton_",
+    "copies": "Memcpy|Memset|copy_kernel",
+}
+
+
+def kernel_shares(profiler, seconds: float) -> dict[str, float]:
+    """Return the share of ``seconds`` that each kind of kernel takes, and in which the GPU has nothing to do."""
+    events = sorted(
+        (event.time_range.start, event.time_range.end, event.name)
+        for event in profiler.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+    )
+    shares, busy, until = dict.fromkeys([*KINDS, "other"], 0.0), 0.0, 0.0
+    for start, end, name in events:
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
+        shares[kind] += (end - start) / 1e6 / seconds
+        busy += max(0.0, end - max(start, until))
+        until = max(until, end)
+    return {**shares, "idle": 1 - busy / 1e6 / seconds}
+
+
+def random_rows(described: dict, folder: str) -> JoinedRows:
+    """Return rows of random tokens, in documents of about 500, enough for two steps."""
+    generator = np.random.default_rng(0)
+    tokens = 2 * described["tokens_per_step"] + 1
+    sizes = generator.geometric(1 / 500, size=tokens // 100)
+    sizes = sizes[: int(np.searchsorted(np.cumsum(sizes), tokens)) + 1].astype(np.int32)
+    ids = generator.integers(0, described["shape"]["vocab_size"], int(sizes.sum()), dtype=np.int32)
+    ids.tofile(f"{folder}/tokens.bin")
+    write_index(f"{folder}/tokens.idx", sizes, ids.dtype)
+    store = TokenStore(f"{folder}/tokens.bin")
+    chosen = np.ones(store.documents, bool)
+    return JoinedRows([PackedRows(store, chosen, described["context_length"], described.get("isolated", False))])
+
+
+def work(described: dict, profile: bool, folder: str) -> dict:
+    """Train one variant in this process; return its row of the table."""
+    set_seed(0)
+    loop, rows = described["loop"], described["rows"]
+    rows_per_step = described["tokens_per_step"] // described["context_length"]
+    training = TrainingArguments(
+        output_dir=folder, max_steps=described["steps"], per_device_train_batch_size=rows,
+        gradient_accumulation_steps=rows_per_step // rows, optim=described.get("optim", "adamw_torch_fused"),
+        learning_rate=1e-4, weight_decay=0.1, logging_steps=10, logging_nan_inf_filter=False, report_to="none",
+        save_strategy="no", disable_tqdm=True, gradient_checkpointing=described.get("recompute", False),
+        **launch_defaults(),
+    )  # fmt: skip
+    shape = {**described["shape"], "max_position_embeddings": described["context_length"]}
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**shape), dtype=getattr(torch, described.get("dtype", "float32"))
+        )
+    flops, parameters = flops_per_token(model, described["context_length"]), model.num_parameters()
+    data, clock = random_rows(described, folder), Clock(profile)
+    if described.get("isolated"):
+        model.set_attn_implementation("flex_attention")
+    if loop == "tutorial":
+        model.config.use_cache = False
+        train_tutorial(model, training, data, clock)
+    else:
+        use_fused_loss(model)
+        train = train_bare if loop == "bare" else train_recipe
+        train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
+    rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
+    return {
+        "parameters": parameters,
+        "tokens_per_second": rate,
+        "mfu": rate * flops / 1e12 / peak_tflops(training.device, half_precision=True),
+        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "first_step_seconds": clock.first_step_seconds,
+        "kernels": clock.kernels,
+        "device": torch.cuda.get_device_name(),
+    }
+
+
+def train_tutorial(model, training, data, clock) -> None:
+    """As SwanLab's wiki tutorial and run_clm do: Trainer as it is, labels shifted by the model, all logits held."""
+    rows = [
+        {"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in map(data.__getitem__, range(len(data)))
+    ]
+    Trainer(model, training, train_dataset=rows, callbacks=[clock]).train()
+
+
+def train_recipe(model, training, data, rows_per_step, optimizer, clock) -> None:
+    PretrainingTrainer(model, training, data, data, rows_per_step, optimizer, callbacks=[clock]).train()
+
+
+def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
+    """The same without Trainer: what it costs is the difference."""
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True))  # the rest from the YAML
+    groups = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-4, fused=True
+    )
+    loader = torch.utils.data.DataLoader(
+        data, training.per_device_train_batch_size, shuffle=True, collate_fn=collate_rows, pin_memory=True
+    )
+    model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    clock.on_train_begin()
+    batches = (batch for _ in range(training.max_steps) for batch in loader)  # passes over the rows
+    for _ in range(training.max_steps):
+        for _ in range(training.gradient_accumulation_steps):
+            batch = next(batches)
+            accelerator.backward(model(**batch, num_items_in_batch=rows_per_step * data.context_length).loss)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.on_step_end()
+
+
+def launch(name: str, described: dict, profile: bool, cache: str, limit: float) -> dict | str:
+    """Run a variant in a process of its own; return its row, or the end of what it printed."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+        command += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
+        command += [] if described["compiled"] else ["--dynamo_backend", "no"]
+        command += [__file__, "--worker", name, "--folder", folder, *(["--profile"] if profile else [])]
+        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
+        try:
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return f"not done after {limit:.0f} s"
+        result = Path(folder, "result.json")
+        lines = (done.stdout + done.stderr).strip().splitlines()
+        errors = [line for line in lines if "Error" in line and "CalledProcessError" not in line] or lines
+        return json.loads(result.read_text()) if result.exists() else errors[-1][:200]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", nargs="+", default=["*"], help="names or patterns, such as '0.5B*'")
+    parser.add_argument("--profile", action="store_true", help="also print where the time goes")
+    parser.add_argument("--limit", type=float, default=120, help="seconds a variant may take")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    if arguments.worker:
+        result = work(VARIANTS[arguments.worker], arguments.profile, arguments.folder)
+        Path(arguments.folder, "result.json").write_text(json.dumps(result))
+        return
+    chosen = [name for name in VARIANTS if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.variants)]
+    if not chosen:
+        sys.exit(f"--variants {arguments.variants}: none of {', '.join(VARIANTS)}")
+    found = {}
+    with tempfile.TemporaryDirectory() as cache:
+        for name in chosen:
+            found[name] = launch(name, VARIANTS[name], arguments.profile, cache, arguments.limit)
+            print(name, found[name], file=sys.stderr, flush=True)
+    print(table(found))
+
+
+def table(found: dict[str, dict | str]) -> str:
+    """Return ``found`` as Markdown tables: speed, and where the time goes if it was profiled."""
+    lines = [
+        "| variant | rows at once | tokens/s | MFU | peak GiB | s to first step | ratio |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for name, row in found.items():
+        rows, baseline = VARIANTS[name]["rows"], found.get(f"{VARIANTS[name]['job']} tutorial")
+        if isinstance(row, str):
+            lines.append(f"| {name} | {rows} | failed: {row} | | | | |")
+            continue
+        ratio = f"{row['tokens_per_second'] / baseline['tokens_per_second']:.2f}" if isinstance(baseline, dict) else "-"
+        lines.append(
+            f"| {name} | {rows} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {row['peak_gib']:.1f} "
+            f"| {row['first_step_seconds']:.1f} | {ratio} |"
+        )
+    profiled = {name: row["kernels"] for name, row in found.items() if isinstance(row, dict) and row["kernels"]}
+    if profiled:
+        kinds = list(next(iter(profiled.values())))
+        lines += ["", f"| share of the time | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+        lines += [f"| {name} | {' | '.join(f'{row[kind]:.1%}' for kind in kinds)} |" for name, row in profiled.items()]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Clocks of a run: training time without evaluation and saving, the time to the first step, passes over the rows."""
+
+import time
+from contextlib import contextmanager
+
+import torch
+from transformers import TrainerCallback
+
+from common.messages import say
+
+
+class RunClock(TrainerCallback):
+    """Start the clocks when training starts, count passes over the rows, and log the last step, whatever its number."""
+
+    def __init__(self, trainer):
+        """``trainer``: the PretrainingTrainer whose clocks these are."""
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # Trainer has copied the tokenizer's padding token into the config; see model_from_config why it must not be
+        # saved: whoever loads the model to train on would get an end-of-document embedding without gradient.
+        model.config.pad_token_id = None
+        earlier = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
+        self.trainer.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
+        self.trainer.seen_at_last_log = self.trainer.tokens_seen
+        self.trainer.interval.lap()
+        self.trainer.first_step_seconds, self.began = None, time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.trainer.first_step_seconds is None:
+            synchronize()
+            self.trainer.first_step_seconds = time.perf_counter() - self.began
+            say(f"the first step took {self.trainer.first_step_seconds:.1f} s, compiling and warming up included")
+        state.epoch = self.trainer.position / self.trainer.order.rows
+        if control.should_save:  # a checkpoint's log ends with its own step, so that nothing is lost between logs
+            control.should_log = True
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate = False  # the recipe evaluates once, after training
+
+
+class Stopwatch:
+    """Seconds between laps, without the pauses. A pause first waits for the accelerator, whose queue runs ahead."""
+
+    def __init__(self):
+        self.started, self.paused_seconds = time.perf_counter(), 0.0
+
+    def lap(self) -> float:
+        now = time.perf_counter()
+        seconds = now - self.started - self.paused_seconds
+        self.started, self.paused_seconds = now, 0.0
+        return seconds
+
+    @contextmanager
+    def paused(self):
+        synchronize()
+        began = time.perf_counter()
+        yield
+        self.paused_seconds += time.perf_counter() - began
+
+
+def synchronize() -> None:
+    """Wait for the accelerator, if there is one."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()

@@ -1,0 +1,113 @@
+"""Muon for the weight matrices of a model's body, AdamW for everything else, as one optimizer.
+
+Muon replaces the (momentum of the) gradient of a matrix by the nearest matrix whose singular values are all about 1,
+so that every direction is learnt at the same pace. torch.optim.Muon does that one matrix after another, some 25 small
+kernels each; here matrices of the same shape go through the iteration together. Sharded matrices (FSDP2) are gathered
+for it; DeepSpeed's ZeRO flattens them beyond recognition, so there the optimizer is AdamW.
+
+Sources: https://kellerjordan.github.io/posts/muon/ (the method, its coefficients), https://arxiv.org/abs/2502.16982
+(the scale by which the two optimizers share learning rate and weight decay).
+"""
+
+import torch
+from torch.distributed.tensor import DTensor, Replicate
+from transformers import PreTrainedModel
+
+MOMENTUM = 0.95
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ITERATIONS = 5
+UPDATE_SIZE = 0.2  # root mean square of a matrix's update at a learning rate of 1: what AdamW's usually are
+STACK_NUMBERS = 1 << 27  # of the matrices that go through the iteration together: 256 MiB in bf16
+
+
+class MuonWithAdamW(torch.optim.AdamW):
+    """AdamW whose parameter groups may say ``matrices=True``: these are updated by Muon."""
+
+    def __init__(self, model: PreTrainedModel, decayed: list[str], lr: float, weight_decay: float, **adamw):
+        """Sort the trainable parameters of ``model`` into groups.
+
+        Args:
+            decayed: the names of those that ``weight_decay`` applies to.
+            adamw: ``betas``, ``eps``, ``fused`` of torch.optim.AdamW.
+        """
+        ends = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+        ends.add(id(model.get_output_embeddings().weight))
+        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                matrix = parameter.dim() == 2 and id(parameter) not in ends
+                groups.setdefault((matrix, name in decayed), []).append(parameter)
+        super().__init__(
+            [
+                {"params": parameters, "matrices": matrices, "weight_decay": weight_decay if decay else 0.0}
+                for (matrices, decay), parameters in groups.items()
+            ],
+            lr=lr,
+            **adamw,
+        )
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """Update every parameter that has a gradient. ``closure`` is not supported."""
+        groups = self.param_groups
+        for group in groups:
+            if group["matrices"]:
+                self._step_matrices(group)
+        self.param_groups = [group for group in groups if not group["matrices"]]
+        super().step()
+        self.param_groups = groups
+
+    def _step_matrices(self, group: dict) -> None:
+        alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        for parameter in group["params"]:
+            if parameter.grad is not None:
+                alike.setdefault(parameter.shape, []).append(parameter)
+        for shape, parameters in alike.items():
+            at_once = max(1, STACK_NUMBERS // shape.numel())
+            rate = group["lr"] * UPDATE_SIZE * max(shape) ** 0.5  # the orthogonal matrix has 1 / max(shape) ** 0.5
+            for first in range(0, len(parameters), at_once):
+                some = parameters[first : first + at_once]
+                updates = orthogonalized(torch.stack([whole(self._with_momentum(p)) for p in some]))
+                for parameter, update in zip(some, updates, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                    parameter.add_(placed_like(parameter, update), alpha=-rate)
+
+    def _with_momentum(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Return the gradient after Nesterov's momentum."""
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+            state["step"] = torch.zeros(())  # AdamW looks for it in every loaded state
+        state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
+        return parameter.grad.lerp(state["momentum_buffer"], MOMENTUM)
+
+
+def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
+    """Return, for each of ``matrices`` (n, rows, columns), about U V^T of its singular value decomposition U S V^T.
+
+    By Newton and Schulz's iteration with coefficients that raise small singular values fast: the results are between
+    0.7 and 1.2. In bf16 where the device computes in it, else in fp32.
+    """
+    a, b, c = COEFFICIENTS
+    fast = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device) >= (8, 0)
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).to(torch.bfloat16 if fast else torch.float32)
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(ITERATIONS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return all of a tensor that may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def placed_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """Shard ``tensor``, which every process has whole, as ``parameter`` is, if it is."""
+    tensor = tensor.to(parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return tensor
+    everywhere = [Replicate()] * parameter.device_mesh.ndim
+    return DTensor.from_local(tensor, parameter.device_mesh, everywhere).redistribute(placements=parameter.placements)
