@@ -28,6 +28,7 @@ from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from common.attention import choose_attention
 from common.flops import flops_per_token, peak_tflops
 from common.launch import launch_defaults
 from common.loss import use_fused_loss
@@ -182,12 +183,11 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         )
     flops, parameters = flops_per_token(model, described["context_length"]), model.num_parameters()
     data, clock = random_rows(described, folder), Clock(profile)
-    if described.get("isolated"):
-        model.set_attn_implementation("flex_attention")
     if loop == "tutorial":
         model.config.use_cache = False
         train_tutorial(model, training, data, clock)
     else:
+        choose_attention(model, "auto", described.get("isolated", False), training.device)
         use_fused_loss(model)
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
@@ -275,8 +275,15 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as cache:
         for name in chosen:
             found[name] = launch(name, VARIANTS[name], arguments.profile, cache, arguments.limit)
-            print(name, found[name], file=sys.stderr, flush=True)
+            print(name, compact(found[name]), file=sys.stderr, flush=True)
     print(table(found))
+
+
+def compact(row: dict | str) -> str:
+    """Return a row as JSON, numbers to four digits."""
+    return json.dumps(
+        row if isinstance(row, str) else json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
+    )
 
 
 def table(found: dict[str, dict | str]) -> str:

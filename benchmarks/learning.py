@@ -1,7 +1,25 @@
-"""Bits per byte of held-out text against seconds of training: the seed tutorial's recipe and ours, on the same text."""
+"""How fast is it learnt? Bits per byte of held-out text against seconds of training: the tutorial's recipe and ours.
+
+    python benchmarks/learning.py --data zh.jsonl.zst en.jsonl.zst --tokenizer qwen2.5-tokenizer
+
+The model is wiki_zh_scratch's, 123M parameters. Every 50th document of each file is held out. Each run is a process of
+its own and starts with nothing compiled in memory; the clock runs from the first step on, compiling included, and
+stands still while held-out text is evaluated. Every run draws all points with the same code. Results are kept in
+--output as one JSON file a run; the table and the plot, learning.png, are made of all that are there, so that runs can
+be added one by one: --runs recipe.
+
+The tutorial's recipe is SwanLab's wiki tutorial: chunks of exactly 512 tokens within a document, the rest dropped, no
+end-of-document token, transformers' own loss, no padding of the vocabulary, batch, schedule and optimizer as there.
+"""
 
 import argparse
+import importlib.util
 import json
+import math
+import os
+import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -10,151 +28,242 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
+from common.attention import choose_attention, generating
+from common.launch import choose_optimizer, launch_defaults, set_batch
 from common.loss import use_fused_loss
 from common.model import model_from_config
-from common.order import TrainingOrder
 from common.packing import JoinedRows, PackedRows, collate_rows
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer
 from common.tokenizer_training import tokenizer_trained_on
 from common.trainer import PretrainingTrainer
-import importlib.util
 
-spec = importlib.util.spec_from_file_location(
-    "wiki", Path(__file__).resolve().parent.parent / "recipes" / "wiki_zh_scratch.py"
-)
-wiki = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(wiki)
+ROOT = Path(__file__).resolve().parent.parent
+CONTEXT_LENGTH = 512
+POINTS = 8  # evaluations a run
+TUTORIAL = dict(
+    per_device_train_batch_size=32, gradient_accumulation_steps=8, learning_rate=5e-4, lr_scheduler_type="cosine",
+    warmup_steps=200, weight_decay=0.1,
+)  # fmt: skip
+# What each run changes of the recipe's TRAINING; "tokens" are those it trains on, "vocabulary" trains a tokenizer.
+RUNS = {
+    "tutorial": {"tokens": 270 * 131_072},
+    "recipe": {},
+    "AdamW 1e-3": {"optimizer": "adamw", "learning_rate": 1e-3},
+    "AdamW 2e-3": {"optimizer": "adamw", "learning_rate": 2e-3},
+    "2e-3": {"learning_rate": 2e-3},
+    "8e-3": {"learning_rate": 8e-3},
+    "32k a step": {"tokens_per_step": 32_768},
+    "131k a step": {"tokens_per_step": 131_072},
+    "linear to 0": {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}},
+    "stable, then decay": {
+        "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 0.3},
+    },
+    "weight decay 0.01": {"weight_decay": 0.01},
+    "vocabulary 16k": {"vocabulary": 16_384},
+    "vocabulary 32k": {"vocabulary": 32_768},
+}  # fmt: skip
 
 
 class Race(TrainerCallback):
-    def __init__(self, rows, tokenizer, every, total):
-        self.rows, self.bytes, self.every, self.total = rows, rows.target_bytes(tokenizer), every, total
-        self.points, self.seconds = [], 0.0
+    """Measure bits per byte POINTS times on the way, and stop the clock meanwhile."""
 
-    def on_train_begin(self, args, state, control, **kwargs):
-        torch.cuda.synchronize()
-        self.began = time.perf_counter()
+    def __init__(self, rows: JoinedRows, tokenizer):
+        self.rows, self.bytes, self.points, self.seconds = rows, rows.target_bytes(tokenizer), [], 0.0
+
+    def on_train_begin(self, *_, **__):
+        self.started = now()
 
     def on_step_end(self, args, state, control, model=None, **kwargs):
-        step = state.global_step
-        if step in (1, 5) or step % self.every == 0 or step == self.total:
-            torch.cuda.synchronize()
-            self.seconds += time.perf_counter() - self.began
-            if step not in (1, 5):
-                bits = held_out_bits(model, self.rows) / self.bytes
-            else:
-                bits = None
-            self.points.append([step, self.seconds, bits])
-            torch.cuda.synchronize()
-            self.began = time.perf_counter()
+        if state.global_step not in {1, *(state.max_steps * point // POINTS for point in range(1, POINTS + 1))}:
+            return
+        self.seconds += now() - self.started
+        point = {"step": state.global_step, "seconds": self.seconds}
+        if state.global_step > 1:
+            point["bits_per_byte"] = held_out_nats(model, self.rows) / math.log(2) / self.bytes
+        self.points.append(point)
+        self.started = now()
+
+
+def now() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 @torch.no_grad()
-def held_out_bits(model, rows, batch=32):
-    model.eval()
+def held_out_nats(model, rows: JoinedRows, at_once: int = 32) -> float:
+    """Return the sum of the losses of all targets, computed from whole logits."""
     total = 0.0
-    with torch.autocast("cuda", torch.bfloat16), torch.compiler.set_stance("force_eager"):
-        for start in range(0, len(rows), batch):
-            b = collate_rows([rows[i] for i in range(start, min(start + batch, len(rows)))])
-            x, y = b["input_ids"].cuda(), b["shift_labels"].cuda()
-            logits = model(input_ids=x).logits.float()
-            total += torch.nn.functional.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum").item()
+    model.eval()
+    with torch.autocast("cuda", torch.bfloat16), generating(model):
+        for start in range(0, len(rows), at_once):
+            batch = collate_rows([rows[row] for row in range(start, min(start + at_once, len(rows)))])
+            logits = model(input_ids=batch["input_ids"].cuda(), use_cache=False).logits.float().flatten(0, 1)
+            total += torch.nn.functional.cross_entropy(
+                logits, batch["shift_labels"].cuda().flatten(), reduction="sum"
+            ).item()
     model.train()
-    return total / np.log(2)
+    return total
 
 
-def main():
-    p = argparse.ArgumentParser()
-    p.add_argument("--data", nargs="+")
-    p.add_argument("--tokenizer")
-    p.add_argument("--vocab", type=int, default=0)
-    p.add_argument("--name")
-    p.add_argument("--out")
-    p.add_argument("--seed_recipe", action="store_true")
-    p.add_argument("--micro", type=int, default=64)
-    p.add_argument("--tps", type=int, default=131072)
-    p.add_argument("--lr", type=float, default=5e-4)
-    p.add_argument("--tokens", type=float, default=35.4e6)
-    p.add_argument("--schedule", default="cosine_with_min_lr")
-    p.add_argument("--kwargs", default='{"min_lr_rate": 0.1}')
-    p.add_argument("--warmup", type=float, default=0.03)
-    p.add_argument("--wd", type=float, default=0.1)
-    p.add_argument("--beta2", type=float, default=0.95)
-    p.add_argument("--muon", action="store_true")
-    p.add_argument("--evals", type=int, default=4)
-    p.add_argument("--shape", default="{}")
-    p.add_argument("--clip", type=float, default=1.0)
-    p.add_argument("--scale", type=float, default=0.2)
-    a = p.parse_args()
-    import common.muon
-    common.muon.UPDATE_SIZE = a.scale
+def chunks_of_the_tutorial(store, chosen: np.ndarray) -> list[dict]:
+    """Return the chunks of exactly CONTEXT_LENGTH tokens of each document, without its end token."""
+    rows = []
+    for document in np.flatnonzero(chosen):
+        tokens = store.tokens[int(store.document_starts[document]) : int(store.document_starts[document + 1]) - 1]
+        for start in range(0, len(tokens) - CONTEXT_LENGTH + 1, CONTEXT_LENGTH):
+            ids = torch.from_numpy(np.asarray(tokens[start : start + CONTEXT_LENGTH]).astype(np.int64))
+            rows.append({"input_ids": ids, "labels": ids})
+    return rows
+
+
+def work(name: str, arguments: argparse.Namespace) -> dict:
+    """Train one run in this process; return its points and counts."""
+    changes, recipe = dict(RUNS[name]), load_recipe()
+    tokens, vocabulary = changes.pop("tokens", arguments.tokens), changes.pop("vocabulary", None)
     set_seed(42)
-    shared = SharedArguments(data=a.data, cache_dir="/tmp/cache", context_length=512, vocabulary_size=a.vocab or 32000)
-    sources = resolve_sources(a.data)
-    tokenizer = tokenizer_trained_on(sources, shared) if a.vocab else load_tokenizer(a.tokenizer, None)
-    stores = [token_store_of(s, tokenizer, shared) for s in sources]
-    masks = [np.arange(s.documents) % 50 == 0 for s in stores]
-    held = JoinedRows([PackedRows(s, m, 512) for s, m in zip(stores, masks)])
-    train = JoinedRows([PackedRows(s, ~m, 512) for s, m in zip(stores, masks)])
-    steps = round(a.tokens / a.tps)
-    args = dict(
-        output_dir=f"/tmp/out/{a.name}",
-        max_steps=steps,
-        per_device_train_batch_size=a.micro,
-        gradient_accumulation_steps=a.tps // 512 // a.micro,
-        learning_rate=a.lr,
-        weight_decay=a.wd,
-        bf16=True,
-        logging_steps=10,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_nan_inf_filter=False,
-        lr_scheduler_type="cosine",
-        warmup_steps=200,
-    )
-    race = Race(held, tokenizer, max(1, steps // a.evals), steps)
-    if a.seed_recipe:
-        rows = []
-        for s, m in zip(stores, masks):
-            for d in np.flatnonzero(~m):
-                doc = s.tokens[int(s.document_starts[d]) : int(s.document_starts[d + 1]) - 1]
-                rows += [np.asarray(doc[i : i + 512]).astype(np.int64) for i in range(0, len(doc) - 511, 512)]
-        data = [{"input_ids": torch.from_numpy(r), "labels": torch.from_numpy(r)} for r in rows]
-        config = AutoConfig.for_model(**(wiki.MODEL | dict(vocab_size=len(tokenizer), max_position_embeddings=512)))
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        trainer = Trainer(model, TrainingArguments(**args), train_dataset=data)
-    else:
-        args |= dict(
-            lr_scheduler_type=a.schedule,
-            lr_scheduler_kwargs=json.loads(a.kwargs),
-            warmup_steps=a.warmup,
-            adam_beta2=a.beta2,
-            per_device_eval_batch_size=a.micro,
-            max_grad_norm=a.clip,
+    shared = SharedArguments(vocabulary_size=vocabulary or 0, cache_dir=arguments.cache_dir)
+    sources = resolve_sources(arguments.data)
+    tokenizer = tokenizer_trained_on(sources, shared) if vocabulary else load_tokenizer(arguments.tokenizer, None)
+    stores = [token_store_of(source, tokenizer, shared) for source in sources]
+    held_out = [np.arange(store.documents) % 50 == 0 for store in stores]
+    rows, race_rows = (
+        JoinedRows(
+            [PackedRows(store, mask == wanted, CONTEXT_LENGTH) for store, mask in zip(stores, held_out, strict=True)]
         )
-        model = model_from_config(wiki.MODEL | json.loads(a.shape), tokenizer, 512)
+        for wanted in (False, True)
+    )
+    race = Race(race_rows, tokenizer)
+    settings = dict(report_to="none", save_strategy="no", disable_tqdm=True, output_dir=arguments.output)
+    settings |= launch_defaults()
+    if name == "tutorial":
+        shape = {**recipe.MODEL, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+        training = TrainingArguments(**settings, **TUTORIAL, max_steps=round(tokens / 131_072))
+        chunks = [
+            chunk
+            for store, mask in zip(stores, held_out, strict=True)
+            for chunk in chunks_of_the_tutorial(store, ~mask)
+        ]
+        trainer, tokens_per_step = Trainer(model, training, train_dataset=chunks), 131_072
+    else:
+        wanted = {**recipe.TRAINING, **changes, **settings, "eval_strategy": "no"}
+        tokens_per_step, optimizer = wanted.pop("tokens_per_step"), wanted.pop("optimizer")
+        wanted["max_steps"] = round(tokens / tokens_per_step)
+        if "num_decay_steps" in wanted["lr_scheduler_kwargs"]:
+            wanted["lr_scheduler_kwargs"] = {"num_decay_steps": round(0.3 * wanted["max_steps"])}
+        training = TrainingArguments(**wanted)
+        optimizer = choose_optimizer(optimizer, training)
+        rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
+        model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH)
+        choose_attention(model, "auto", False, training.device)
         use_fused_loss(model)
         trainer = PretrainingTrainer(
-            model,
-            TrainingArguments(**args),
-            train,
-            held,
-            a.tps // 512,
-            "muon" if a.muon else "adamw",
-            processing_class=tokenizer,
+            model, training, rows, race_rows, rows_per_step, optimizer, processing_class=tokenizer
         )
     trainer.add_callback(race)
     trainer.train()
-    last = race.points[-1]
-    f5 = next(x for x in race.points if x[0] == 5)
-    rate = (steps - 5) * a.tps / (last[1] - f5[1])
-    line = f"{a.name:34} steps {steps} tok/s {rate:>9,.0f} first5 {f5[1]:.1f}s total {last[1]:.1f}s  bpb {last[2]:.4f}  curve {[(round(x[1]), round(x[2], 3)) for x in race.points if x[2]]} peak {torch.cuda.max_memory_allocated() / 2**30:.1f} params {sum(q.numel() for q in model.parameters()) / 1e6:.1f}M train_tokens {train.stream_tokens / 1e6:.2f}M held_bytes {race.bytes}"
-    print(line, flush=True)
-    Path(a.out).mkdir(exist_ok=True, parents=True)
-    (Path(a.out) / f"{a.name}.txt").write_text(line + "\n")
+    first, last = race.points[0], race.points[-1]
+    return {
+        "name": name, "points": race.points, "tokens_per_step": tokens_per_step,
+        "tokens": last["step"] * tokens_per_step, "parameters": model.num_parameters(),
+        "tokens_per_second": (last["step"] - 1) * tokens_per_step / (last["seconds"] - first["seconds"]),
+        "training_tokens": rows.stream_tokens, "held_out_bytes": race.bytes, "device": torch.cuda.get_device_name(),
+    }  # fmt: skip
+
+
+def load_recipe():
+    """Import recipes/wiki_zh_scratch.py for its dicts."""
+    spec = importlib.util.spec_from_file_location("wiki_zh_scratch", ROOT / "recipes" / "wiki_zh_scratch.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def launch(name: str, arguments: list[str]) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    command += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
+    command += ["--dynamo_backend", "no"] if name == "tutorial" else []  # it does not compile
+    subprocess.run([*command, __file__, *arguments, "--worker", name], check=True, env=os.environ)
+
+
+def seconds_to(points: list[dict], bits: float) -> float | None:
+    """Return when a run first reached ``bits``, on straight lines between its points."""
+    earlier = None
+    for point in (point for point in points if "bits_per_byte" in point):
+        if point["bits_per_byte"] <= bits:
+            if earlier is None:
+                return point["seconds"]
+            share = (earlier["bits_per_byte"] - bits) / (earlier["bits_per_byte"] - point["bits_per_byte"])
+            return earlier["seconds"] + share * (point["seconds"] - earlier["seconds"])
+        earlier = point
+    return None
+
+
+def table(results: list[dict]) -> str:
+    """Return the runs as a Markdown table; the last column is against the tutorial's last point."""
+    tutorial = next((result for result in results if result["name"] == "tutorial"), None)
+    goal = tutorial["points"][-1]["bits_per_byte"] if tutorial else None
+    reached = f"seconds to {goal:.3f} bits" if goal else "seconds to the tutorial's bits"
+    lines = [
+        f"| run | parameters | tokens a step | tokens trained | tokens/s | seconds | bits per byte | {reached} |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for result in results:
+        last, seconds = result["points"][-1], seconds_to(result["points"], goal) if goal else None
+        lines.append(
+            f"| {result['name']} | {result['parameters'] / 1e6:.1f}M | {result['tokens_per_step']:,} "
+            f"| {result['tokens'] / 1e6:.1f}M | {result['tokens_per_second']:,.0f} | {last['seconds']:.0f} "
+            f"| {last['bits_per_byte']:.4f} | {'-' if seconds is None else f'{seconds:.0f}'} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], path: Path) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="seconds of training on one GPU", ylabel="bits per byte, held out", xscale="log")
+    for result in results:
+        points = [point for point in result["points"] if "bits_per_byte" in point]
+        seconds, bits = ([point[key] for point in points] for key in ("seconds", "bits_per_byte"))
+        axes.plot(
+            seconds, bits, "o-", label=result["name"], markersize=3, linewidth=2 if result["name"] == "recipe" else 1
+        )
+    axes.grid(alpha=0.3, which="both")
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", nargs="+", required=True)
+    parser.add_argument("--tokenizer", required=True, help="a folder or id")
+    parser.add_argument("--tokens", type=float, default=20e6, help="that each of our runs trains on")
+    parser.add_argument("--runs", nargs="*", default=["tutorial", "recipe"], help=f"of: {', '.join(RUNS)}")
+    parser.add_argument("--output", default=str(ROOT / "outputs" / "learning"))
+    parser.add_argument("--cache_dir", default=str(ROOT / "data" / "cache"))
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    arguments = parser.parse_args(argv)
+    output = Path(arguments.output)
+    output.mkdir(parents=True, exist_ok=True)
+    if arguments.worker:
+        result = work(arguments.worker, arguments)
+        file = output / (re.sub(r"\W+", "_", arguments.worker) + ".json")
+        file.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        return
+    if unknown := set(arguments.runs) - set(RUNS):
+        sys.exit(f"--runs {', '.join(unknown)}: not among {', '.join(RUNS)}")
+    for name in arguments.runs:
+        launch(name, argv)
+    results = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("*.json")]
+    results.sort(key=lambda result: list(RUNS).index(result["name"]))
+    print(table(results))
+    plot(results, output / "learning.png")
 
 
 if __name__ == "__main__":

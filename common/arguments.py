@@ -72,8 +72,8 @@ class SharedArguments:
     optimizer: str = field(
         default="auto",
         metadata={
-            "help": "muon: Muon for the matrices of the layers, AdamW for the rest. adamw: what --optim names. auto: muon, "
-            "but adamw under DeepSpeed, whose ZeRO cuts matrices up.",
+            "help": "muon: Muon for the matrices of the layers, AdamW for the rest. adamw: what --optim names. auto: "
+            "muon, but adamw under DeepSpeed, whose ZeRO cuts matrices up.",
             "choices": ["auto", "muon", "adamw"],
         },
     )

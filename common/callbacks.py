@@ -8,6 +8,8 @@ import torch
 from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
+from common.attention import generating
+
 SAMPLE_TOKENS = 60
 
 
@@ -90,9 +92,8 @@ def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: to
     model.eval()
     texts = []
     accelerators = [] if device.type == "cpu" else [device]
-    # Generating makes a new shape with every token: each would be compiled, were the model compiled.
     with (
-        torch.compiler.set_stance("force_eager"),
+        generating(model),
         torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
     ):
         torch.manual_seed(seed)

@@ -109,8 +109,8 @@ def choose_optimizer(wanted: str, training: TrainingArguments) -> str:
         return wanted
     if zero:
         say(
-            "optimizer: AdamW, because DeepSpeed's ZeRO cuts up the matrices that Muon needs whole. Muon learns faster: "
-            "use accelerate_configs/fsdp2.yaml or ddp.yaml"
+            "optimizer: AdamW, because DeepSpeed's ZeRO cuts up the matrices that Muon needs whole. Muon learns "
+            "faster: use accelerate_configs/fsdp2.yaml or ddp.yaml"
         )
     return "adamw" if zero else "muon"
 

@@ -70,6 +70,7 @@ class DeferringHead(torch.nn.Linear):
             return DeferredLogits(self, hidden)  # past the hooks, which would gather the weight (ZeRO-3) for nothing
         return super().__call__(hidden, *loss_arguments)
 
+    @torch.compiler.disable  # FSDP2's regional compilation would compile the head, chunks, kernel and all
     def forward(self, hidden, targets=None, scale=1.0, soft_cap=None, ignore_index=-100, num_items=None):
         """Return logits or, given ``targets`` of shape hidden.shape[:-1], the loss."""
         if targets is not None:

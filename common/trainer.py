@@ -13,6 +13,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from common.attention import DOCUMENTS, block_mask
 from common.callbacks import ScreenCallback
 from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
@@ -140,6 +141,13 @@ class PretrainingTrainer(Trainer):
         """Complete the last global batch with ignored rows. Replaces: repeating rows to complete it."""
         global_batch = self.args.eval_batch_size * self.args.world_size
         return [*range(len(eval_dataset)), *[IGNORED_ROW] * (-len(eval_dataset) % global_batch)]
+
+    def _prepare_inputs(self, inputs: dict) -> dict:
+        """Add the mask of a batch whose documents are kept apart by flex attention."""
+        inputs = super()._prepare_inputs(inputs)
+        if self.model.config._attn_implementation == DOCUMENTS:
+            inputs["document_mask"] = block_mask(inputs["position_ids"])
+        return inputs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add up nats and targets of a batch. Replaces: a mean per batch, which is NaN for ignored rows."""

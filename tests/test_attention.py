@@ -4,9 +4,16 @@ import numpy as np
 import pytest
 import torch
 from conftest import store_of_tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
-from common.attention import check_isolation, document_positions
+from common.attention import (
+    block_mask,
+    check_isolation,
+    choose_attention,
+    document_attention,
+    document_positions,
+    generating,
+)
 from common.messages import InputError
 from common.packing import IGNORED_TARGET, JoinedRows, PackedRows, collate_rows
 
@@ -75,3 +82,87 @@ def test_architectures_that_isolate_pass_the_check(shape):
 def test_an_architecture_that_mixes_documents_is_refused():
     with pytest.raises(InputError, match="--packing isolated: BloomForCausalLM lets documents"):
         check_isolation(model_of(BLOOM, "eager"))
+
+
+CPU = torch.device("cpu")
+LLAMA = dict(model_type="llama", intermediate_size=64, num_key_value_heads=4, **SHAPE)
+MISTRAL = dict(model_type="mistral", intermediate_size=64, num_key_value_heads=2, sliding_window=4, **SHAPE)
+WHOLE_MISTRAL = MISTRAL | {"sliding_window": None}
+
+
+@pytest.mark.parametrize("shape", [QWEN2, LLAMA, GPT2, WHOLE_MISTRAL], ids=lambda shape: shape["model_type"])
+def test_causal_attention_is_sdpa_without_a_look_for_borders(shape, capsys, monkeypatch):
+    model, ids = model_of(shape).eval(), torch.randint(0, 1000, (2, 20))
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    choose_attention(model, "auto", False, CPU)
+    assert "attention: causal (torch's flash kernel)" in capsys.readouterr().out
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: 1 / 0)
+    found = model(input_ids=ids, labels=ids, use_cache=False).loss
+    found.backward()
+    assert found.item() == expected.item()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+@pytest.mark.parametrize("shape", [GEMMA3, MISTRAL, BLOOM], ids=lambda shape: shape["model_type"])
+def test_sliding_windows_keep_their_masks(shape):
+    model = model_of(shape, "eager" if shape is BLOOM else "sdpa")
+    before = model.config._attn_implementation
+    choose_attention(model, "auto", False, CPU)
+    assert model.config._attn_implementation == before
+
+
+def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
+    model = model_of(QWEN2)
+    choose_attention(model, "auto", True, CPU)
+    assert model.config._attn_implementation == "sdpa"
+    assert "sdpa with a full mask, exact but slow; no flex attention, because" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "isolated", "message"),
+    [
+        ("documents", True, "documents: it trains on CUDA devices only"),
+        ("documents", False, "not with --packing cross"),
+        ("causal", True, "not with --packing isolated"),
+        ("nonsense", False, "--attn_implementation nonsense"),
+        ("flash_attention_2", False, "--attn_implementation flash_attention_2"),
+    ],
+)
+def test_attention_that_cannot_be_had_is_refused(wanted, isolated, message):
+    with pytest.raises(InputError, match=message):
+        choose_attention(model_of(QWEN2), wanted, isolated, CPU)
+
+
+@torch.no_grad()
+def test_the_block_mask_keeps_documents_apart():
+    """Flex attention, uncompiled on a CPU, against sdpa with the full mask that transformers makes."""
+    starts = np.array([[0, 5, 6, 40], [0, 130, 131, 180]])
+    marks = np.zeros((2, 200), bool)
+    for row, places in enumerate(starts):
+        marks[row, places] = True
+    positions = torch.from_numpy(np.stack([document_positions(row) for row in marks]))
+    ids, model = torch.randint(0, 1000, (2, 200)), model_of(QWEN2 | {"max_position_embeddings": 200}).eval()
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    AttentionInterface.register("documents", document_attention)
+    model.set_attn_implementation("documents")
+    with torch.compiler.set_stance("force_eager"):
+        mask = block_mask(positions)
+        found = model(input_ids=ids, position_ids=positions, use_cache=False, document_mask=mask).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(InputError, match="does not hand document_mask on"):
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+
+
+def test_generating_knows_padding_and_gives_the_attention_back():
+    model = model_of(QWEN2).eval()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    settings = dict(attention_mask=(ids > 0).long(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **settings)
+    choose_attention(model, "auto", False, CPU)
+    with generating(model):
+        assert torch.equal(model.generate(ids, **settings), expected)
+    assert model.config._attn_implementation == "causal"

@@ -11,13 +11,16 @@ import time
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from conftest import ROOT, losses, small_run
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from common.arguments import SharedArguments
 from common.messages import InputError
 from common.order import TrainingOrder
 from common.packing import JoinedRows
+from common.trainer import PretrainingTrainer
 
 
 @pytest.fixture(scope="module")
@@ -309,3 +312,24 @@ def test_an_error_is_printed_without_a_traceback_of_ours(cache_dir, tmp_path):
     )
     assert done.returncode == 1
     assert "missing.jsonl: no such file" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_compiled_run_has_the_losses_and_the_names_of_any_other(wiki, finished, cache_dir, tmp_path, monkeypatch):
+    """By regions, as the YAMLs ask; aot_eager compiles everything but needs no C++ compiler."""
+    for name, value in (("BACKEND", "AOT_EAGER"), ("USE_REGIONAL_COMPILATION", "true"), ("USE_DYNAMIC", "false")):
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
+    compiled, counters = [], torch._dynamo.utils.counters
+    counters.clear()
+    evaluate = PretrainingTrainer.evaluate
+
+    def counted(self, *args, **kwargs):
+        results = evaluate(self, *args, **kwargs)
+        compiled.append(counters["stats"]["unique_graphs"])
+        return results
+
+    monkeypatch.setattr(PretrainingTrainer, "evaluate", counted)
+    wiki.main(small_run(cache_dir, tmp_path))
+    assert losses(tmp_path) == pytest.approx(losses(finished), rel=1e-5)
+    assert len(compiled) == 2 and compiled[0] == compiled[1] > 0, "nothing is compiled after the first evaluation"
+    with safe_open(tmp_path / "checkpoint-6" / "model.safetensors", "pt") as file:
+        assert not [name for name in file.keys() if "_orig_mod" in name]  # noqa: SIM118
