@@ -578,6 +578,7 @@ def test_lora_on_the_head_is_refused(config):
 
 def check_wrappers(rank: int, folder: str) -> None:
     """In each of two processes: DDP and FSDP2 give the gradients that one process gets from both batches."""
+    from accelerate.utils.other import compile_regions_fsdp2
     from torch import distributed
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
@@ -587,20 +588,24 @@ def check_wrappers(rank: int, folder: str) -> None:
     batches = [batch(seed=0), batch(seed=1, ignored=12)]
     items = torch.tensor(23 + 18)
     for family in ("qwen2, tied", "llama, untied"):
-        alone, ddp, fsdp = tiny_model(family), tiny_model(family), tiny_model(family)
+        alone, ddp, fsdp, compiled = (tiny_model(family) for _ in range(4))
         for inputs in batches:
             alone(**inputs, num_items_in_batch=items).loss.backward()
-        use_fused_loss(ddp)
-        use_fused_loss(fsdp)
-        for layer in fsdp.model.layers:
-            fully_shard(layer)
-        fully_shard(fsdp)
-        for model in (DistributedDataParallel(ddp), fsdp):
+        for model in (ddp, fsdp, compiled):
+            use_fused_loss(model)
+        compile_regions_fsdp2(compiled, backend="aot_eager", dynamic=False)  # as accelerate does, before sharding
+        for model in (fsdp, compiled):
+            for layer in model.model.layers:
+                fully_shard(layer)
+            fully_shard(model)
+        for model in (DistributedDataParallel(ddp), fsdp, compiled):
             for _ in range(2):  # the second forward finds what the first has left
                 model.zero_grad()
                 (2 * model(**batches[rank], num_items_in_batch=items).loss).backward()  # both average over processes
         assert_same_gradients(gradients(ddp), gradients(alone))
-        assert_same_gradients({name: grad.full_tensor() for name, grad in gradients(fsdp).items()}, gradients(alone))
+        for model in (fsdp, compiled):
+            whole = {name: grad.full_tensor() for name, grad in gradients(model).items()}
+            assert_same_gradients(whole, gradients(alone))
         fsdp.eval()
         with torch.no_grad():
             expected = alone.eval()(**batches[rank], num_items_in_batch=1).loss
