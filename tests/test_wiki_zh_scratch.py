@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -159,6 +160,19 @@ def test_interrupted_and_resumed_equals_uninterrupted(wiki, finished, cache_dir,
     assert losses(folder) == losses(finished)
     same = ("eval_loss", "train_loss", "ledger", "steps")
     assert {name: results_of(folder)[name] for name in same} == {name: results_of(finished)[name] for name in same}
+
+
+def test_a_run_with_muon_resumes_exactly_and_is_another_run_than_one_with_adamw(wiki, finished, cache_dir, tmp_path):
+    flags = small_run(cache_dir, tmp_path, "--optimizer", "muon")
+    wiki.main(flags)
+    alone = losses(tmp_path)
+    assert alone != losses(finished)
+    shutil.rmtree(tmp_path / "checkpoint-6")
+    (tmp_path / "all_results.json").unlink()
+    wiki.main(flags)
+    assert losses(tmp_path) == alone
+    with pytest.raises(InputError, match="data.optimizer: 'muon' in the folder, 'adamw' now"):
+        wiki.main(small_run(cache_dir, tmp_path))
 
 
 def test_a_longer_run_continues_a_finished_one(wiki, cache_dir, tmp_path):

@@ -1,0 +1,70 @@
+"""The benchmarks' tables and jobs, without a GPU."""
+
+import importlib.util
+
+import pytest
+import torch
+from conftest import ROOT
+from transformers import AutoConfig, AutoModelForCausalLM
+
+
+def load(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu, learning = load("gpu"), load("learning")
+
+
+def test_the_variants_are_whole_batches_and_have_their_baseline():
+    for name, described in gpu.VARIANTS.items():
+        rows_per_step = described["tokens_per_step"] / described["context_length"]
+        assert rows_per_step % described["rows"] == 0, name
+        assert f"{described['job']} tutorial" in gpu.VARIANTS
+
+
+@pytest.mark.parametrize(("job", "parameters"), [("123M", 123_295_232), ("0.5B", 494_032_768), ("7B", 6_738_415_616)])
+def test_the_shapes_are_the_models_they_stand_for(job, parameters):
+    """Qwen2.5-0.5B has 494,032,768 parameters and Llama-2-7B 6,738,415,616, by their published checkpoints."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**gpu.JOBS[job]["shape"]))
+    assert model.num_parameters() == parameters
+
+
+def test_the_rows_are_of_the_wanted_length(tmp_path):
+    rows = gpu.random_rows(gpu.VARIANTS["0.5B recipe, isolated"], tmp_path)
+    assert len(rows) >= 2 * 131_072 // 2048 and rows[0]["input_ids"].shape == (2048,)
+    starts = sum(int((rows[row]["position_ids"] == 0).sum()) for row in range(len(rows)))
+    assert 300 < len(rows) * 2048 / starts < 500  # documents of 500 tokens, cut once more at the end of each row
+
+
+def test_the_table_has_ratios_and_names_failures():
+    row = dict(tokens_per_second=100_000.0, mfu=0.1, peak_gib=30.0, first_step_seconds=2.0, kernels=None)
+    table = gpu.table(
+        {
+            "123M tutorial": row,
+            "123M recipe": row | {"tokens_per_second": 450_000.0, "kernels": {"loss": 0.25, "idle": 0.5}},
+            "7B recipe": "CUDA out of memory",
+        }
+    )
+    assert "| 123M recipe | 64 | 450,000 | 10.0% | 30.0 | 2.0 | 4.50 |" in table
+    assert "| 7B recipe | 1 | failed: CUDA out of memory |" in table
+    assert "| 123M recipe | 25.0% | 50.0% |" in table
+
+
+def test_seconds_to_a_goal_lie_on_a_line_between_points():
+    points = [{"seconds": 1.0}, {"seconds": 10.0, "bits_per_byte": 3.0}, {"seconds": 20.0, "bits_per_byte": 2.0}]
+    assert learning.seconds_to(points, 2.25) == 17.5
+    assert learning.seconds_to(points, 3.5) == 10.0
+    assert learning.seconds_to(points, 1.0) is None
+
+
+def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):
+    from conftest import store_of_tokens
+
+    store = store_of_tokens(tmp_path, [[1] * 1030, [2] * 511, [3] * 512])
+    chunks = learning.chunks_of_the_tutorial(store, torch.tensor([True, True, True]).numpy())
+    assert [chunk["input_ids"].unique().tolist() for chunk in chunks] == [[1], [1], [3]]
+    assert all(len(chunk["input_ids"]) == 512 for chunk in chunks)
