@@ -83,6 +83,18 @@ class SharedArguments:
             "help": "Attention kernel: sdpa, flex_attention, eager, flash_attention_2 ... auto: the fastest there is."
         },
     )
+    plan: bool = field(
+        default=False,
+        metadata={"help": "Only say what memory the run needs, and what would make it fit. Loads nothing."},
+    )
+    plan_config: str | None = field(default=None, metadata={"help": "With --plan: the accelerate YAML to plan for."})
+    plan_processes: int | None = field(
+        default=None, metadata={"help": "With --plan: cards to plan for; otherwise the YAML's num_processes."}
+    )
+    plan_memory_gib: float | None = field(
+        default=None,
+        metadata={"help": "With --plan: memory of a card, in GiB; otherwise that of the card here, if any."},
+    )
     cache_dir: str = field(default="data/cache", metadata={"help": "Where tokenized data is kept and found again."})
     swanlab: str = field(
         default="auto",

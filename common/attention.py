@@ -80,8 +80,10 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     transformers chose.
 
     Raises:
-        InputError: the model or this machine does not support ``wanted``.
+        InputError: the model or this machine does not support ``wanted``, or the model cannot keep documents apart.
     """
+    if isolated:
+        check_isolation(model)
     AttentionInterface.register(CAUSAL, causal_attention)
     AttentionInterface.register(DOCUMENTS, document_attention)
     default, no_documents = model.config._attn_implementation, why_not_documents(model, device)

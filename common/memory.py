@@ -1,11 +1,174 @@
-"""What the device's memory holds."""
+"""What the device's memory holds, and what a run will need of it: predicted before anything is loaded.
+
+The prediction adds up what is there at the peak of a step, which is in the loss of the last micro-batch:
+
+    parameters, gradients, optimizer states     bytes a parameter, divided as the strategy divides them
+    activations                                 bytes a token and layer that the backward pass needs
+    logits                                      a chunk of them with the fused loss, 12 bytes each without
+
+The factors follow from what each operation saves; only the two for uncompiled layers are fitted. Against 20 measured
+peaks (tests/test_memory.py: H100, 123M to 7B parameters, eager and compiled, one and two cards) all are within 4%.
+"""
 
 import sys
+from dataclasses import dataclass, replace
 
 import psutil
 import torch
+from transformers import PreTrainedModel
+
+from common.linear_cross_entropy import CHUNK_BYTES
 
 GIB = 2**30
+CONTEXT_BYTES = 0.6 * GIB  # CUDA context and libraries, outside of torch's allocator; assumed, not measured
+BUCKET_PARAMETERS = 5e8  # DeepSpeed's default reduce_bucket_size
+LIVE_PARAMETERS = 1e9  # DeepSpeed's default stage3_max_live_parameters
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What decides how much memory a model needs on each card."""
+
+    rows: int  # of a micro-batch
+    context_length: int
+    strategy: str = "single"  # single, ddp, zero1, zero2, zero3, fsdp2
+    processes: int = 1
+    precision: str = "bf16"  # no, fp16, bf16: of the computation
+    compiled: bool = True
+    recompute: bool = False
+    fused_loss: bool = True
+    optimizer: str = "adamw"  # adamw, muon, adamw_8bit
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes on each card, by what they are for."""
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    framework: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    def as_json(self, limit_gib: float | None) -> dict:
+        named = {f"{name}_gib": round(value / GIB, 3) for name, value in vars(self).items()}
+        total = round(self.total / GIB, 3)
+        return {"fits": None if limit_gib is None else total <= limit_gib, "total_gib": total, **named}
+
+
+def predict(model: PreTrainedModel, setting: Setting) -> Need:
+    """Return what training ``model`` needs on each card. The model may be on the meta device."""
+    parameters = list(model.parameters())
+    count = sum(parameter.numel() for parameter in parameters)
+    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+    size = sum(parameter.numel() * parameter.itemsize for parameter in parameters) / max(count, 1)
+    half = 4 if setting.precision == "no" else 2
+    states = optimizer_bytes(model, setting.optimizer)
+    n, zero = setting.processes, setting.strategy.startswith("zero")
+    if zero:  # parameters in the computation's precision, and masters in fp32, which count as optimizer states
+        held = half * count / (n if setting.strategy == "zero3" else 1)
+        gradients = 4 * trained / (1 if setting.strategy == "zero1" else n)
+        states = (states + (4 * trained if half == 2 else 0)) / n
+        buffers = half * min(count, LIVE_PARAMETERS if setting.strategy == "zero3" else BUCKET_PARAMETERS)
+        buffers *= n > 1 or setting.strategy == "zero3"
+    elif setting.strategy == "fsdp2":
+        held, gradients, states = size * count / n, size * trained / n, states / n
+        buffers = half * (_ends(model) + 2 * (count - _ends(model)) / _layers(model))  # gathered: ends, two layers
+    else:
+        held, gradients = size * count, size * trained
+        buffers = 4 * trained if setting.strategy == "ddp" else 0.0  # its buckets
+    if setting.offload_parameters:
+        held = 0.0
+    if setting.offload_optimizer:
+        states = gradients = 0.0
+    whole_in_half = zero or setting.strategy == "fsdp2" or size == 2
+    residual = half if whole_in_half else 4
+    activations = activation_bytes(model, setting, residual, half)
+    logits = logit_bytes(model, setting, half, copied=not whole_in_half)
+    if setting.recompute:  # one layer's come back at a time, when the logits are gone
+        layer = activation_bytes(model, replace(setting, recompute=False), residual, half) / _layers(model)
+        activations += max(0.0, layer - logits)
+    return Need(held, gradients, states, activations, logits, buffers + CONTEXT_BYTES)
+
+
+def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
+    """Return the bytes of the optimizer's states for all trained parameters."""
+    ends = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    head = id(model.get_output_embeddings().weight)
+    total = 0.0
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            continue
+        if optimizer == "muon" and parameter.dim() == 2 and id(parameter) not in ends | {head}:
+            total += 4 * parameter.numel()  # one momentum
+        elif "8bit" in optimizer and id(parameter) not in ends and parameter.numel() >= 4096:
+            total += 2 * parameter.numel()  # bitsandbytes keeps embeddings and small ones in fp32
+        else:
+            total += 8 * parameter.numel()
+    return total
+
+
+def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, half: int) -> float:
+    """Return the bytes of all layers' activations, or of their inputs alone if they are recomputed.
+
+    Saved of each token in each layer: the residual stream twice, two norms' results, queries, keys and values, the
+    attention's result, and the MLP's: two or three (gated) tensors as wide as it.
+
+    Args:
+        residual: bytes a number of the residual stream: 4 under autocast, whose embedding stays in fp32.
+        half: bytes a number of everything else.
+    """
+    config, tokens = model.config.get_text_config(), setting.rows * setting.context_length
+    if setting.recompute:
+        return residual * config.hidden_size * tokens * _layers(model)
+    heads = config.num_attention_heads
+    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    queries, keys = heads * head_size, (getattr(config, "num_key_value_heads", None) or heads) * head_size
+    wide = mlp_width(model)
+    numbers = 2 * config.hidden_size + 2 * queries + 2 * keys + wide
+    a_token = 2 * residual * config.hidden_size + half * numbers
+    if not setting.compiled:  # norms in fp32, activation functions, copies: 25 or 17 bytes for each of hidden_size
+        a_token += (25 if residual == 4 else 17) * config.hidden_size
+    return a_token * tokens * _layers(model)
+
+
+def mlp_width(model: PreTrainedModel) -> int:
+    """Return how many numbers a token's MLP saves: its width, times three if it is gated, else two."""
+    config = model.config.get_text_config()
+    gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
+    experts = getattr(config, "num_experts_per_tok", None)
+    width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    if experts:
+        width = experts * (getattr(config, "moe_intermediate_size", None) or width)
+        width += getattr(config, "shared_expert_intermediate_size", None) or 0
+    return width * (3 if gated else 2)
+
+
+def logit_bytes(model: PreTrainedModel, setting: Setting, half: int, copied: bool) -> float:
+    """Return what logits and loss take at the peak; ``copied``: autocast makes a copy of the head's weight."""
+    head, tokens = model.get_output_embeddings().weight, setting.rows * setting.context_length
+    vocabulary, hidden = head.shape
+    if not setting.fused_loss:  # in half precision, in fp32, the softmax and its gradient's copy
+        return 12 * tokens * vocabulary
+    chunk = min(CHUNK_BYTES, half * tokens * vocabulary)
+    return chunk + 4 * vocabulary * hidden + 4 * tokens * hidden + (half * vocabulary * hidden if copied else 0)
+
+
+def _layers(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().num_hidden_layers
+
+
+def _ends(model: PreTrainedModel) -> int:
+    """Count the parameters of embedding and head."""
+    weights = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
+    return sum(weights.values())
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

@@ -10,6 +10,18 @@ from common.messages import InputError
 VOCABULARY_MULTIPLE = 128
 
 
+def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> PreTrainedModel:
+    """Build what model_from_config would, without memory (on torch's meta device) and without a tokenizer."""
+    settings = {"vocab_size": padded_vocabulary(vocabulary_size), "max_position_embeddings": context_length, **shape}
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+
+
+def padded_vocabulary(vocabulary_size: int) -> int:
+    """Return the next multiple of VOCABULARY_MULTIPLE."""
+    return -(-vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
+
+
 def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_length: int) -> PreTrainedModel:
     """Build a model of ``shape`` in float32, for the vocabulary of ``tokenizer``.
 
@@ -22,8 +34,11 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
     Raises:
         InputError: transformers refuses the shape.
     """
-    vocabulary_rows = -(-len(tokenizer) // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
-    settings = {"vocab_size": vocabulary_rows, "max_position_embeddings": context_length, **shape}
+    settings = {
+        "vocab_size": padded_vocabulary(len(tokenizer)),
+        "max_position_embeddings": context_length,
+        **shape,
+    }
     # No padding token while the model is built: transformers starts its embedding at zero and gives it no gradient.
     # Qwen's is the end-of-document token, and a zero vector at the start of a row stays zero through every norm: a
     # gradient norm of 1.9e26 was measured.

@@ -22,6 +22,7 @@ from common.messages import InputError, say
 from common.muon import MuonWithAdamW
 from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import JoinedRows, collate_rows
+from common.plan import out_of_memory
 
 
 class PretrainingTrainer(Trainer):
@@ -122,7 +123,10 @@ class PretrainingTrainer(Trainer):
             if state["max_steps"] != self.args.max_steps:
                 planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
                 say(f"note: {planned}: the learning-rate schedule moves with it")
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        except torch.OutOfMemoryError as error:
+            raise InputError(out_of_memory(self, error)) from None
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Replaces: one optimizer for all parameters, if it is to be Muon for the matrices."""

@@ -12,10 +12,9 @@ below, --help lists them all. The same command again continues where the run sto
 
 Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0), single_gpu.yaml, commit 435ba6a,
 2026-11-22. Not on Wikipedia, which could not be fetched there, but on 346,174 Chinese documents (verse, law, manuals;
-31.4M tokens of the Qwen2.5 tokenizer), two passes = 62.5M tokens in 955 steps: 467k tokens/s (36.8% MFU, 11.0 GiB).
-Held-out loss at step 800: 3.876 (7.298 by token frequency alone), 1.937 bits per byte; the machine's time ended
-before the last evaluation. With AdamW, learning rate 5e-4 and 131,072 tokens a step it was 5.214 and 2.607 at the end
-(commit 983c6e9). Wikipedia itself: not yet measured.
+31.4M tokens of the Qwen2.5 tokenizer), 62.5M tokens in 955 steps: 467k tokens/s (36.8% MFU, 11.0 GiB). Held-out loss
+at step 800: 3.876 (7.298 by token frequency alone), 1.937 bits per byte; the last evaluation was cut off.
+Wikipedia itself: not yet measured.
 """
 
 import sys
@@ -25,23 +24,18 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
-from common.attention import check_isolation, choose_attention
+from common.attention import choose_attention
 from common.callbacks import SampleCallback
 from common.download import download
 from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import say
-from common.model import model_from_config, parameter_report
+from common.model import model_from_config, parameter_report, planned_model
 from common.packing import unigram_loss
+from common.plan import print_plan
 from common.report import save_results, summary
-from common.run_folder import (
-    check_disk_space,
-    claim_output_folder,
-    finished_results,
-    last_checkpoint,
-    run_identity,
-)
+from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -72,16 +66,12 @@ DATA = dict(
 TRAINING = dict(
     output_dir=str(ROOT / "outputs" / "wiki_zh_scratch"),
     num_train_epochs=2,
-    # 128 rows of 512: 64 rows x 1 process x 512 x 2 accumulated. On 30M tokens of the text above, 65,536 tokens a step
-    # ended at 1.994 bits per byte, 131,072 (the SwanLab tutorial's) at 2.148: many small steps learn more.
-    tokens_per_step=65_536,
+    tokens_per_step=65_536,  # 64 rows x 1 process x 512 x 2 accumulated; benchmarks/README.md has the search for this,
+    optimizer="auto",  # for Muon (under DeepSpeed AdamW: the matrices are cut up there), and for
+    learning_rate=4e-3,  # Muon's; AdamW alone does best with 1e-3 to 2e-3
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
     per_device_train_batch_size=64,  # at most; 11.1 GiB on an H100
     per_device_eval_batch_size=64,
-    # Muon for the layers' matrices, AdamW for the rest; under DeepSpeed AdamW for all. Bits per byte after 20M tokens of
-    # 38 MB of Chinese and English: 1.27 with Muon at 4e-3, 1.36 at 2e-3; with AdamW 1.80 at 1e-3, 1.81 at 2e-3.
-    optimizer="auto",
-    learning_rate=4e-3,
     lr_scheduler_type="cosine_with_min_lr",
     lr_scheduler_kwargs={"min_lr_rate": 0.1},  # down to 10%
     warmup_steps=0.03,  # below 1: a share of all steps
@@ -119,6 +109,7 @@ SAMPLE = dict(
     save_steps=300,
 )
 
+VOCABULARY = 151_646  # of Qwen2's tokenizer, for --plan, which loads nothing
 PROMPTS = ["地球是", "在历史上，", "计算机"]
 
 
@@ -142,6 +133,9 @@ def main(argv: list[str] | None = None) -> None:
     _, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+    if shared.plan:
+        model = planned_model(shape, VOCABULARY, shared.context_length)
+        return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
     check_launch(training)
     rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
     set_seed(training.seed)
@@ -161,8 +155,6 @@ def main(argv: list[str] | None = None) -> None:
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
     model = model_from_config(shape, tokenizer, shared.context_length)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
-    if shared.packing == "isolated":
-        check_isolation(model)
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
 
@@ -174,18 +166,11 @@ def main(argv: list[str] | None = None) -> None:
     trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
-    identity = run_identity(
-        Path(__file__).name,
-        {**shape, "vocabulary_rows": model.config.vocab_size},
-        {
-            "documents": [store.fingerprint() for store in stores.values()],
-            "tokenizer": tokenizer_fingerprint(tokenizer),
-            "rows_per_step": rows_per_step,
-            "optimizer": optimizer,
-        },
-        shared,
-        training,
-    )
+    documents = [store.fingerprint() for store in stores.values()]
+    data = {"documents": documents, "tokenizer": tokenizer_fingerprint(tokenizer)}
+    data |= {"optimizer": optimizer, "rows_per_step": rows_per_step}
+    shape = {**shape, "vocabulary_rows": model.config.vocab_size}
+    identity = run_identity(Path(__file__).name, shape, data, shared, training)
     with training.main_process_first(desc="run folder"):
         claim_output_folder(training.output_dir, identity)
     wanted_tokens = trainer.order.real * shared.context_length

@@ -1,0 +1,164 @@
+"""--plan: does it fit, and what would make it fit? Answered before anything is loaded."""
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from accelerate.utils import DistributedType
+from transformers import PreTrainedModel, TrainingArguments
+
+from common.arguments import SharedArguments
+from common.memory import GIB, Setting, predict
+from common.messages import InputError, say
+
+BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
+
+
+def print_plan(model: PreTrainedModel, shared: SharedArguments, training: TrainingArguments, optimizer: str) -> None:
+    """Print what training ``model`` (on the meta device) needs on each card; the last line is JSON.
+
+    The strategy is that of ``--plan_config``, an accelerate YAML; without it, one card as the environment describes it.
+    """
+    processes, limit = shared.plan_processes, shared.plan_memory_gib
+    if limit is None and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory / GIB
+    setting = setting_of_run(model, training, shared.context_length, optimizer)
+    if shared.plan_config is not None:
+        setting = setting_of_yaml(shared.plan_config, setting, processes)
+    rows_a_step = shared.tokens_per_step // (shared.context_length * setting.processes)
+    setting = replace(setting, rows=max(1, min(setting.rows, rows_a_step)))
+    need = predict(model, setting)
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {described(setting)}. Each card, in GiB:")
+    for name, value in vars(need).items():
+        say(f"  {name:12}{value / GIB:8.2f}")
+    say(f"  {'total':12}{need.total / GIB:8.2f}" + (f" of {limit:.2f}" if limit is not None else ""))
+    if limit is not None and need.total > limit * GIB:
+        say("It does not fit. " + advised(model, setting, limit))
+    say(json.dumps(need.as_json(limit)))
+
+
+def described(setting: Setting) -> str:
+    """Return a setting in words."""
+    extras = [
+        word for word in ("compiled", "recompute", "offload_optimizer", "offload_parameters") if getattr(setting, word)
+    ]
+    return (
+        f"{setting.strategy} on {setting.processes} card(s), {setting.rows} rows of {setting.context_length} tokens at "
+        f"once on each, {setting.optimizer}, mixed precision {setting.precision}, {', '.join(extras) or 'not compiled'}"
+    )
+
+
+def advised(model: PreTrainedModel, setting: Setting, limit_gib: float) -> str:
+    """Return, for people, what would make ``setting`` fit into ``limit_gib``."""
+    switches = advice(model, setting, limit_gib)
+    if not switches:
+        return "Nothing known here makes it fit: take more or larger cards, a smaller model, or shorter rows."
+    return "What makes it fit, the cheapest first:\n" + "\n".join(f"  {switch}" for switch in switches)
+
+
+def switches(setting: Setting) -> list[tuple[str, Setting]]:
+    """Return what saves memory, each on top of those before it, the cheapest first."""
+    found, now = [], setting
+
+    def switch(name: str, **changes) -> None:
+        nonlocal now
+        now = replace(now, **changes)
+        found.append((name, now))
+
+    if not now.fused_loss:
+        switch("use_fused_loss: the logits are never held", fused_loss=True)
+    if not now.compiled:
+        switch("a YAML with dynamo_config: compiled layers keep less", compiled=True)
+    while now.rows > 1 and now.rows * now.context_length > BUSY_TOKENS:
+        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
+    if now.processes > 1 and now.strategy in ("single", "ddp", "zero1"):
+        switch("accelerate_configs/zero2.yaml", strategy="zero2")
+    if now.processes > 1 and now.strategy not in ("fsdp2", "zero3"):
+        switch("accelerate_configs/fsdp2.yaml", strategy="fsdp2")
+    while now.rows > 1:
+        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
+    if not now.recompute:
+        switch("--gradient_checkpointing true: activations are computed twice", recompute=True)
+    if now.optimizer != "adamw_8bit" and now.strategy in ("single", "ddp"):
+        switch("--optimizer adamw --optim adamw_8bit", optimizer="adamw_8bit")
+    return found
+
+
+def advice(model: PreTrainedModel, setting: Setting, limit_gib: float) -> list[str]:
+    """Return the switches that make ``setting`` fit into ``limit_gib``, the cheapest first; empty if none do.
+
+    Of several micro-batches, and of several YAMLs, only the last is named.
+    """
+    tried: list[str] = []
+    for name, changed in switches(setting):
+        kind = name.split()[0].split("/")[0]
+        tried = [earlier for earlier in tried if not earlier.startswith(kind)] + [name]
+        if predict(model, changed).total <= limit_gib * GIB:
+            return tried
+    return []
+
+
+def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -> Setting:
+    """Return ``setting`` under the strategy, precision and compile of an accelerate configuration.
+
+    Raises:
+        InputError: it cannot be read, or its strategy is not known here.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        kind = str(config["distributed_type"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"--plan_config {path}: not an accelerate configuration ({error!r}).") from None
+    zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
+    strategies = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2"}
+    strategy = f"zero{zero.get('zero_stage', 2)}" if kind == "DEEPSPEED" else strategies.get(kind)
+    if strategy is None:
+        raise InputError(f"--plan_config {path}: distributed_type {kind} is not known to the planner.")
+    moved = ("cpu", "nvme")
+    return replace(
+        setting,
+        strategy=strategy,
+        processes=processes or int(config.get("num_processes", 1)),
+        precision=str(config.get("mixed_precision", "no")),
+        compiled=str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no",
+        recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing", False)),
+        optimizer="adamw" if kind == "DEEPSPEED" and setting.optimizer == "muon" else setting.optimizer,
+        offload_optimizer=zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params")),
+        offload_parameters=zero.get("offload_param_device") in moved or bool(fsdp.get("fsdp_offload_params")),
+    )
+
+
+def setting_of_run(model: PreTrainedModel, training: TrainingArguments, context_length: int, optimizer: str) -> Setting:
+    """Return the setting of the run that this process is part of."""
+    zero, kind = training.deepspeed_plugin, training.distributed_state.distributed_type
+    strategies = {DistributedType.FSDP: "fsdp2", DistributedType.NO: "single"}
+    strategy = f"zero{zero.zero_stage}" if zero is not None else strategies.get(kind, "ddp")
+    return Setting(
+        rows=training.per_device_train_batch_size,
+        context_length=context_length,
+        strategy=strategy,
+        processes=training.world_size,
+        precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+        compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
+        recompute=training.gradient_checkpointing,
+        fused_loss="forward" in vars(model) or model.device.type == "meta",
+        optimizer="adamw_8bit" if "8bit" in training.optim and optimizer != "muon" else optimizer,
+    )
+
+
+def out_of_memory(trainer, error: torch.OutOfMemoryError) -> str:
+    """Return what ran out in the run of a PretrainingTrainer, and what would make it fit."""
+    device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
+    total = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
+    context_length = trainer.train_dataset.context_length
+    setting = setting_of_run(model, trainer.args, context_length, trainer.optimizer_name)
+    need = predict(model, setting).total / GIB
+    # What does not fit although it was predicted to is memory in pieces, or somebody else's: leave more room.
+    limit = 0.9 * min(total, need)
+    return (
+        f"out of memory: {str(error).splitlines()[0]}\nPredicted: {need:.1f} GiB for {described(setting)}. "
+        f"{advised(model, setting, limit)}\nCheckpoints are kept: the same command with such a switch continues."
+    )

@@ -1,0 +1,91 @@
+"""Predicted memory against peaks that were measured on H100s (torch.cuda.max_memory_allocated)."""
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.memory import CONTEXT_BYTES, GIB, Setting, optimizer_bytes, predict
+
+QWEN2 = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)
+SHAPES = {
+    "123M": QWEN2
+    | dict(hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8, vocab_size=151_680),
+    "0.5B": QWEN2
+    | dict(hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14, vocab_size=151_936),
+    "7B": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
+        tie_word_embeddings=False, vocab_size=32_000, dtype="bfloat16",
+    ),
+}  # fmt: skip
+TUTORIAL = dict(compiled=False, fused_loss=False)
+EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
+MEASURED = [  # GiB
+    ("123M", Setting(64, 512), 11.13),
+    ("123M", Setting(128, 512), 18.67),
+    ("123M", Setting(64, 512, optimizer="muon"), 10.96),
+    ("123M", Setting(64, 512, compiled=False), 15.69),
+    ("123M", Setting(32, 512, compiled=False), 9.6),
+    ("123M", Setting(32, 512, **TUTORIAL), 35.89),
+    ("123M", Setting(32, 512, "zero2", compiled=False), 8.7),
+    ("123M", Setting(32, 512, "fsdp2", compiled=False), 8.6),
+    ("123M", Setting(32, 512, "ddp", 2, **TUTORIAL), 36.4),
+    ("123M", Setting(32, 512, "zero2", 2, **TUTORIAL), 33.9),
+    ("123M", Setting(32, 512, "fsdp2", 2, **TUTORIAL), 33.9),
+    ("0.5B", Setting(8, 2048), 25.73),
+    ("0.5B", Setting(16, 2048), 41.41),
+    ("0.5B", Setting(8, 2048, **TUTORIAL), 60.63),
+    ("0.5B", Setting(8, 2048, "ddp", 2, **TUTORIAL), 62.5),
+    ("0.5B", Setting(8, 2048, "zero2", 2, **TUTORIAL), 53.2),
+    ("0.5B", Setting(8, 2048, "fsdp2", 2, **TUTORIAL), 53.0),
+    ("7B", Setting(1, **EIGHT_BIT), 55.58),
+    ("7B", Setting(4, recompute=True, **EIGHT_BIT), 45.73),
+    ("7B", Setting(4, recompute=True, **EIGHT_BIT, **TUTORIAL), 49.01),
+]
+
+
+def model_of(name: str):
+    shape = dict(SHAPES[name])
+    dtype = getattr(torch, shape.pop("dtype", "float32"))
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {name: model_of(name) for name in SHAPES}
+
+
+@pytest.mark.parametrize(("name", "setting", "measured_gib"), MEASURED)
+def test_the_prediction_is_within_4_percent_of_the_measured_peak(models, name, setting, measured_gib):
+    predicted = (predict(models[name], setting).total - CONTEXT_BYTES) / GIB
+    assert predicted == pytest.approx(measured_gib, rel=0.04)
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_a_matrix_parameter"), [("adamw", 8), ("muon", 4), ("adamw_8bit", 2)])
+def test_optimizer_states_by_hand(models, optimizer, bytes_a_matrix_parameter):
+    model = models["123M"]
+    layer = 512 * 512 + 2 * 512 * 128 + 512 * 512 + 3 * 512 * 2048
+    vectors = 12 * (512 + 2 * 128 + 2 * 512) + 512  # biases of q, k, v; norms; all smaller than 4,096
+    expected = 12 * layer * bytes_a_matrix_parameter + 8 * (vectors + 151_680 * 512)
+    assert optimizer_bytes(model, optimizer) == expected
+
+
+def test_frozen_parameters_need_neither_gradients_nor_states():
+    model = model_of("123M")
+    whole = predict(model, Setting(1, 512))
+    for parameter in model.model.layers.parameters():
+        parameter.requires_grad_(False)
+    frozen = predict(model, Setting(1, 512))
+    assert frozen.parameters == whole.parameters
+    assert frozen.gradients == 4 * (151_680 * 512 + 512) and frozen.optimizer == 2 * frozen.gradients
+
+
+def test_a_mixture_of_experts_counts_the_experts_that_a_token_meets():
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=256)
+    activations = {}
+    for experts in (1, 2):
+        config = AutoConfig.for_model("mixtral", num_local_experts=4, num_experts_per_tok=experts, **shape)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        activations[experts] = predict(model, Setting(1, 128)).activations
+    assert activations[2] - activations[1] == 2 * 128 * 2 * 3 * 128  # layers, tokens, bytes, gated, width
