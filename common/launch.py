@@ -98,21 +98,21 @@ def check_compiler(backend: str, device: torch.device) -> None:
 
 
 def choose_optimizer(wanted: str, training: TrainingArguments) -> str:
-    """Return "muon" or "adamw" for ``--optimizer`` ``wanted``, and say why where it was left to us."""
-    zero = training.deepspeed_plugin is not None
-    if wanted == "muon" and zero:
-        raise InputError(
-            "--optimizer muon works on whole matrices, and DeepSpeed's ZeRO cuts them up. Use "
-            "accelerate_configs/fsdp2.yaml or ddp.yaml, or --optimizer adamw."
-        )
-    if wanted != "auto":
-        return wanted
-    if zero:
-        say(
-            "optimizer: AdamW, because DeepSpeed's ZeRO cuts up the matrices that Muon needs whole. Muon learns "
-            "faster: use accelerate_configs/fsdp2.yaml or ddp.yaml"
-        )
-    return "adamw" if zero else "muon"
+    """Return "muon" or "adamw" for ``--optimizer`` ``wanted``, and say why "auto" is not Muon.
+
+    Raises:
+        InputError: Muon is wanted where it cannot be had.
+    """
+    reason, named = None, getattr(training.optim, "value", training.optim)
+    if training.deepspeed_plugin is not None:
+        reason = "DeepSpeed's ZeRO cuts up the matrices that Muon needs whole; fsdp2.yaml and ddp.yaml do not"
+    elif named not in ("adamw_torch", "adamw_torch_fused"):
+        reason = f"--optim {named} names another one"
+    if wanted == "muon" and reason is not None:
+        raise InputError(f"--optimizer muon: {reason}. Use --optimizer adamw.")
+    if wanted == "auto" and reason is not None:
+        say(f"optimizer: what --optim names, AdamW by default, not Muon: {reason}.")
+    return "muon" if wanted == "muon" or (wanted == "auto" and reason is None) else "adamw"
 
 
 def check_cuda_device(name: str, capability: tuple[int, int], architectures: list[str], precision: str) -> None:

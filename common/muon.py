@@ -45,6 +45,8 @@ class MuonWithAdamW(torch.optim.AdamW):
             lr=lr,
             **adamw,
         )
+        # Fused AdamW lets fp16's scaler call step with gradients of infinity and leaves them out itself. Muon does not.
+        self._step_supports_amp_scaling = False
 
     @torch.no_grad()
     def step(self, closure=None):

@@ -28,6 +28,8 @@ def print_plan(model: PreTrainedModel, shared: SharedArguments, training: Traini
     setting = setting_of_run(model, training, shared.context_length, optimizer)
     if shared.plan_config is not None:
         setting = setting_of_yaml(shared.plan_config, setting, processes)
+    elif processes is not None:
+        setting = replace(setting, strategy="ddp" if processes > 1 else "single", processes=processes)
     rows_a_step = shared.tokens_per_step // (shared.context_length * setting.processes)
     setting = replace(setting, rows=max(1, min(setting.rows, rows_a_step)))
     need = predict(model, setting)

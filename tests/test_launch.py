@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers.training_args import OptimizerNames
 
 import common.launch as launch
 from common.launch import (
@@ -52,18 +53,30 @@ def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
     set_batch(batch_of(), suggested, 512)
 
 
+def optimizing(zero=None, optim="adamw_torch_fused"):
+    return SimpleNamespace(deepspeed_plugin=zero, optim=optim)
+
+
 @pytest.mark.parametrize(
-    ("wanted", "zero", "chosen"),
-    [("auto", None, "muon"), ("auto", {}, "adamw"), ("adamw", None, "adamw"), ("muon", None, "muon")],
+    ("wanted", "training", "chosen", "said"),
+    [
+        ("auto", optimizing(), "muon", ""),
+        ("muon", optimizing(optim=OptimizerNames.ADAMW_TORCH), "muon", ""),
+        ("adamw", optimizing(), "adamw", ""),
+        ("auto", optimizing(zero={}), "adamw", "not Muon: DeepSpeed's ZeRO cuts up the matrices"),
+        ("auto", optimizing(optim="adamw_8bit"), "adamw", "not Muon: --optim adamw_8bit names another one"),
+    ],
 )
-def test_the_optimizer_is_muon_where_matrices_are_whole(wanted, zero, chosen, capsys):
-    assert choose_optimizer(wanted, SimpleNamespace(deepspeed_plugin=zero)) == chosen
-    assert ("because DeepSpeed" in capsys.readouterr().out) == (zero is not None)
+def test_the_optimizer_is_muon_where_it_can_be(wanted, training, chosen, said, capsys):
+    assert choose_optimizer(wanted, training) == chosen
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
 
 
-def test_muon_under_deepspeed_is_refused_with_what_works():
-    with pytest.raises(InputError, match=r"fsdp2.yaml or ddp.yaml, or --optimizer adamw"):
-        choose_optimizer("muon", SimpleNamespace(deepspeed_plugin={}))
+@pytest.mark.parametrize("training", [optimizing(zero={}), optimizing(optim="paged_adamw_8bit")])
+def test_muon_where_it_cannot_be_is_refused(training):
+    with pytest.raises(InputError, match=r"--optimizer muon: .* Use --optimizer adamw"):
+        choose_optimizer("muon", training)
 
 
 @pytest.mark.parametrize(("device", "missing"), [("cpu", "C\\+\\+ compiler"), ("cuda", "Triton")])

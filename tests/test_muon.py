@@ -74,6 +74,22 @@ def test_a_matrix_without_gradient_stays_as_it_is():
     assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_step_with_gradients_of_infinity_is_left_out_by_the_scaler(broken):
+    """Fused, as on a GPU: AdamW alone would be called all the same."""
+    model, decayed = model_and_decayed()
+    optimizer, scaler = MuonWithAdamW(model, decayed, fused=True, **SETTINGS), torch.amp.GradScaler("cpu")
+    ids = torch.arange(16)[None]
+    scaler.scale(model(input_ids=ids, labels=ids).loss).backward()
+    if broken:
+        model.model.norm.weight.grad[0] = torch.inf
+    before = [parameter.clone() for parameter in model.parameters()]
+    scaler.step(optimizer)
+    scaler.update()
+    same = [torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True)]
+    assert all(same) if broken else not any(same[:2])
+
+
 def test_a_run_continued_from_a_saved_state_is_the_same(tmp_path):
     whole, decayed = model_and_decayed()
     optimizer = MuonWithAdamW(whole, decayed, **SETTINGS)
