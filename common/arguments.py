@@ -87,6 +87,10 @@ class SharedArguments:
         default=False,
         metadata={"help": "Only say what memory the run needs, and what would make it fit. Loads nothing."},
     )
+    probe: bool = field(
+        default=False,
+        metadata={"help": "With --plan: load everything, train three steps, and say what the whole run will take."},
+    )
     plan_config: str | None = field(default=None, metadata={"help": "With --plan: the accelerate YAML to plan for."})
     plan_processes: int | None = field(
         default=None, metadata={"help": "With --plan: cards to plan for; otherwise the YAML's num_processes."}

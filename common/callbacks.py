@@ -74,7 +74,9 @@ class SampleCallback(TrainerCallback):
     def __init__(self, tokenizer, prompts: list[str], seed: int):
         self.tokenizer, self.prompts, self.seed = tokenizer, prompts, seed
 
-    def on_evaluate(self, args, state, control, model=None, **kwargs):
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+        if "eval_loss" not in metrics:  # another set, right after the held-out documents: the same texts again
+            return
         texts = generate_samples(model, self.tokenizer, self.prompts, self.seed, args.device)
         if not state.is_world_process_zero:
             return

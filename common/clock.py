@@ -29,7 +29,8 @@ class RunClock(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.first_step_seconds is None:
             synchronize()
-            self.trainer.first_step_seconds = time.perf_counter() - self.began
+            evaluating = self.trainer.interval.paused_seconds  # before the first step, where a recipe does so
+            self.trainer.first_step_seconds = time.perf_counter() - self.began - evaluating
             say(f"the first step took {self.trainer.first_step_seconds:.1f} s, compiling and warming up included")
         state.epoch = self.trainer.position / self.trainer.order.rows
         if control.should_save:  # a checkpoint's log ends with its own step, so that nothing is lost between logs

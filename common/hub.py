@@ -11,12 +11,14 @@ PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed 
 HUGGING_FACE, HUGGING_FACE_MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
 TOKENIZER_VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken"]
+WEIGHT_FILES = ["*.safetensors"]
 
 
 def three_ways_on(flag: str) -> str:
     """Return the advice that ends every error about an unreachable hub."""
     third = {
         "--tokenizer": "train one on your own text: --tokenizer train",
+        "--model": "weights in a single file: --model FILE.gguf",
         "--data": "nothing from a hub: --data FILE --tokenizer train, or the bundled articles: --sample",
     }[flag]
     return (
@@ -34,27 +36,44 @@ def fetch_tokenizer(name: str) -> str:
         InputError: it is neither a folder nor on a hub that answers. Hubs that do not are given up within 30 seconds;
             one that answers and then stalls takes as long as its own library waits.
     """
+    return _fetch_repository("tokenizer", name, TOKENIZER_FILES, TOKENIZER_VOCABULARIES)
+
+
+def fetch_model(name: str, weights: bool) -> str:
+    """Return a local folder with the model called ``name``: its config and tokenizer, and its ``weights``.
+
+    Raises:
+        InputError: as ``fetch_tokenizer``. Weights are safetensors: a model that has only others counts as not there.
+    """
+    if weights:
+        return _fetch_repository("model", name, [*TOKENIZER_FILES, *WEIGHT_FILES], WEIGHT_FILES)
+    return _fetch_repository("model", name, TOKENIZER_FILES, ["config.json"])
+
+
+def _fetch_repository(what: str, name: str, files: list[str], needed: list[str]) -> str:
+    """Return a folder with the ``files`` (globs) of the model ``name``, at least one of ``needed`` among them."""
+    flag = f"--{what}"
     if Path(name).is_dir():
         return name
     if name.startswith((".", "/")) or name.count("/") != 1:
-        raise InputError(f"--tokenizer {name}: no such folder, and not a hub id like owner/name.")
+        raise InputError(f"{flag} {name}: no such folder, and not a hub id like owner/name.")
 
     def from_modelscope(**where):
         from modelscope import snapshot_download
 
-        return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
+        return snapshot_download(name, allow_patterns=files, **where)
 
     def from_hugging_face(**where):
         from huggingface_hub import HfApi, snapshot_download
 
         if "endpoint" in where:  # a hub that stalls: snapshot_download would wait for ever
             HfApi(**where).model_info(name, timeout=PROBE_SECONDS)
-        return snapshot_download(name, allow_patterns=TOKENIZER_FILES, **where)
+        return snapshot_download(name, allow_patterns=files, **where)
 
     def complete(folder: Path) -> bool:  # a cache may hold the config alone
-        return any(list(folder.glob(pattern)) for pattern in TOKENIZER_VOCABULARIES)
+        return any(list(folder.glob(pattern)) for pattern in needed)
 
-    return _fetch(f"tokenizer {name}", "--tokenizer", from_modelscope, from_hugging_face, complete)
+    return _fetch(f"{what} {name}", flag, from_modelscope, from_hugging_face, complete)
 
 
 def hub_endpoints() -> dict[str, str]:

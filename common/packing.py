@@ -39,7 +39,7 @@ class PackedRows:
     ):
         """``chosen``: bool mask over the store's documents, shape (documents,)."""
         self.tokens, self.document_starts = store.tokens, store.document_starts
-        self.context_length, self.isolated = context_length, isolated
+        self.context_length, self.isolated, self.chosen = context_length, isolated, chosen
         edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))  # runs of chosen documents
         self.run_starts = store.document_starts[edges[0::2]]  # in the store
         run_lengths = store.document_starts[edges[1::2]] - self.run_starts

@@ -1,17 +1,20 @@
-"""--plan: does it fit, and what would make it fit? Answered before anything is loaded."""
+"""--plan: does it fit, and what would make it fit? Answered before anything is loaded; --probe: by three steps."""
 
 import json
 import os
+import statistics
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import yaml
 from accelerate.utils import DistributedType
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.arguments import SharedArguments
-from common.memory import GIB, Setting, predict
+from common.clock import synchronize
+from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
 
 BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
@@ -40,6 +43,55 @@ def print_plan(model: PreTrainedModel, shared: SharedArguments, training: Traini
     if limit is not None and need.total > limit * GIB:
         say("It does not fit. " + advised(model, setting, limit))
     say(json.dumps(need.as_json(limit)))
+
+
+def probe(trainer) -> None:
+    """Train three steps of a PretrainingTrainer's run, keep nothing, and print what the whole run will take.
+
+    The last line is JSON: ``peak_gib`` (measured), ``predicted_gib``, ``tokens_per_second`` over all processes,
+    ``hours`` and ``passes`` over the rows to the end of the run.
+    """
+    arguments, steps = trainer.args, trainer.args.max_steps
+    arguments.save_strategy = arguments.eval_strategy = "no"
+    timer = StepTimer(stop_after=3)
+    trainer.add_callback(timer)
+    trainer.train()
+    seconds = timer.seconds[-1] if len(timer.seconds) == 1 else statistics.mean(timer.seconds[1:])  # the first compiles
+    context_length = trainer.train_dataset.context_length
+    setting = setting_of_run(
+        trainer.accelerator.unwrap_model(trainer.model), arguments, context_length, trainer.optimizer_name
+    )
+    predicted = predict(trainer.accelerator.unwrap_model(trainer.model), setting).total - CONTEXT_BYTES
+    found = {
+        "peak_gib": round(memory_gib(arguments.device)["memory_peak_gib"], 3),
+        "predicted_gib": round(predicted / GIB, 3),
+        "tokens_per_second": round(trainer.rows_per_step * context_length / seconds, 1),
+        "hours": round(steps * seconds / 3600, 4),
+        "passes": round(trainer.order.real / trainer.order.rows, 4),
+    }
+    say(
+        "probe: {peak_gib} GiB at the peak ({predicted_gib} predicted), {tokens_per_second:,} tokens/s, ".format(
+            **found
+        )
+        + "{hours} hours and {passes} passes over the rows to the end. Nothing was kept.".format(**found)
+    )
+    say(json.dumps(found))
+
+
+class StepTimer(TrainerCallback):
+    """Note the seconds of every step, and stop after some."""
+
+    def __init__(self, stop_after: int):
+        self.stop_after, self.seconds = stop_after, []
+
+    def on_step_begin(self, *_, **__):
+        synchronize()
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        self.seconds.append(time.perf_counter() - self.began)
+        control.should_training_stop |= len(self.seconds) == self.stop_after
 
 
 def described(setting: Setting) -> str:

@@ -55,7 +55,8 @@ def claim_output_folder(folder: str, identity: dict) -> None:
             )
     elif worth_keeping:
         raise InputError(
-            f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another."
+            f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another "
+            "--output_dir."
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from pathlib import Path
 
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -11,16 +12,19 @@ from common.messages import InputError
 
 
 def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokenizerBase:
-    """Load the tokenizer called ``name``: a local folder, or a ModelScope or Hugging Face id.
+    """Load the tokenizer called ``name``: a local folder, a ModelScope or Hugging Face id, or a .gguf file.
 
     Its ``eos_token`` is the end-of-document token; ``end_token`` names another one of its vocabulary.
 
     Raises:
         InputError: no such tokenizer, no end-of-document token, or ``end_token`` is not in the vocabulary.
     """
-    folder = fetch_tokenizer(name)
+    if name.endswith(".gguf"):
+        folder, in_file = str(Path(name).parent), {"gguf_file": Path(name).name}
+    else:
+        folder, in_file = fetch_tokenizer(name), {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **in_file)
     except Exception as error:  # whatever transformers or the Rust tokenizer stumbled over
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}).") from None

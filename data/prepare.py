@@ -71,7 +71,9 @@ def check_output(output: str, origin: dict) -> None:
     existing = [name for name in FILES if Path(f"{output}{name}").exists()]
     interrupted = Path(f"{output}.lock").exists()  # ours, cut off between the renaming of two files
     if existing and len(existing) < len(FILES) and not interrupted:
-        raise InputError(f"{output}{existing[0]}: is there already, and not of a token store of ours. Choose another.")
+        raise InputError(
+            f"{output}{existing[0]}: is there already, and not of a token store of ours. Choose another --output."
+        )
     if len(existing) < len(FILES):
         return
     there = TokenStore(output).sidecar
@@ -138,6 +140,13 @@ def fetch(arguments: argparse.Namespace) -> None:
         print(path)
 
 
+def at_least_one(text: str) -> int:
+    """Return the number that ``text`` is, for argparse."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
+    return int(text)
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -160,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
     add_source_flags(sub)
     sub.add_argument("--tokenizer", required=True, help="A folder, or a ModelScope or Hugging Face id.")
     sub.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
-    sub.add_argument("--workers", type=int, help="Threads that tokenize; one for each core if left out.")
+    sub.add_argument("--workers", type=at_least_one, help="Threads that tokenize; one for each core if left out.")
     sub.add_argument("--keep_duplicates", action="store_true", help="Keep exact copies of a document.")
     sub.add_argument("--near_duplicates", type=float, metavar="SIMILARITY", help="Remove documents this alike: 0.8.")
 

@@ -12,9 +12,8 @@ below, --help lists them all. The same command again continues where the run sto
 
 Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0), single_gpu.yaml, commit 435ba6a,
 2026-11-22. Not on Wikipedia, which could not be fetched there, but on 346,174 Chinese documents (verse, law, manuals;
-31.4M tokens of the Qwen2.5 tokenizer), 62.5M tokens in 955 steps: 467k tokens/s (36.8% MFU, 11.0 GiB). Held-out loss
-at step 800: 3.876 (7.298 by token frequency alone), 1.937 bits per byte; the last evaluation was cut off.
-Wikipedia itself: not yet measured.
+31.4M tokens of the Qwen2.5 tokenizer): 62.5M tokens in 955 steps, 467k tokens/s (36.8% MFU, 11.0 GiB). Held-out loss
+at step 800: 3.876 (7.298 by token frequency alone), 1.937 bits per byte. Wikipedia itself: not yet measured.
 """
 
 import sys
@@ -33,9 +32,10 @@ from common.loss import use_fused_loss
 from common.messages import say
 from common.model import model_from_config, parameter_report, planned_model
 from common.packing import unigram_loss
-from common.plan import print_plan
+from common.plan import print_plan, probe
 from common.report import save_results, summary
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.sizes import shape_of
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -118,6 +118,8 @@ class RecipeArguments:
     """Flags of this recipe alone."""
 
     sample: bool = field(default=False, metadata={"help": "Train a small model on the bundled articles, offline."})
+    model: str | None = field(default=None, metadata={"help": "Another shape: qwen2.5-0.5b ..., a folder or an id."})
+    target_parameters: str | None = field(default=None, metadata={"help": "Another size, such as 120M."})
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -130,10 +132,11 @@ def main(argv: list[str] | None = None) -> None:
     if recipe_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].sample:
         shape = SAMPLE_MODEL
         parser.set_defaults(**SAMPLE)
-    _, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    own, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    if shared.plan:
+    if shared.plan and not shared.probe:
+        shape = shape_of(own.model, own.target_parameters, shape, VOCABULARY)
         model = planned_model(shape, VOCABULARY, shared.context_length)
         return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
     check_launch(training)
@@ -153,6 +156,7 @@ def main(argv: list[str] | None = None) -> None:
         say(f"ledger of {name}: {ledger}")
 
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
+    shape = shape_of(own.model, own.target_parameters, shape, len(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
@@ -163,20 +167,20 @@ def main(argv: list[str] | None = None) -> None:
     trainer = PretrainingTrainer(
         model, training, train_rows, eval_rows, rows_per_step, optimizer, processing_class=tokenizer
     )
+    if shared.probe:
+        return probe(trainer)
     trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
-    documents = [store.fingerprint() for store in stores.values()]
-    data = {"documents": documents, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    data |= {"optimizer": optimizer, "rows_per_step": rows_per_step}
+    data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
+    data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
     shape = {**shape, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, shape, data, shared, training)
     with training.main_process_first(desc="run folder"):
         claim_output_folder(training.output_dir, identity)
     wanted_tokens = trainer.order.real * shared.context_length
     if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
-        say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")
-        return
+        return say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")
     check_disk_space(training.output_dir, model.num_parameters(), training)
     for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
         trainer.add_callback(callback)

@@ -83,6 +83,17 @@ def test_a_yaml_that_is_none_is_one_clear_error(tmp_path, content):
         setting_of_yaml(str(path), Setting(4, 512))
 
 
+def test_the_probe_trains_three_steps_and_keeps_nothing(wiki, cache_dir, tmp_path, capsys):
+    flags = small_run(cache_dir, tmp_path / "out", "--plan", "--probe", "--max_steps", "100")
+    wiki.main(flags)
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert "step 3/100" in printed and "step 4/100" not in printed
+    assert found["hours"] == pytest.approx(100 * 256 / found["tokens_per_second"] / 3600, rel=0.05, abs=1e-4)
+    assert 0 < found["passes"] < 1 and found["peak_gib"] > 0 and found["predicted_gib"] > 0
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_running_out_of_memory_ends_in_advice(wiki, cache_dir, tmp_path, monkeypatch):
     def full(*_, **__):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")

@@ -1,0 +1,200 @@
+"""What Trainer does, as a loop to read: the run of wiki_zh_scratch.py on Accelerate alone, with the same losses.
+
+    accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
+
+Same flags, same YAMLs. Left to that recipe: recompute, trackers, samples, a test at the end. Not yet run on a GPU.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, DataLoaderConfiguration
+from accelerate.utils import GradientAccumulationPlugin, gather_object
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
+from transformers import HfArgumentParser, TrainingArguments, get_scheduler, set_seed
+from transformers.trainer_utils import rotate_checkpoints
+
+from common.arguments import SharedArguments
+from common.attention import DOCUMENTS, block_mask, choose_attention
+from common.download import download
+from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.ledger import Ledger, split_rows
+from common.loss import use_fused_loss
+from common.messages import InputError, say
+from common.model import model_from_config
+from common.muon import MuonWithAdamW
+from common.order import IGNORED_ROW, TrainingOrder
+from common.packing import collate_rows
+from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.sources import resolve_sources
+from common.token_writer import token_store_of
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokenizer_training import tokenizer_trained_on
+
+ROOT = Path(__file__).resolve().parent.parent
+# The numbers of wiki_zh_scratch.py, which gives the reasons. TRAINING has every flag of TrainingArguments read here.
+MODEL = dict(model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+             num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+DATA = dict(data=None, tokenizer="Qwen/Qwen2-0.5B", context_length=512, held_out_fraction=0.005,
+            cache_dir=str(ROOT / "data" / "cache"), swanlab="off")  # fmt: skip
+TRAINING = dict(output_dir=str(ROOT / "outputs" / "explicit_loop"), num_train_epochs=2, max_steps=-1, seed=42,
+                tokens_per_step=65_536, per_device_train_batch_size=64, gradient_accumulation_steps=0,  # 0: derived
+                optimizer="auto", learning_rate=4e-3, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
+                lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=0.03,
+                weight_decay=0.1, max_grad_norm=1.0, logging_steps=10, logging_first_step=True, eval_steps=200,
+                per_device_eval_batch_size=64, save_steps=200, save_total_limit=2, ddp_timeout=6 * 3600)  # fmt: skip
+SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
+SAMPLE = dict(data=[str(ROOT / "data" / "sample_zh.jsonl")], tokenizer="train", vocabulary_size=4096,
+              context_length=128, held_out_fraction=0.05, output_dir=str(ROOT / "outputs" / "explicit_loop_sample"),
+              optimizer="adamw", tokens_per_step=512, per_device_train_batch_size=4, max_steps=900,
+              learning_rate=1e-3, logging_steps=50, eval_steps=300, save_steps=300)  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Flags: the dicts above are defaults, any flag overrides. What only Trainer would read is refused.
+    parser = HfArgumentParser((SharedArguments, TrainingArguments), allow_abbrev=False)
+    parser.add_argument("--sample", action="store_true", help="Train a small model on the bundled articles, offline.")
+    parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
+    if sample := parser.parse_args(argv).sample:
+        parser.set_defaults(**SAMPLE)
+    given, defaults = parser.parse_args(argv), parser.parse_args([])
+    for name in {"swanlab", "plan", "probe", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}:
+        if getattr(given, name) != getattr(defaults, name):
+            parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
+    shared, training, _ = parser.parse_args_into_dataclasses(argv)
+    check_launch(training)
+    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
+    optimizer_name = choose_optimizer(shared.optimizer, training)
+    set_seed(training.seed)
+
+    # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.
+    accumulation = GradientAccumulationPlugin(training.gradient_accumulation_steps, sync_with_dataloader=False)
+    copying = DataLoaderConfiguration(non_blocking=True)
+    accelerator = Accelerator(gradient_accumulation_plugin=accumulation, dataloader_config=copying)
+    if accelerator.distributed_type == "FSDP" and training.bf16:
+        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    if accelerator.distributed_type == "DEEPSPEED":  # its engine accumulates and clips by itself
+        own = {"gradient_accumulation_steps": accumulation.num_steps, "gradient_clipping": training.max_grad_norm}
+        accelerator.state.deepspeed_plugin.deepspeed_config |= own | {"data_types": {"grad_accum_dtype": "fp32"}}
+
+    # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
+    with accelerator.local_main_process_first():
+        sources = resolve_sources(shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])])
+        name = shared.tokenizer
+        tokenizer = tokenizer_trained_on(sources, shared) if name == "train" else load_tokenizer(name, shared.end_token)
+        stores = [token_store_of(source, tokenizer, shared) for source in sources]
+    train_rows, eval_rows, _, ledgers = split_rows(dict(enumerate(stores)), shared)
+    say(f"ledger: {sum(ledgers.values(), Ledger())}")
+    by_steps = training.max_steps >= 0
+    rows = training.max_steps * rows_per_step if by_steps else round(training.num_train_epochs * len(train_rows))
+    if rows < 1:
+        raise InputError(f"--max_steps {training.max_steps}, --num_train_epochs {training.num_train_epochs}: no row.")
+    steps = math.ceil(rows / rows_per_step)
+
+    # Model, randomly initialised; the seed was set above, so every process builds the same one.
+    model = model_from_config(shape := SAMPLE_MODEL if sample else MODEL, tokenizer, shared.context_length)
+    model.config.pad_token_id, model.config.use_cache = None, False  # the first: see model_from_config
+    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", accelerator.device)
+    documents = model.config._attn_implementation == DOCUMENTS  # flex attention, which needs their borders
+    masked = (lambda batch: batch | {"document_mask": block_mask(batch["position_ids"])}) if documents else dict
+    use_fused_loss(model)
+
+    # One folder, one run: relaunching continues it, and a finished one is only shown.
+    folder = Path(training.output_dir)
+    launch = [accelerator.distributed_type, accelerator.num_processes, accelerator.state.dynamo_plugin.backend]
+    deciding = {"rows": rows, "rows_per_step": rows_per_step, "optimizer": optimizer_name, "launch": launch}
+    deciding |= {"documents": [store.fingerprint() for store in stores], "tokenizer": tokenizer_fingerprint(tokenizer)}
+    with accelerator.main_process_first():
+        claim_output_folder(folder, run_identity(Path(__file__).name, shape, deciding, shared, training))
+    if results := finished_results(folder, steps, rows * shared.context_length):
+        return say(f"{folder} is finished; nothing to train. Held-out loss: {results['eval_loss']:.4f}")
+    check_disk_space(folder, model.num_parameters(), training)
+    checkpoint = last_checkpoint(folder)
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text()) if checkpoint else {}
+    first_step, log = state.get("global_step", 0), folder / "log.jsonl"
+    with open(log, "ab") as file:
+        file.truncate(min(file.tell(), state.get("log_bytes", 0)))  # a run cut off has logged beyond its checkpoint
+
+    # Batches: training starts at the checkpoint's row. Ignored rows complete the last step and the evaluation.
+    order = TrainingOrder([len(source) for source in train_rows.sources], training.seed, train_rows.weights)
+    order.start, order.real, order.total = first_step * rows_per_step, rows, steps * rows_per_step
+    order.length = order.total - order.start
+    eval_batch, eval_targets = training.per_device_eval_batch_size, len(eval_rows.targets())
+    ignored = [IGNORED_ROW] * (-len(eval_rows) % (eval_batch * accelerator.num_processes))
+    loading = dict(collate_fn=collate_rows, pin_memory=accelerator.device.type == "cuda", generator=torch.Generator())
+    train_batches = DataLoader(train_rows, training.per_device_train_batch_size, sampler=order, **loading)
+    eval_batches = DataLoader(eval_rows, eval_batch, sampler=[*range(len(eval_rows)), *ignored], **loading)
+
+    # Optimizer and schedule. Norms and biases, the vectors, have no weight decay.
+    adamw = dict(lr=training.learning_rate, weight_decay=training.weight_decay, eps=training.adam_epsilon)
+    adamw |= dict(betas=(training.adam_beta1, training.adam_beta2), fused=True)
+    others = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    if optimizer_name == "muon":
+        optimizer = MuonWithAdamW(model, list(others), **adamw)
+    else:
+        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+        groups = [{"params": list(others.values())}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(groups, **adamw)
+    warmup_steps = training.get_warmup_steps(steps)
+    schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup_steps, steps, training.lr_scheduler_kwargs)
+    model, optimizer, train_batches, eval_batches = accelerator.prepare(model, optimizer, train_batches, eval_batches)
+    accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
+    if checkpoint:
+        accelerator.load_state(checkpoint)
+
+    # Train.
+    every = (training.logging_steps, training.eval_steps, training.save_steps)  # below 1: a share of all; 0: never
+    log_every, eval_every, save_every = (math.ceil(n if n >= 1 else n * steps) or math.inf for n in every)
+    batches, loss_sum, logged_step = iter(train_batches), 0.0, first_step
+    for step in range(first_step + 1, steps + 1):
+        step_batches = [next(batches) for _ in range(accumulation.num_steps)]
+        targets = accelerator.reduce(sum(batch["labels"].ne(-100).sum() for batch in step_batches), "sum")
+        for batch in step_batches:
+            with accelerator.accumulate(model):  # processes exchange their gradients in the last micro-batch only
+                loss = model(**masked(batch), num_items_in_batch=targets).loss
+                # Accelerate divides by the micro-batches, and averages over the processes; targets counts them all.
+                accelerator.backward(loss * accumulation.num_steps * accelerator.num_processes)
+                loss_sum += loss.detach()
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), training.max_grad_norm or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        entry, saving = {"step": step}, step % save_every == 0 or step == steps
+        if saving or step % log_every == 0 or (step == 1 and training.logging_first_step):
+            entry["loss"] = accelerator.reduce(loss_sum, "sum").item() / (step - logged_step)  # mean since the last log
+            entry |= {"grad_norm": float(grad_norm), "learning_rate": schedule.get_last_lr()[0]}
+            entry["tokens_seen"] = min(step * rows_per_step, rows) * shared.context_length
+            loss_sum, logged_step = 0.0, step
+        if step % eval_every == 0 or step == steps:
+            model.eval()
+            with torch.no_grad():
+                shares = [model(**masked(batch), num_items_in_batch=eval_targets).loss.item() for batch in eval_batches]
+            model.train()
+            entry |= {"eval_loss": sum(gather_object(shares)), "eval_tokens": eval_targets}
+        if len(entry) > 1 and accelerator.is_main_process:
+            print(json.dumps(entry), flush=True)
+            with open(log, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        if not accelerator.optimizer_step_was_skipped:  # as after an overflow in fp16
+            schedule.step()
+        if saving:
+            accelerator.save_state(folder / f"checkpoint-{step}")
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:  # last, the file that makes a checkpoint whole
+                state = {"global_step": step, "steps": step, "log_bytes": log.stat().st_size, **entry}
+                (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+                rotate_checkpoints(folder, training.save_total_limit)
+
+    # Save the model, and the last log as results.
+    weights = {name.replace("_orig_mod.", ""): weight for name, weight in accelerator.get_state_dict(model).items()}
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+        (folder / "all_results.json").write_text(json.dumps(state, indent=1))
+    say(f"the model, log.jsonl and all_results.json are in {folder}")
+
+
+if __name__ == "__main__":
+    main()
