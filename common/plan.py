@@ -26,6 +26,13 @@ def print_plan(model: PreTrainedModel, shared: SharedArguments, training: Traini
     The strategy is that of ``--plan_config``, an accelerate YAML; without it, one card as the environment describes it.
     """
     processes, limit = shared.plan_processes, shared.plan_memory_gib
+    for flag, value in (
+        ("--plan_processes", processes),
+        ("--context_length", shared.context_length),
+        ("--per_device_train_batch_size", training.per_device_train_batch_size),
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value}: must be at least 1.")
     if limit is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / GIB
     setting = setting_of_run(model, training, shared.context_length, optimizer)
@@ -36,7 +43,8 @@ def print_plan(model: PreTrainedModel, shared: SharedArguments, training: Traini
     rows_a_step = shared.tokens_per_step // (shared.context_length * setting.processes)
     setting = replace(setting, rows=max(1, min(setting.rows, rows_a_step)))
     need = predict(model, setting)
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters, {described(setting)}. Each card, in GiB:")
+    count, vocabulary = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape[0]
+    say(f"{count:,} parameters, vocabulary of {vocabulary:,} rows, {described(setting)}. Each card, in GiB:")
     for name, value in vars(need).items():
         say(f"  {name:12}{value / GIB:8.2f}")
     say(f"  {'total':12}{need.total / GIB:8.2f}" + (f" of {limit:.2f}" if limit is not None else ""))

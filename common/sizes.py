@@ -5,6 +5,7 @@
 """
 
 import re
+from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig
 
@@ -58,7 +59,18 @@ def shape_of(model: str | None, target_parameters: str | None, default: dict, vo
     if model is not None:
         if model.lower() in PRESETS:
             return PRESETS[model.lower()]
-        return shape_of_config(AutoConfig.from_pretrained(fetch_model(model, weights=False)))
+        if "/" not in model and not Path(model).is_dir():
+            raise InputError(
+                f"--model {model}: not a folder, not an id like owner/name, and not of {', '.join(PRESETS)}."
+            )
+        folder = fetch_model(model, weights=False)
+        try:
+            return shape_of_config(AutoConfig.from_pretrained(folder))
+        except (ValueError, OSError, KeyError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                f"--model {model}: {folder} has no config that transformers can read ({reason})."
+            ) from None
     if target_parameters is not None:
         return shape_with(parameter_count(target_parameters), default, vocabulary_rows)
     return default

@@ -136,8 +136,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     if shared.plan and not shared.probe:
-        shape = shape_of(own.model, own.target_parameters, shape, VOCABULARY)
-        model = planned_model(shape, VOCABULARY, shared.context_length)
+        vocabulary = shared.vocabulary_size if shared.tokenizer == "train" else VOCABULARY
+        shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
+        model = planned_model(shape, vocabulary, shared.context_length)
         return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
     check_launch(training)
     rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)

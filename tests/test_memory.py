@@ -19,7 +19,9 @@ SHAPES = {
 }  # fmt: skip
 TUTORIAL = dict(compiled=False, fused_loss=False)
 EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
-MEASURED = [  # GiB
+# GiB, of 2026-11-22: one card by benchmarks/gpu.py and the recipe at commits 983c6e9, 13bb85c and 435ba6a (torch 2.11);
+# two cards and the 123M and 0.5B tutorials there by plain Trainer, in the measurements this project began with.
+MEASURED = [
     ("123M", Setting(64, 512), 11.13),
     ("123M", Setting(128, 512), 18.67),
     ("123M", Setting(64, 512, optimizer="muon"), 10.96),

@@ -60,6 +60,17 @@ def test_the_advice_is_the_cheapest_that_fits(name, processes, limit, expected):
     assert all(switch.startswith(start) for switch, start in zip(found, expected, strict=True))
 
 
+def test_a_trained_tokenizer_has_the_vocabulary_that_was_asked_for(wiki, capsys):
+    wiki.main(["--sample", "--plan"])
+    assert "vocabulary of 4,096 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag", ["--plan_processes", "--context_length", "--per_device_train_batch_size"])
+def test_numbers_below_one_are_refused(wiki, flag):
+    with pytest.raises(InputError, match=f"{flag} 0: must be at least 1"):
+        wiki.main(["--plan", flag, "0"])
+
+
 def test_no_advice_where_nothing_helps():
     assert advice(model_of("7B"), Setting(1, 4096), 4) == []
 

@@ -56,6 +56,7 @@ def test_the_recipes_own_shape_is_found_again():
     ("model", "target", "message"),
     [
         ("qwen2.5-0.5b", "1B", "Leave one out"),
+        ("qwen9-1b", None, "not a folder, not an id like owner/name, and not of smollm2-135m, qwen2.5-0.5b"),
         (None, "many", "not a number such as 120M"),
         (None, "-5M", "not a number"),
         (None, "1M", "the nearest has"),
@@ -69,6 +70,12 @@ def test_what_cannot_be_is_refused(model, target, message):
 def test_a_family_with_other_names_for_its_sizes_is_refused():
     with pytest.raises(InputError, match="does not name its sizes as Llama"):
         shape_with(10**8, dict(model_type="gpt2", n_embd=768), 50_257)
+
+
+def test_a_folder_with_a_damaged_config_is_one_clear_error(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(InputError, match="has no config that transformers can read"):
+        shape_of(str(tmp_path), None, QWEN2, 1000)
 
 
 def test_a_local_config_gives_its_shape_but_not_its_vocabulary(tmp_path):
