@@ -83,12 +83,14 @@ VARIANTS = {
     "123M bare loop": variant("123M", 64, "bare"),
     "0.5B tutorial": variant("0.5B", 8, "tutorial", compiled=False),
     "0.5B recipe": variant("0.5B", 8),
+    "0.5B recipe, 14 rows": variant("0.5B", 14, tokens_per_step=114_688),
     "0.5B recipe, 16 rows": variant("0.5B", 16),
     "0.5B recipe, isolated": variant("0.5B", 8, isolated=True),
     "0.5B bare loop": variant("0.5B", 8, "bare"),
     "7B tutorial": variant("7B", 4, "tutorial", compiled=False, recompute=True),
     "7B recipe": variant("7B", 1),
     "7B recipe, recompute": variant("7B", 4, recompute=True),
+    "7B recipe, FP8": variant("7B", 1, launcher=["--mixed_precision", "fp8", "--fp8_backend", "ao"]),
 }
 
 
@@ -244,6 +246,7 @@ def launch(name: str, described: dict, profile: bool, cache: str, limit: float) 
         command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
         command += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
         command += [] if described["compiled"] else ["--dynamo_backend", "no"]
+        command += described.get("launcher", [])
         command += [__file__, "--worker", name, "--folder", folder, *(["--profile"] if profile else [])]
         environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
         try:
