@@ -46,7 +46,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 only ends the step. For one micro-batch a step, one process and no fp16 scaler: the caller sees to it.
         """
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
-        self.state_bits, self.stochastic, self.seed = state_bits, stochastic, seed
+        self.state_bits, self.stochastic, self.in_backward, self.seed = state_bits, stochastic, in_backward, seed
         self.grad_norm: torch.Tensor | None = None  # of all gradients of the last step, as if they had been held
         self.squares, self.maps, self.generator = [], None, None
         numbered = [(group, p) for group in range(len(self.param_groups)) for p in self.param_groups[group]["params"]]
