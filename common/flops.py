@@ -17,14 +17,15 @@ PEAK_TFLOPS = {
 def flops_per_token(model: PreTrainedModel, context_length: int) -> int:
     """Return the FLOPs of training on one token: forward 1 and backward 2 parts, 2 FLOPs per multiply-add.
 
-    6 x matrix-product parameters (head included) + 12 x layers x attention width x context_length, where the
-    attention width is heads x head size. Attention is counted in full, not halved for causality, and recomputation
-    is not counted. Source: PaLM, appendix B, https://arxiv.org/abs/2204.02311
+    6 x matrix-product parameters (head included; 4 x those that are frozen, as beside LoRA) + 12 x layers x attention
+    width x context_length, where the attention width is heads x head size. Attention is counted in full, not halved
+    for causality, and recomputation is not counted. Source: PaLM, appendix B, https://arxiv.org/abs/2204.02311
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     width = heads * (getattr(config, "head_dim", None) or config.hidden_size // heads)
-    return 6 * matmul_parameters(model) + 12 * config.num_hidden_layers * width * context_length
+    products = 4 * matmul_parameters(model) + 2 * matmul_parameters(model, trained=True)
+    return products + 12 * config.num_hidden_layers * width * context_length
 
 
 def peak_tflops(device: torch.device, half_precision: bool) -> float | None:

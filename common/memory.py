@@ -1,6 +1,7 @@
 """What the device's memory holds, and what a run will need of it: predicted before anything is loaded.
 
-The prediction adds up what is there at the peak of a step, which is in the loss of the last micro-batch:
+The prediction adds up what is there at the peak of a step: in the loss of the last micro-batch or, if there is one
+micro-batch only, whose gradients come later, maybe at the beginning or at the end of backward:
 
     parameters, gradients, optimizer states     bytes a parameter, divided as the strategy divides them
     activations                                 bytes a token and layer that the backward pass needs
@@ -18,11 +19,16 @@ import torch
 from transformers import PreTrainedModel
 
 from common.linear_cross_entropy import CHUNK_BYTES
+from common.model import numbers_of
 
 GIB = 2**30
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context and libraries, outside of torch's allocator; assumed, not measured
 BUCKET_PARAMETERS = 5e8  # DeepSpeed's default reduce_bucket_size
 LIVE_PARAMETERS = 1e9  # DeepSpeed's default stage3_max_live_parameters
+EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)  # of both states: a byte a number, an fp32 scale for 256
+NF4_BYTES = (
+    1 / 2 + 1 / 64 + 4 / (64 * 256)
+)  # a number: half a byte, an 8-bit scale for 64, an fp32 one for 256 of these
 
 
 @dataclass(frozen=True)
@@ -37,7 +43,10 @@ class Setting:
     compiled: bool = True
     recompute: bool = False
     fused_loss: bool = True
-    optimizer: str = "adamw"  # adamw, muon, adamw_8bit
+    optimizer: str = "adamw"  # adamw, muon, adamw_8bit (Trainer's); rounding_32bit, rounding_8bit (LowMemoryAdamW)
+    in_backward: bool = False  # the optimizer's step
+    accumulated: bool = True  # several micro-batches a step
+    four_bits: bool = False  # QLoRA's base
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -67,35 +76,64 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     """Return what training ``model`` needs on each card. The model may be on the meta device."""
     parameters = list(model.parameters())
     count = sum(parameter.numel() for parameter in parameters)
-    trained = sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
-    size = sum(parameter.numel() * parameter.itemsize for parameter in parameters) / max(count, 1)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    held, gradients = parameter_bytes(model, setting.four_bits), sum(p.numel() * p.itemsize for p in trained)
     half = 4 if setting.precision == "no" else 2
     states = optimizer_bytes(model, setting.optimizer)
     n, zero = setting.processes, setting.strategy.startswith("zero")
     if zero:  # parameters in the computation's precision, and masters in fp32, which count as optimizer states
+        masters = 4 * sum(parameter.numel() for parameter in trained)
         held = half * count / (n if setting.strategy == "zero3" else 1)
-        gradients = 4 * trained / (1 if setting.strategy == "zero1" else n)
-        states = (states + (4 * trained if half == 2 else 0)) / n
+        gradients = masters / (1 if setting.strategy == "zero1" else n)
+        states = (states + (masters if half == 2 else 0)) / n
         buffers = half * min(count, LIVE_PARAMETERS if setting.strategy == "zero3" else BUCKET_PARAMETERS)
         buffers *= n > 1 or setting.strategy == "zero3"
     elif setting.strategy == "fsdp2":
-        held, gradients, states = size * count / n, size * trained / n, states / n
+        held, gradients, states = held / n, gradients / n, states / n
         buffers = half * (_ends(model) + 2 * (count - _ends(model)) / _layers(model))  # gathered: ends, two layers
     else:
-        held, gradients = size * count, size * trained
-        buffers = 4 * trained if setting.strategy == "ddp" else 0.0  # its buckets
+        buffers = gradients if setting.strategy == "ddp" else 0.0  # its buckets
     if setting.offload_parameters:
         held = 0.0
     if setting.offload_optimizer:
         states = gradients = 0.0
-    whole_in_half = zero or setting.strategy == "fsdp2" or size == 2
-    residual = half if whole_in_half else 4
+    embedding = model.get_input_embeddings().weight
+    residual = half if zero or setting.strategy == "fsdp2" else min(4, embedding.itemsize)
     activations = activation_bytes(model, setting, residual, half)
-    logits = logit_bytes(model, setting, half, copied=not whole_in_half)
-    if setting.recompute:  # one layer's come back at a time, when the logits are gone
+    logits = logit_bytes(model, setting, half, copied=residual == 4 and half == 2)
+    layer = 0.0  # what one layer's activations take, which come back when the logits are gone
+    if setting.recompute:
         layer = activation_bytes(model, replace(setting, recompute=False), residual, half) / _layers(model)
-        activations += max(0.0, layer - logits)
-    return Need(held, gradients, states, activations, logits, buffers + CONTEXT_BYTES)
+    framework = buffers + CONTEXT_BYTES
+    if setting.accumulated and not setting.in_backward:
+        return Need(held, gradients, states, activations + max(0.0, layer - logits), logits, framework)
+    head = model.get_output_embeddings().weight
+    waiting = (
+        head.numel() * head.itemsize * head.requires_grad
+    )  # the head's gradient, all through backward if it is tied
+    at_the_end = gradients
+    if setting.in_backward:
+        at_the_end = embedding.numel() * embedding.itemsize * embedding.requires_grad
+    if head is embedding:
+        at_the_end += waiting  # that of the other end, before the two are added up
+    elif setting.in_backward:
+        waiting = 0.0
+    moments = [
+        Need(held, 0.0, states, activations, logits, framework),
+        Need(held, waiting, states, activations + layer, 0.0, framework),
+        Need(held, at_the_end, states, layer, 0.0, framework),
+    ]
+    return max(moments, key=lambda need: need.total)
+
+
+def parameter_bytes(model: PreTrainedModel, four_bits: bool) -> float:
+    """Return the bytes of all parameters; ``four_bits``: as if the frozen matrices of the layers were in NF4."""
+    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    total = 0.0
+    for parameter in model.parameters():
+        packed = four_bits and parameter.dim() == 2 and not parameter.requires_grad and id(parameter) not in ends
+        total += NF4_BYTES * numbers_of(parameter) if packed else parameter.numel() * parameter.itemsize
+    return total
 
 
 def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
@@ -108,8 +146,10 @@ def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
             continue
         if optimizer == "muon" and parameter.dim() == 2 and id(parameter) not in ends | {head}:
             total += 4 * parameter.numel()  # one momentum
-        elif "8bit" in optimizer and id(parameter) not in ends and parameter.numel() >= 4096:
-            total += 2 * parameter.numel()  # bitsandbytes keeps embeddings and small ones in fp32
+        elif optimizer == "rounding_8bit" and parameter.numel() >= 4096:
+            total += EIGHT_BIT_BYTES * parameter.numel()
+        elif optimizer == "adamw_8bit" and id(parameter) not in ends and parameter.numel() >= 4096:
+            total += EIGHT_BIT_BYTES * parameter.numel()  # Trainer keeps embeddings in fp32, bitsandbytes small ones
         else:
             total += 8 * parameter.numel()
     return total
@@ -157,8 +197,12 @@ def logit_bytes(model: PreTrainedModel, setting: Setting, half: int, copied: boo
     vocabulary, hidden = head.shape
     if not setting.fused_loss:  # in half precision, in fp32, the softmax and its gradient's copy
         return 12 * tokens * vocabulary
-    chunk = min(CHUNK_BYTES, half * tokens * vocabulary)
-    return chunk + 4 * vocabulary * hidden + 4 * tokens * hidden + (half * vocabulary * hidden if copied else 0)
+    weight, chunk = vocabulary * hidden, min(CHUNK_BYTES, half * tokens * vocabulary)
+    if not head.requires_grad:
+        return chunk + 4 * tokens * hidden
+    # Its gradient in fp32 is there with the logits first, then with its copy in the head's own precision.
+    largest = max(chunk + (half * weight if copied else 0), head.itemsize * weight if head.itemsize < 4 else 0)
+    return largest + 4 * weight + 4 * tokens * hidden
 
 
 def _layers(model: PreTrainedModel) -> int:

@@ -57,17 +57,27 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
 
 def parameter_report(model: PreTrainedModel) -> dict[str, int]:
     """Count parameters: all, those of the token embedding (and an untied head), and the rest."""
-    total = sum(parameter.numel() for parameter in model.parameters())
+    total = sum(map(numbers_of, model.parameters()))
     ends = {id(module.weight): module.weight.numel() for module in _embedding_and_head(model)}
     return {"total": total, "embedding": sum(ends.values()), "rest": total - sum(ends.values())}
 
 
-def matmul_parameters(model: PreTrainedModel) -> int:
-    """Count the parameters that take part in matrix products: no look-up tables, norms or biases, but the head."""
+def numbers_of(parameter: torch.nn.Parameter) -> int:
+    """Return how many numbers ``parameter`` holds: more than elements if bitsandbytes packed two in a byte."""
+    packed = getattr(parameter, "quant_state", None)
+    return parameter.numel() if packed is None else packed.shape.numel()
+
+
+def matmul_parameters(model: PreTrainedModel, trained: bool = False) -> int:
+    """Count the parameters that take part in matrix products: no look-up tables, norms or biases, but the head.
+
+    Args:
+        trained: only those that are.
+    """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     head = model.get_output_embeddings().weight
-    body = sum(p.numel() for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings | {id(head)})
-    return body + head.numel()
+    body = [p for p in model.parameters() if p.dim() >= 2 and id(p) not in embeddings | {id(head)}]
+    return sum(numbers_of(p) for p in [*body, head] if p.requires_grad or not trained)
 
 
 def _embedding_and_head(model: PreTrainedModel) -> list[torch.nn.Module]:

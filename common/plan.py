@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.clock import synchronize
+from common.loss import DeferringHead
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
 
@@ -41,7 +42,8 @@ def print_plan(model: PreTrainedModel, shared: SharedArguments, training: Traini
     elif processes is not None:
         setting = replace(setting, strategy="ddp" if processes > 1 else "single", processes=processes)
     rows_a_step = shared.tokens_per_step // (shared.context_length * setting.processes)
-    setting = replace(setting, rows=max(1, min(setting.rows, rows_a_step)))
+    rows = max(1, min(setting.rows, rows_a_step))
+    setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
     need = predict(model, setting)
     count, vocabulary = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape[0]
     say(f"{count:,} parameters, vocabulary of {vocabulary:,} rows, {described(setting)}. Each card, in GiB:")
@@ -66,9 +68,7 @@ def probe(trainer) -> None:
     trainer.train()
     seconds = timer.seconds[-1] if len(timer.seconds) == 1 else statistics.mean(timer.seconds[1:])  # the first compiles
     context_length = trainer.train_dataset.context_length
-    setting = setting_of_run(
-        trainer.accelerator.unwrap_model(trainer.model), arguments, context_length, trainer.optimizer_name
-    )
+    setting = setting_of_trainer(trainer)
     predicted = predict(trainer.accelerator.unwrap_model(trainer.model), setting).total - CONTEXT_BYTES
     found = {
         "peak_gib": round(memory_gib(arguments.device)["memory_peak_gib"], 3),
@@ -193,11 +193,22 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     )
 
 
-def setting_of_run(model: PreTrainedModel, training: TrainingArguments, context_length: int, optimizer: str) -> Setting:
-    """Return the setting of the run that this process is part of."""
+def setting_of_run(
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    context_length: int,
+    optimizer: str,
+    own_optimizer: tuple[type, dict] | None = None,
+) -> Setting:
+    """Return the setting of the run that this process is part of; ``own_optimizer``: of common/low_memory.py."""
     zero, kind = training.deepspeed_plugin, training.distributed_state.distributed_type
     strategies = {DistributedType.FSDP: "fsdp2", DistributedType.NO: "single"}
     strategy = f"zero{zero.zero_stage}" if zero is not None else strategies.get(kind, "ddp")
+    if own_optimizer is not None:
+        optimizer = f"rounding_{own_optimizer[1]['state_bits']}bit"
+    elif "8bit" in training.optim and optimizer != "muon":
+        optimizer = "adamw_8bit"
+    head = model.get_output_embeddings()
     return Setting(
         rows=training.per_device_train_batch_size,
         context_length=context_length,
@@ -206,17 +217,25 @@ def setting_of_run(model: PreTrainedModel, training: TrainingArguments, context_
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
         recompute=training.gradient_checkpointing,
-        fused_loss="forward" in vars(model) or model.device.type == "meta",
-        optimizer="adamw_8bit" if "8bit" in training.optim and optimizer != "muon" else optimizer,
+        fused_loss=isinstance(head, DeferringHead) or head.weight.device.type == "meta",
+        optimizer=optimizer,
+        in_backward=own_optimizer is not None and own_optimizer[1]["in_backward"],
+        accumulated=training.gradient_accumulation_steps != 1,
+        four_bits=any(hasattr(parameter, "quant_state") for parameter in model.parameters()),
     )
+
+
+def setting_of_trainer(trainer) -> Setting:
+    """Return the setting that a PretrainingTrainer trains in."""
+    model, length = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset.context_length
+    return setting_of_run(model, trainer.args, length, trainer.optimizer_name, trainer.optimizer_cls_and_kwargs)
 
 
 def out_of_memory(trainer, error: torch.OutOfMemoryError) -> str:
     """Return what ran out in the run of a PretrainingTrainer, and what would make it fit."""
     device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
     total = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
-    context_length = trainer.train_dataset.context_length
-    setting = setting_of_run(model, trainer.args, context_length, trainer.optimizer_name)
+    setting = setting_of_trainer(trainer)
     need = predict(model, setting).total / GIB
     # What does not fit although it was predicted to is memory in pieces, or somebody else's: leave more room.
     limit = 0.9 * min(total, need)

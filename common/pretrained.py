@@ -1,4 +1,4 @@
-"""A name -> a causal language model in float32, with its weights or, from its config alone, with random ones.
+"""A name -> a causal language model, with its weights or, from its config alone, with random ones.
 
 Refused, each with what to do: weights that the checkpoint does not have, quantized ones, a tokenizer with more ids
 than the embedding has rows, more positions than the model knows, and weights that predict text hardly better than
@@ -10,7 +10,14 @@ import math
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import is_gguf_available
 
 from common.hub import fetch_model
@@ -42,19 +49,33 @@ def find_model(name: str, weights: bool) -> str:
     return name
 
 
-def pretrained_model(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> PreTrainedModel:
-    """Load the model that lies at ``place``, as ``find_model`` returned it, in float32.
+def pretrained_model(
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """Load the model that lies at ``place``, as ``find_model`` returned it, in ``dtype``.
 
     The weights of a .gguf file are dequantized: what quantization took from them is not had back.
+
+    Args:
+        device: load straight to it, tensor by tensor, without a copy in the CPU's memory (except of a .gguf file).
+        quantization: keep the matrices of the layers as it says, for adapters to be trained beside them.
 
     Raises:
         InputError: see this module; or transformers cannot load it.
     """
     config = _config_for(place, tokenizer, context_length)
     folder, in_file = _as_transformers_asks(place)
+    where = {} if device is None or in_file else {"device_map": {"": device}}
+    if quantization is not None:
+        where["quantization_config"] = quantization
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, output_loading_info=True, **in_file
+            folder, config=config, dtype=dtype, output_loading_info=True, **in_file, **where
         )
     except Exception as error:  # of safetensors, gguf, torch or transformers: whatever it stumbled over
         raise _cannot_load(place, error) from None
@@ -68,19 +89,26 @@ def pretrained_model(place: str, tokenizer: PreTrainedTokenizerBase, context_len
         say(f"note: {place} holds tensors that {type(model).__name__} has no place for, left out: {names}")
     if in_file:
         model = _plain(model, config)
-        say(f"note: {place}: dequantized to float32")
+        say(f"note: {place}: dequantized to {str(dtype).removeprefix('torch.')}")
     return _with_tokens_of(model, tokenizer)
 
 
-def random_model(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> PreTrainedModel:
-    """Build the model whose config lies at ``place`` with random weights in float32.
+def random_model(
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Build the model whose config lies at ``place`` with random weights in ``dtype``, on ``device`` if it is given.
 
     Raises:
         InputError: see this module; or transformers cannot build it.
     """
     config = _config_for(place, tokenizer, context_length)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with torch.device(device or "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         raise _cannot_load(place, error) from None
     # As in model_from_config: drawn, not searched for.
@@ -149,7 +177,7 @@ def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: 
 
 def _plain(model: PreTrainedModel, config) -> PreTrainedModel:
     """Return the same model without transformers' mark of quantization, with which it could not be saved."""
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     return plain
 

@@ -65,10 +65,10 @@ def claim_output_folder(folder: str, identity: dict) -> None:
         partial.replace(path)
 
 
-def check_disk_space(folder: str, parameters: int, training: TrainingArguments) -> None:
+def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8) -> None:
     """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
 
-    A checkpoint takes 12 bytes a parameter (weights and two AdamW states in float32), the final model 4.
+    A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), the final model ``weight``.
     """
     if training.save_strategy == "no":
         checkpoints = 0
@@ -77,13 +77,14 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments) 
         checkpoints = math.ceil(training.max_steps / interval)
     else:
         checkpoints = training.save_total_limit + 1
-    needed, free = parameters * (12 * checkpoints + 4), shutil.disk_usage(folder).free
+    a_checkpoint = parameters * (weight + states)
+    needed, free = a_checkpoint * checkpoints + parameters * weight, shutil.disk_usage(folder).free
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in _checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
         raise InputError(
             f"{folder}: {free / 2**30:.2f} GiB to be had, {needed / 2**30:.2f} needed for {checkpoints} checkpoints of "
-            f"{parameters * 12 / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
+            f"{a_checkpoint / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
             "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
 

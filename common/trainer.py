@@ -17,6 +17,7 @@ from common.attention import DOCUMENTS, block_mask
 from common.callbacks import ScreenCallback
 from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
+from common.low_memory_adamw import LowMemoryAdamW
 from common.memory import memory_gib
 from common.messages import InputError, say
 from common.muon import MuonWithAdamW
@@ -218,9 +219,16 @@ class PretrainingTrainer(Trainer):
             "tokens_per_second_per_device": rate,
             "tflops_per_device": tflops,
             **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
+            **self._norm_of_dropped_gradients(),
             **memory_gib(self.args.device),
             "train_seconds": self.seconds_before + time.time() - start_time,
         }
+
+    def _norm_of_dropped_gradients(self) -> dict[str, float]:
+        """Return the gradient norm of a step that was made inside backward. Replaces: that of what is left, nothing."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        dropped = isinstance(optimizer, LowMemoryAdamW) and optimizer.in_backward
+        return {"grad_norm": optimizer.grad_norm.item()} if dropped else {}
 
 
 def mean_logged_loss(log_history: list[dict]) -> float:

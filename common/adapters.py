@@ -1,0 +1,119 @@
+"""LoRA and QLoRA: small trained matrices beside frozen ones, and merging them into a plain checkpoint.
+
+Sources: https://arxiv.org/abs/2106.09685 (LoRA), https://arxiv.org/abs/2305.14314 (QLoRA: over a base in 4 bits).
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from common.messages import InputError, say
+from common.pretrained import pretrained_model, weights_fingerprint
+from common.run_folder import RESULTS_FILE, RUN_FILE, last_checkpoint
+
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head; as in QLoRA, where it learns best
+MERGED = "merged"  # folder of the plain checkpoint, in that of the run
+
+
+def four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return QLoRA's quantization: NF4, its scales quantized too, 4.13 bits a number; products in ``compute_dtype``."""
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=compute_dtype,
+    )
+
+
+def add_adapters(
+    model: PreTrainedModel, rank: int, alpha: float, targets: list[str], train_embedding: bool
+) -> PeftModel:
+    """Freeze ``model`` and put trained matrices of ``rank``, in fp32, beside its linear layers ``targets``.
+
+    Args:
+        alpha: the product of the two matrices is scaled by alpha / rank.
+        targets: last parts of the layers' names, or just ALL_LINEAR.
+        train_embedding: also train the input embedding, all of it, in fp32. A tied head stays what it was.
+
+    Raises:
+        InputError: a target is no linear layer of the model, or it is the head.
+    """
+    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
+    known = sorted(linear - {head and head.rpartition(".")[2]})
+    unknown = [target for target in targets if target not in known] if targets != [ALL_LINEAR] else []
+    if unknown or not known:
+        raise InputError(
+            f"--lora_targets {' '.join(unknown)}: {type(model).__name__} has no such linear layers beside its head. It "
+            f"has: {' '.join(known)}. Or leave the flag out for all of them."
+        )
+    if rank < 1:
+        raise InputError(f"--lora_rank {rank}: must be at least 1.")
+    embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=rank,
+        lora_alpha=alpha,
+        target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
+        modules_to_save=[embedding.rpartition(".")[2]] if train_embedding else None,
+    )
+    adapted = get_peft_model(model, config)
+    for parameter in adapted.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # of the embedding; the optimizer's steps are too small for bf16
+    trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
+    say(f"LoRA: {trained:,} parameters are trained, rank {rank} beside {', '.join(known if not unknown else targets)}")
+    return adapted
+
+
+def unpacked_gguf(
+    place: str, tokenizer: PreTrainedTokenizerBase, context_length: int, dtype: torch.dtype, folder: str
+) -> str:
+    """Return a folder with the weights of a .gguf file in ``dtype``, made if it is not there.
+
+    transformers cannot quantize while it reads such a file.
+    """
+    unpacked = Path(folder) / f"{Path(place).stem}-{str(dtype).removeprefix('torch.')}"
+    if not (unpacked / "config.json").exists():
+        say(f"{place}: its weights are unpacked into {unpacked}")
+        model = pretrained_model(place, tokenizer, context_length, dtype)
+        model.save_pretrained(unpacked)
+        tokenizer.save_pretrained(unpacked)
+    return str(unpacked)
+
+
+def save_merged(place: str, run_folder: str) -> str:
+    """Add the adapter of the finished run in ``run_folder`` to the weights at ``place``; return the plain checkpoint.
+
+    They are loaded unquantized, on the CPU, in the dtype that the run had them in: their size in memory and a layer.
+
+    Raises:
+        InputError: the run is not finished, or its adapter was trained beside other weights.
+    """
+    run = Path(run_folder)
+    if not ((run / RESULTS_FILE).exists() and (run / "adapter_config.json").exists()):
+        found = last_checkpoint(run_folder)
+        raise InputError(
+            f"{run_folder}: no finished run of LoRA, only {Path(found).name if found else 'part of one, or nothing'}. "
+            "The learning rate of a part has not come down. Finish it by the same command without --merge_only, or end "
+            "it where it is, with --max_steps of its checkpoint."
+        )
+    described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]
+    tokenizer = AutoTokenizer.from_pretrained(run_folder)
+    base = pretrained_model(place, tokenizer, 1, getattr(torch, described["dtype"]))
+    if weights_fingerprint(base.get_input_embeddings()) != described["embedding"]:
+        raise InputError(f"--model {place}: not the weights that the adapter in {run_folder} was trained beside.")
+    adapted = PeftModel.from_pretrained(base, run_folder)
+    if getattr(base.get_input_embeddings(), "modules_to_save", None) and base.config.tie_word_embeddings:
+        # Only the input side was trained: from now on they are two.
+        head = base.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    merged = adapted.merge_and_unload()
+    merged.to(getattr(torch, described["dtype"]))  # a trained embedding is in fp32
+    merged.save_pretrained(run / MERGED)
+    tokenizer.save_pretrained(run / MERGED)
+    return str(run / MERGED)

@@ -1,0 +1,253 @@
+"""The largest run on one card of 16 GB: all parameters of up to 3B, or adapters beside 7B, continued on your own text.
+
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/low_memory_16gb.py \
+        --model Qwen/Qwen2.5-1.5B --data my-text.jsonl
+
+All parameters: in bf16, AdamW's states in 8 bits, activations recomputed, logits never held. The update of each weight
+is rounded stochastically, because bf16 loses small ones (common/stochastic_rounding.py). For 3B the gradients must go,
+too: the optimizer steps inside backward, at the price of one micro-batch a step and no clipping:
+
+    ... recipes/low_memory_16gb.py --model Qwen/Qwen2.5-3B --data my-text.jsonl \
+        --step_in_backward --per_device_train_batch_size 1 --tokens_per_step 2048 --max_grad_norm 0 --learning_rate 5e-6
+
+Adapters (LoRA) beside frozen weights, which QLoRA keeps in 4 bits; merged at the end into a plain checkpoint:
+
+    ... recipes/low_memory_16gb.py --method qlora --model Qwen/Qwen2.5-7B --data my-text.jsonl
+
+T4 and V100 have no bf16: add --mixed_precision fp16 before the recipe. Its scaler needs weights in fp32, so all
+parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, to try it out: --optim adamw_torch.
+
+--plan says what fits. Any flag of transformers.TrainingArguments overrides what stands below, --help lists them all.
+The same command again continues where the run stopped. Memory and speed: benchmarks/low_memory.py; results there.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import HfArgumentParser, TrainingArguments, set_seed
+
+from common.adapters import ALL_LINEAR, add_adapters, four_bits, save_merged, unpacked_gguf
+from common.arguments import SharedArguments
+from common.attention import choose_attention
+from common.callbacks import SampleCallback
+from common.download import download
+from common.launch import check_launch, launch_defaults, set_batch
+from common.ledger import split_rows
+from common.loss import use_fused_loss
+from common.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
+from common.messages import InputError, say
+from common.model import parameter_report
+from common.packing import unigram_loss
+from common.plan import probe
+from common.pretrained import find_model, pretrained_model, random_model, weights_fingerprint
+from common.report import save_results, summary
+from common.retention import MeasureBefore, before_and_after, figures_before
+from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.sources import resolve_sources
+from common.token_writer import token_store_of
+from common.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokenizer_training import tokenizer_trained_on
+from common.tracking import swanlab_callbacks
+from common.trainer import PretrainingTrainer
+
+ROOT = Path(__file__).resolve().parent.parent
+
+MODEL = dict(model="Qwen/Qwen2.5-1.5B")
+
+DATA = dict(
+    data=None,  # None: OpenWebText in data/, downloaded if it is not there
+    tokenizer=None,  # None: the model's own
+    context_length=2048,
+    held_out_fraction=0.0005,  # of the documents: of OpenWebText's 8 million, some 4,000, 4.5M tokens
+    max_eval_rows=200,  # of 2,048 tokens: a small card takes minutes for more
+    cache_dir=str(ROOT / "data" / "cache"),
+)
+
+TRAINING = dict(
+    output_dir=str(ROOT / "outputs" / "low_memory_16gb"),
+    max_steps=1000,  # 66M tokens; for passes over the data: --max_steps -1 --num_train_epochs 1
+    tokens_per_step=65_536,  # 32 rows of 2,048: 1 row x 1 process x 2,048 x 32 accumulated
+    gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
+    per_device_train_batch_size=1,  # 2,048 tokens keep the matrices of 1.5B busy; activations and logits stay small
+    per_device_eval_batch_size=1,
+    gradient_checkpointing=True,  # activations of a layer are computed again when backward needs them
+    optim="adamw_8bit",  # bitsandbytes; paged_adamw_8bit for adapters and fp32 weights: moves to RAM when short
+    optimizer="adamw",
+    learning_rate=2e-5,
+    lr_scheduler_type="cosine_with_min_lr",
+    lr_scheduler_kwargs={"min_lr_rate": 0.1},  # down to 10%
+    warmup_steps=0.01,  # below 1: a share of all steps
+    weight_decay=0.1,  # Trainer leaves norms and biases out
+    adam_beta2=0.95,  # as usual in pretraining: 0.999 averages over more steps than a short run has
+    max_grad_norm=1.0,
+    logging_steps=10,
+    logging_first_step=True,
+    logging_nan_inf_filter=False,  # a loss of NaN is shown, not averaged away
+    eval_strategy="steps",
+    eval_steps=200,
+    save_steps=200,
+    save_total_limit=1,  # 4 bytes a parameter
+    seed=42,
+    ddp_timeout=6 * 3600,  # seconds: the first process downloads and tokenizes while the others wait
+    report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
+)
+
+# --method lora and qlora: adapters start at nothing and learn best at about ten times the rate of all parameters.
+# Source: https://thinkingmachines.ai/blog/lora/
+ADAPTERS = dict(output_dir=str(ROOT / "outputs" / "low_memory_lora"), learning_rate=2e-4, weight_decay=0.0)
+
+PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
+
+
+@dataclass
+class RecipeArguments:
+    """Flags of this recipe alone."""
+
+    model: str = field(
+        default=MODEL["model"],
+        metadata={"help": "Weights to continue from: a local folder, a .gguf file, a ModelScope or Hugging Face id."},
+    )
+    method: str = field(
+        default="full",
+        metadata={
+            "help": "full: train all parameters. lora: adapters beside them. qlora: adapters, the rest in 4 bits.",
+            "choices": ["full", "lora", "qlora"],
+        },
+    )
+    weights: str = field(
+        default="auto",
+        metadata={
+            "help": "With --method full, the weights' dtype. auto: bf16, rounded stochastically, where the YAML says "
+            "bf16, else fp32.",
+            "choices": ["auto", "bf16", "fp32"],
+        },
+    )
+    step_in_backward: bool = field(
+        default=False,
+        metadata={"help": "Step the optimizer inside backward, so that gradients are never all held. See above."},
+    )
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
+    lora_alpha: float = field(default=32, metadata={"help": "Their product is scaled by lora_alpha / lora_rank."})
+    lora_targets: list[str] = field(
+        default_factory=lambda: [ALL_LINEAR],
+        metadata={"help": "Layers that get adapters, such as q_proj v_proj; left out: all linear layers but the head."},
+    )
+    train_embedding: bool = field(
+        default=False, metadata={"help": "With adapters: train all of the input embedding, too, in fp32."}
+    )
+    merge_only: bool = field(
+        default=False,
+        metadata={"help": "Only merge the finished adapter of --output_dir, as is done at the end of a run anyway."},
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Take only the config of --model, and start at random. With --method full."}
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
+    parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
+    recipe_parser = HfArgumentParser(RecipeArguments, allow_abbrev=False, add_help=False)
+    if recipe_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].method != "full":
+        parser.set_defaults(**ADAPTERS)
+    recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
+    adapters = recipe.method != "full"
+    if recipe.merge_only:
+        return say(f"merged: {save_merged(find_model(recipe.model, weights=True), training.output_dir)}")
+    check_launch(training)
+    check_method(recipe.method, recipe.from_scratch, training)
+    if shared.tokenizer == "train" and not recipe.from_scratch:
+        raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
+    if shared.optimizer != "adamw":
+        raise InputError(f"--optimizer {shared.optimizer}: here it is AdamW, as --optim says. Leave the flag out.")
+    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
+    if recipe.step_in_backward:
+        check_step_in_backward(training, shared.context_length)
+    # Frozen weights need no more than what is computed in; trained ones in bf16 need the rounding of LowMemoryAdamW.
+    dtype = compute_dtype(training) if adapters else trained_dtype(recipe.weights, training)
+    own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
+    set_seed(training.seed)
+
+    # Weights, tokenizer and data: the first process of each machine prepares them, the others wait and find them.
+    with training.main_process_first(desc="tokenizing"):
+        place = find_model(recipe.model, weights=not recipe.from_scratch)
+        # OpenWebText is 80 files in one folder.
+        sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
+        if shared.tokenizer == "train":
+            tokenizer = tokenizer_trained_on(sources, shared)
+        else:
+            tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
+        stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
+        if recipe.method == "qlora" and place.endswith(".gguf"):
+            place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)
+    train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
+    for name, ledger in ledgers.items():
+        say(f"ledger of {name}: {ledger}")
+
+    # Model, straight onto the card, in 4 bits for QLoRA; the head is exchanged before peft wraps the model.
+    if recipe.from_scratch:
+        model = random_model(place, tokenizer, shared.context_length, dtype, training.device)
+    else:
+        quantization = four_bits(dtype) if recipe.method == "qlora" else None
+        model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
+    say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
+    start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
+    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
+    use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
+    if adapters:
+        targets, with_embedding = recipe.lora_targets, recipe.train_embedding
+        model = add_adapters(model, recipe.lora_rank, recipe.lora_alpha, targets, with_embedding)
+        start |= {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha, "targets": targets, "trained": with_embedding}
+
+    # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
+    trainer = PretrainingTrainer(
+        model, training, train_rows, eval_rows, rows_per_step,
+        processing_class=tokenizer, optimizer_cls_and_kwargs=own_optimizer,
+    )  # fmt: skip
+    if shared.probe:
+        return probe(trainer)
+    trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
+    trainer.add_callback(MeasureBefore(trainer, None, pretrained=not recipe.from_scratch))
+
+    # One folder, one run: relaunching continues it, and a finished one is only shown.
+    data = {"documents": [store.fingerprint() for store in stores.values()]}
+    data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
+    start |= {"method": recipe.method, "from_scratch": recipe.from_scratch, "dtype": str(dtype).removeprefix("torch.")}
+    start |= {"step_in_backward": recipe.step_in_backward, "vocabulary_rows": model.config.vocab_size}
+    identity = run_identity(Path(__file__).name, start, data, shared, training)
+    with training.main_process_first(desc="run folder"):
+        claim_output_folder(training.output_dir, identity)
+    wanted_tokens = trainer.order.real * shared.context_length
+    if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
+        finished = f"{training.output_dir} is finished; nothing to train."
+        return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    states = 3 if "8bit" in training.optim else 8  # bytes a number; Trainer's own keep the embedding's in fp32
+    check_disk_space(training.output_dir, sum(p.numel() for p in trained), training, trained[0].itemsize, states)
+    for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
+        trainer.add_callback(callback)
+
+    # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
+    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+
+    # Evaluate on the held-out documents, with samples; save the model; say what came of it.
+    held_out = trainer.evaluate()
+    held_out["eval_unigram_loss"] = unigram_loss(train_rows, eval_rows, model.config.vocab_size)
+    if test_rows is not None:
+        held_out |= trainer.evaluate(test_rows, metric_key_prefix="test")
+    held_out |= figures_before(trainer.state.log_history)
+    trainer.save_model()
+    results = save_results(trainer, ledgers, held_out)
+    say(f"{summary(results)}\n\n{before_and_after(results)}")
+    say(f"model, results and loss_curve.png are in {training.output_dir}")
+    if adapters and training.process_index == 0:
+        say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, training.output_dir)}")
+
+
+if __name__ == "__main__":
+    main()
