@@ -60,7 +60,7 @@ def check_method(method: str, from_scratch: bool, training: TrainingArguments) -
 def check_bitsandbytes(flag: str, instead: str, device: torch.device) -> None:
     """Raise InputError unless bitsandbytes is there and this device is one that it has fast kernels for."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"{flag}: needs bitsandbytes: pip install 'bitsandbytes>=0.48,<1'. Without it: {instead}")
+        raise InputError(f"{flag}: needs bitsandbytes: pip install 'bitsandbytes>=0.50,<0.51'. Without it: {instead}")
     if device.type not in ("cuda", "xpu"):
         raise InputError(f"{flag}: bitsandbytes needs a GPU, and this runs on {device.type}. Without it: {instead}")
     if device.type == "cuda" and torch.version.hip is None:
@@ -100,12 +100,12 @@ def check_step_in_backward(training: TrainingArguments, context_length: int) -> 
 
 
 def optimizer_for(
-    dtype: torch.dtype, step_in_backward: bool, training: TrainingArguments
+    dtype: torch.dtype | None, step_in_backward: bool, training: TrainingArguments
 ) -> tuple[type[LowMemoryAdamW], dict] | None:
     """Return LowMemoryAdamW and its arguments, for Trainer's ``optimizer_cls_and_kwargs``; None: what --optim names.
 
     Args:
-        dtype: of the trained parameters.
+        dtype: of the trained parameters; None: adapters, in fp32.
 
     Raises:
         InputError: --optim names something that LowMemoryAdamW is not.

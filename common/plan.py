@@ -21,7 +21,14 @@ from common.messages import InputError, say
 BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
 
 
-def print_plan(model: PreTrainedModel, shared: SharedArguments, training: TrainingArguments, optimizer: str) -> None:
+def print_plan(
+    model: PreTrainedModel,
+    shared: SharedArguments,
+    training: TrainingArguments,
+    optimizer: str,
+    own_optimizer: tuple[type, dict] | None = None,
+    four_bits: bool = False,
+) -> None:
     """Print what training ``model`` (on the meta device) needs on each card; the last line is JSON.
 
     The strategy is that of ``--plan_config``, an accelerate YAML; without it, one card as the environment describes it.
@@ -36,7 +43,8 @@ def print_plan(model: PreTrainedModel, shared: SharedArguments, training: Traini
             raise InputError(f"{flag} {value}: must be at least 1.")
     if limit is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / GIB
-    setting = setting_of_run(model, training, shared.context_length, optimizer)
+    setting = setting_of_run(model, training, shared.context_length, optimizer, own_optimizer)
+    setting = replace(setting, four_bits=four_bits)
     if shared.plan_config is not None:
         setting = setting_of_yaml(shared.plan_config, setting, processes)
     elif processes is not None:

@@ -36,14 +36,16 @@ from common.launch import check_launch, launch_defaults, set_batch
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
+from common.memory import Setting
 from common.messages import InputError, say
-from common.model import parameter_report
+from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
-from common.plan import probe
-from common.pretrained import find_model, pretrained_model, random_model, weights_fingerprint
+from common.plan import print_plan, probe, setting_of_yaml
+from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.sizes import PRESETS
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -97,6 +99,7 @@ TRAINING = dict(
 # Source: https://thinkingmachines.ai/blog/lora/
 ADAPTERS = dict(output_dir=str(ROOT / "outputs" / "low_memory_lora"), learning_rate=2e-4, weight_decay=0.0)
 
+VOCABULARY = 151_936  # rows of Qwen2.5-1.5B's embedding, for --plan, which loads nothing
 PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
 
 
@@ -145,6 +148,24 @@ class RecipeArguments:
     )
 
 
+def plan(recipe: RecipeArguments, shared: SharedArguments, training: TrainingArguments) -> None:
+    """Print what the run needs. Without --plan_config: under single_gpu.yaml. Its precision decides the dtypes."""
+    shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / "single_gpu.yaml")
+    precision = setting_of_yaml(shared.plan_config, Setting(rows=1, context_length=1)).precision
+    training.bf16, training.fp16 = precision == "bf16", precision == "fp16"
+    if recipe.model == MODEL["model"]:
+        model = planned_model(PRESETS["qwen2.5-1.5b"], VOCABULARY, shared.context_length)
+    else:
+        model = model_without_memory(find_model(recipe.model, weights=False))
+    adapters = recipe.method != "full"
+    dtype = compute_dtype(training) if adapters else trained_dtype(recipe.weights, training)
+    own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
+    model = model.to(dtype)
+    if adapters:
+        model = add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, recipe.train_embedding)
+    print_plan(model, shared, training, "adamw", own_optimizer, four_bits=recipe.method == "qlora")
+
+
 def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
     argv = sys.argv[1:] if argv is None else argv
@@ -159,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
     adapters = recipe.method != "full"
     if recipe.merge_only:
         return say(f"merged: {save_merged(find_model(recipe.model, weights=True), training.output_dir)}")
+    if shared.plan and not shared.probe:
+        return plan(recipe, shared, training)
     check_launch(training)
     check_method(recipe.method, recipe.from_scratch, training)
     if shared.tokenizer == "train" and not recipe.from_scratch:

@@ -15,7 +15,7 @@ def load(name: str):
     return module
 
 
-gpu, learning = load("gpu"), load("learning")
+gpu, learning, low_memory = load("gpu"), load("learning"), load("low_memory")
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
@@ -68,3 +68,60 @@ def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):
     chunks = learning.chunks_of_the_tutorial(store, torch.tensor([True, True, True]).numpy())
     assert [chunk["input_ids"].unique().tolist() for chunk in chunks] == [[1], [1], [3]]
     assert all(len(chunk["input_ids"]) == 512 for chunk in chunks)
+
+
+@pytest.mark.parametrize(
+    ("size", "parameters"), [("1.5B", 1_543_714_304), ("3B", 3_085_938_688), ("7B", 7_615_616_512)]
+)
+def test_the_16_gb_shapes_are_those_of_qwen2_5(size, parameters):
+    """By their published checkpoints."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**low_memory.SHAPES[size]))
+    assert model.num_parameters() == parameters
+
+
+def test_every_saving_of_the_16_gb_table_is_switched_off_alone():
+    for size in ("0.5B", "1.5B"):
+        base = low_memory.VARIANTS[f"bf16: {size}"]
+        for name, off in low_memory.WITHOUT.items():
+            described = low_memory.VARIANTS[f"bf16: {size} without {name}"]
+            assert {key for key in base if base[key] != described[key]} == off.keys() and len(off) == 1
+    for name, described in low_memory.VARIANTS.items():
+        scaler = described["card"] == "T4"
+        assert not (scaler and (described["in_backward"] or described["weights"] == "bfloat16" == described["method"]))
+        assert name.startswith(described["card"] + ": " + described["size"])
+
+
+def test_the_16_gb_table_says_what_was_refused_and_what_failed():
+    row = dict(
+        parameters=3.09e9, trained=3.09e9, allocated_gib=13.5, reserved_gib=14.2, predicted_gib=13.9,
+        prediction_error=0.03, tokens_per_second=5000.0, fits=True,
+    )  # fmt: skip
+    found = low_memory.table({"bf16: 3B": row, "bf16: 1.5B": row | {"fits": False}, "T4: 0.5B": "Error: x"})
+    assert "| bf16: 3B | 3.09B | 3,090M | 13.50 | 14.20 | 13.90 | +3.0% | 5,000 | yes |" in found
+    assert "no, refused" in found and "| T4: 0.5B | failed: Error: x |" in found
+
+
+def test_losses_are_compared_with_the_first_run():
+    row = dict(loss=3.0, bits_per_byte=1.1, tokens=8e6, tokens_per_second=1e5, allocated_gib=2.0)
+    names = list(low_memory.LOSS_RUNS)
+    found = low_memory.loss_table({names[0]: row, names[1]: row | {"loss": 3.03}, names[2]: "out of memory"})
+    assert "| +1.00% |" in found and "failed: out of memory" in found
+
+
+def test_layers_quantized_on_the_spot_are_those_that_transformers_quantizes_at_loading(tmp_path):
+    """The table's QLoRA models against the recipe's."""
+    pytest.importorskip("bitsandbytes")
+    from common.adapters import four_bits
+
+    shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2, vocab_size=512)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", num_key_value_heads=1, **shape))
+    model.save_pretrained(tmp_path)
+    low_memory.quantize_layers(model, torch.float32)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=four_bits(torch.float32))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(model.train()(ids).logits, loaded.train()(ids).logits, rtol=0, atol=0)
+    packed = sum(hasattr(parameter, "quant_state") for parameter in model.parameters())
+    assert packed == sum(hasattr(parameter, "quant_state") for parameter in loaded.parameters()) == 2 * 7

@@ -63,7 +63,9 @@ def test_the_prediction_is_within_4_percent_of_the_measured_peak(models, name, s
     assert predicted == pytest.approx(measured_gib, rel=0.04)
 
 
-@pytest.mark.parametrize(("optimizer", "bytes_a_matrix_parameter"), [("adamw", 8), ("muon", 4), ("adamw_8bit", 2 + 8 / 256)])
+@pytest.mark.parametrize(
+    ("optimizer", "bytes_a_matrix_parameter"), [("adamw", 8), ("muon", 4), ("adamw_8bit", 2 + 8 / 256)]
+)
 def test_optimizer_states_by_hand(models, optimizer, bytes_a_matrix_parameter):
     model = models["123M"]
     layer = 512 * 512 + 2 * 512 * 128 + 512 * 512 + 3 * 512 * 2048
