@@ -158,10 +158,16 @@ class PretrainingTrainer(Trainer):
         return super().create_optimizer(model)
 
     def _get_dataloader(self, *args, **kwargs):
-        """Keep signals from the workers. Replaces: workers that die before the process they load for."""
-        loader = super()._get_dataloader(*args, **kwargs)
+        """Keep signals from the workers, and the loader from the random state of the training.
+
+        Replaces: workers that die before the process they load for; and a number drawn at every start of a loader,
+        after which a continued run would have other dropout than one left alone.
+        """
+        prepared = super()._get_dataloader(*args, **kwargs)
+        loader = prepared.base_dataloader  # inside Accelerate's
+        loader.generator = torch.Generator()
         loader.worker_init_fn = partial(leave_signals_to_the_parent, loader.worker_init_fn)
-        return loader
+        return prepared
 
     def _get_train_sampler(self, train_dataset=None) -> TrainingOrder:
         """Replaces: a random order per epoch."""
