@@ -127,7 +127,7 @@ def finished_results(folder: str, max_steps: int, tokens: int) -> dict | None:
     if is_main_process() and path.exists():
         try:
             results = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError):
+        except (ValueError, TypeError, RecursionError):
             say(f"removing {path}: half-written when the run ended")
             path.unlink()
     reached = results.get("steps") == max_steps or results.get("ledger", {}).get("tokens_trained") == tokens

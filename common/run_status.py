@@ -72,7 +72,7 @@ def read_status(folder: str | Path) -> dict | None:
     try:
         status = json.loads((Path(folder) / STATUS_FILE).read_text(encoding="utf-8"))
         return status if {"state", "step", "pid", "host"} <= status.keys() else None
-    except (OSError, ValueError, AttributeError):
+    except (OSError, ValueError, AttributeError, RecursionError):
         return None
 
 

@@ -136,7 +136,7 @@ class Safety(TrainerCallback):
                 f"{checkpoint} was written by {processes} processes, and these are {now}: DeepSpeed's optimizer states "
                 f"are cut for {processes}. Use --num_processes {processes}. (Other YAMLs' fit any number.)"
             )
-        self.guard.load(json.loads((Path(checkpoint) / GUARD_FILE).read_text(encoding="utf-8")))
+        self.guard.load(read_guard(Path(checkpoint) / GUARD_FILE))
 
     @contextmanager
     def session(self) -> Iterator[None]:
@@ -185,6 +185,18 @@ class Safety(TrainerCallback):
         if self.guard.stop is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+
+def read_guard(path: Path) -> dict:
+    """Return what a checkpoint holds of the guard."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        counts = [state[name] for name in ("left_out", "spikes", "in_a_row")]
+        if not all(type(count) is int for count in counts) or not all(type(loss) is float for loss in state["losses"]):
+            raise ValueError("numbers that are none")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}). Remove its checkpoint, to continue from one before.") from None
+    return state
 
 
 def name_rows(rows: JoinedRows, indexes: list[int]) -> list[dict]:

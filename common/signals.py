@@ -91,15 +91,3 @@ class Interruption(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._saved_at = time.monotonic()
-
-
-def leave_signals_to_the_parent(then: Callable[[int], None] | None, worker: int) -> None:
-    """Start a loader's worker: a signal to all processes of a terminal or a job must not end it before its parent.
-
-    It ends when its parent closes it, and within seconds of its parent's death.
-    """
-    for name in NAMES:
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-    if then is not None:
-        then(worker)

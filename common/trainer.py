@@ -17,6 +17,7 @@ from common.callbacks import ScreenCallback
 from common.checkpoints import unfinished
 from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
+from common.loaders import check_shared_memory, leave_signals_to_the_parent
 from common.memory import memory_gib
 from common.messages import InputError, say
 from common.muon import MuonWithAdamW
@@ -24,7 +25,6 @@ from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
-from common.signals import leave_signals_to_the_parent
 
 
 class PretrainingTrainer(Trainer):
@@ -163,6 +163,7 @@ class PretrainingTrainer(Trainer):
         Replaces: workers that die before the process they load for; and a number drawn at every start of a loader,
         after which a continued run would have other dropout than one left alone.
         """
+        check_shared_memory(self.args, self.train_dataset.context_length)
         prepared = super()._get_dataloader(*args, **kwargs)
         loader = prepared.base_dataloader  # inside Accelerate's
         loader.generator = torch.Generator()

@@ -10,14 +10,13 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, losses
-from tiny import recorded, start, tiny_run, wait_for
+from tiny import ENVIRONMENT, recorded, start, tiny_run, wait_for
 
 from common.checkpoints import newest_whole, problem_of
 from common.run_status import read_status
 from common.signals import Interruption
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 LONG = ["--max_steps", "3000", "--logging_steps", "100", "--save_steps", "1000", "--eval_strategy", "no"]
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, losses
 from safetensors.torch import load_file
-from tiny import recorded, start, tiny_run, wait_for
+from tiny import ENVIRONMENT, recorded, start, tiny_run, wait_for
 
 from common.order import TrainingOrder
 from common.run_status import read_status
@@ -24,7 +24,6 @@ from common.run_status import read_status
 STEPS = "--max_steps 150".split()
 KILLS = int(os.environ.get("SOAK_KILLS", "60"))
 MOMENTS = ["step", "save", "evaluate", "end"]
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 
 
 def finish(argv: list[str], folder: Path) -> None:

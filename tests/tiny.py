@@ -1,5 +1,6 @@
 """A run small enough to be killed a hundred times: a model of 140,000 numbers, and a record of everything it does."""
 
+import contextlib
 import hashlib
 import json
 import multiprocessing
@@ -8,12 +9,17 @@ import sys
 import time
 from pathlib import Path
 
-import peft  # noqa: F401  (Trainer imports it)
+import matplotlib.figure  # noqa: F401
+import peft  # noqa: F401
 import torch
-from conftest import load_recipe, small_run
+from conftest import ROOT, load_recipe, small_run
 
-import common.trainer  # noqa: F401  (imported before the fork, it is there at once)
+import common.report  # noqa: F401  (imported before the fork, all is there at once)
 
+with contextlib.suppress(ImportError):
+    import deepspeed  # noqa: F401
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"}
 SHAPE = dict(
     model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
     num_key_value_heads=1, tie_word_embeddings=True, vocab_size=4096, attention_dropout=0.1,
@@ -106,6 +112,7 @@ def start(argv: list[str], folder: Path) -> multiprocessing.Process:
 
     In ``folder`` are then ``record.0``, ``moments`` and ``log``.
     """
+    os.environ |= {name: ENVIRONMENT[name] for name in ("OMP_NUM_THREADS", "PYTHONPATH")}  # for the one that forks
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["tiny"])
     child = processes.Process(target=_run_forked, args=(argv, folder))

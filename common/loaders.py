@@ -1,0 +1,47 @@
+"""Loader workers: kept from signals that are for their parent, and from a shared memory that is too small for them."""
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from common.messages import InputError
+from common.signals import NAMES
+
+SHARED_MEMORY = "/dev/shm"
+NUMBERS = 4 * 8  # bytes of a token in a batch: ids, targets twice, positions, as int64
+
+
+def leave_signals_to_the_parent(then: Callable[[int], None] | None, worker: int) -> None:
+    """Start a loader's worker: a signal to all processes of a terminal or a job must not end it before its parent.
+
+    It ends when its parent closes it, and within seconds of its parent's death. ``then``: what else is to be done.
+    """
+    for name in NAMES:
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if then is not None:
+        then(worker)
+
+
+def check_shared_memory(training: TrainingArguments, context_length: int) -> None:
+    """Raise InputError if the batches that workers hold ready do not fit /dev/shm, through which Linux passes them.
+
+    A worker that finds it full dies of a bus error in the middle of the run.
+    """
+    workers = training.dataloader_num_workers
+    if workers == 0 or not Path(SHARED_MEMORY).is_dir():
+        return
+    rows = max(training.per_device_train_batch_size, training.per_device_eval_batch_size)
+    ready = workers * ((training.dataloader_prefetch_factor or 2) + 1)
+    needed = ready * rows * context_length * NUMBERS
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    if free < needed:
+        raise InputError(
+            f"--dataloader_num_workers {workers}: the workers hold {ready} batches ready in {SHARED_MEMORY}, "
+            f"{needed / 2**20:.1f} MiB, and {free / 2**20:.1f} are free there (docker gives 64 unless told). Start the "
+            "container with --shm-size 2g or --ipc host, or use --dataloader_num_workers 0: rows are read from a "
+            "memory map, which hardly takes time."
+        )
