@@ -85,3 +85,18 @@ def robust_z_score(value: float, window: deque[float] | list[float]) -> float:
     median = statistics.median(window)
     deviation = statistics.median(abs(known - median) for known in window) / 0.6745
     return (value - median) / deviation if deviation else 0.0
+
+
+def mean_logged_loss(log_history: list[dict]) -> float:
+    """Return the mean training loss over all steps: each logged loss is the mean since the log before.
+
+    A log all of whose steps were left out has none.
+    """
+    total, last_step, steps = 0.0, 0, 0
+    for entry in log_history:
+        if "loss" in entry:
+            if math.isfinite(entry["loss"]):
+                total += entry["loss"] * (entry["step"] - last_step)
+                steps += entry["step"] - last_step
+            last_step = entry["step"]
+    return total / steps if steps else math.nan

@@ -3,8 +3,10 @@
 import shutil
 import signal
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+import torch
 from transformers import TrainingArguments
 
 from common.messages import InputError
@@ -24,6 +26,18 @@ def leave_signals_to_the_parent(then: Callable[[int], None] | None, worker: int)
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     if then is not None:
         then(worker)
+
+
+def keep_apart(prepared):
+    """Return a loader that Accelerate has prepared, apart from the training: in its random state, and in signals.
+
+    A loader draws a number whenever it starts, as it does in a run that is continued, but not in one left alone at the
+    same step: from the training's random state, all dropout behind it would differ.
+    """
+    loader = prepared.base_dataloader  # settings of the wrapper around it have no effect
+    loader.generator = torch.Generator()
+    loader.worker_init_fn = partial(leave_signals_to_the_parent, loader.worker_init_fn)
+    return prepared
 
 
 def check_shared_memory(training: TrainingArguments, context_length: int) -> None:

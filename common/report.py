@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from common.guard import mean_logged_loss
 from common.ledger import Ledger
-from common.trainer import PretrainingTrainer, mean_logged_loss
+from common.trainer import PretrainingTrainer
 
 
 def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:

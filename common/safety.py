@@ -50,7 +50,10 @@ class Safety(TrainerCallback):
         costs is in docs/reliability.md.
         """
         world = self.trainer.args.world_size
-        norm = torch.as_tensor(grad_norm, dtype=torch.float32, device=self.trainer.args.device)
+        # DeepSpeed without clipping has none.
+        norm = torch.as_tensor(
+            0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=self.trainer.args.device
+        )
         loss = torch.stack(self.micro_losses).sum().float()
         wishes = torch.tensor(self.interruption.wishes(), device=loss.device)
         numbers = torch.cat([torch.stack([loss, whole(norm)]) / world, wishes])

@@ -17,7 +17,8 @@ from common.callbacks import ScreenCallback
 from common.checkpoints import unfinished
 from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
-from common.loaders import check_shared_memory, leave_signals_to_the_parent
+from common.guard import mean_logged_loss
+from common.loaders import check_shared_memory, keep_apart
 from common.memory import memory_gib
 from common.messages import InputError, say
 from common.muon import MuonWithAdamW
@@ -158,17 +159,9 @@ class PretrainingTrainer(Trainer):
         return super().create_optimizer(model)
 
     def _get_dataloader(self, *args, **kwargs):
-        """Keep signals from the workers, and the loader from the random state of the training.
-
-        Replaces: workers that die before the process they load for; and a number drawn at every start of a loader,
-        after which a continued run would have other dropout than one left alone.
-        """
+        """Replaces: loaders that draw from the training's random state, and whose workers die of any signal."""
         check_shared_memory(self.args, self.train_dataset.context_length)
-        prepared = super()._get_dataloader(*args, **kwargs)
-        loader = prepared.base_dataloader  # inside Accelerate's
-        loader.generator = torch.Generator()
-        loader.worker_init_fn = partial(leave_signals_to_the_parent, loader.worker_init_fn)
-        return prepared
+        return keep_apart(super()._get_dataloader(*args, **kwargs))
 
     def _get_train_sampler(self, train_dataset=None) -> TrainingOrder:
         """Replaces: a random order per epoch."""
@@ -247,13 +240,3 @@ class PretrainingTrainer(Trainer):
             **memory_gib(self.args.device),
             "train_seconds": self.seconds_before + time.time() - start_time,
         }
-
-
-def mean_logged_loss(log_history: list[dict]) -> float:
-    """Return the mean training loss over all steps: each logged loss is the mean since the log before."""
-    total, last_step = 0.0, 0
-    for entry in log_history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last_step)
-            last_step = entry["step"]
-    return total / last_step if last_step else math.nan

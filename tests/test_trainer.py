@@ -31,6 +31,8 @@ def test_a_lap_leaves_pauses_out(monkeypatch):
 def test_the_mean_weighs_every_step_once():
     history = [{"loss": 4.0, "step": 1}, {"eval_loss": 9.0, "step": 3}, {"loss": 2.0, "step": 4}]
     assert trainer.mean_logged_loss(history) == pytest.approx((4 + 3 * 2) / 4)
+    left_out = {"loss": float("nan"), "step": 6}
+    assert trainer.mean_logged_loss([*history, left_out]) == pytest.approx((4 + 3 * 2) / 4)
 
 
 def test_samples_leave_the_training_as_it_was():
