@@ -1,16 +1,17 @@
 """Loader workers: kept from signals that are for their parent, and from a shared memory that is too small for them."""
 
+import os
 import shutil
 import signal
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from threading import Thread
 
 import torch
 from transformers import TrainingArguments
 
 from common.messages import InputError
-from common.signals import NAMES
 
 SHARED_MEMORY = "/dev/shm"
 NUMBERS = 4 * 8  # bytes of a token in a batch: ids, targets twice, positions, as int64
@@ -19,13 +20,23 @@ NUMBERS = 4 * 8  # bytes of a token in a batch: ids, targets twice, positions, a
 def leave_signals_to_the_parent(then: Callable[[int], None] | None, worker: int) -> None:
     """Start a loader's worker: a signal to all processes of a terminal or a job must not end it before its parent.
 
-    It ends when its parent closes it, and within seconds of its parent's death. ``then``: what else is to be done.
+    SIGTERM counts when it comes from the parent, which closes its workers so. (Who sent it can be known on Linux;
+    elsewhere it ends the worker.) ``then``: what else is to be done.
     """
-    for name in NAMES:
+    for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        Thread(target=_obey_the_parent, daemon=True).start()
     if then is not None:
         then(worker)
+
+
+def _obey_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def keep_apart(prepared):

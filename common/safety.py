@@ -49,13 +49,11 @@ class Safety(TrainerCallback):
         All processes see the same sums, and so decide the same. Reading them is the only wait for the device; what it
         costs is in docs/reliability.md.
         """
-        world = self.trainer.args.world_size
-        # DeepSpeed without clipping has none.
-        norm = torch.as_tensor(
-            0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=self.trainer.args.device
-        )
+        world, device = self.trainer.args.world_size, self.trainer.args.device
+        # DeepSpeed without clipping has no norm.
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=device)
         loss = torch.stack(self.micro_losses).sum().float()
-        wishes = torch.tensor(self.interruption.wishes(), device=loss.device)
+        wishes = torch.tensor(self.interruption.wishes(), device=device)
         numbers = torch.cat([torch.stack([loss, whole(norm)]) / world, wishes])
         if world > 1:
             torch.distributed.all_reduce(numbers)

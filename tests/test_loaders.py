@@ -1,11 +1,14 @@
 """Loader workers, and what a long run leaves open: nothing."""
 
 import json
+import multiprocessing
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import threading
+import time
 from types import SimpleNamespace
 
 import psutil
@@ -36,6 +39,28 @@ def test_a_shared_memory_that_is_too_small_is_explained(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=r"12 batches ready.*12.0 MiB.*--shm-size"):
         check_shared_memory(training(4), 512)
+
+
+def slow_worker(ready):
+    loaders.leave_signals_to_the_parent(lambda worker: ready.put(worker), 3)
+    time.sleep(60)
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux only")
+def test_a_worker_obeys_its_parent_only():
+    """Not a stranger, as a launcher is; its parent at once, even in the middle of its work."""
+    processes = multiprocessing.get_context("fork")
+    ready = processes.Queue()
+    worker = processes.Process(target=slow_worker, args=(ready,))
+    worker.start()
+    assert ready.get(timeout=10) == 3
+    for name in ("TERM", "INT", "USR1"):
+        subprocess.run(["kill", f"-{name}", str(worker.pid)], check=True)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.terminate()
+    worker.join(10)
+    assert not worker.is_alive()
 
 
 @pytest.mark.heavy

@@ -12,6 +12,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from conftest import ROOT, losses
@@ -129,7 +130,8 @@ def killed_at(processes, config, record, flags, step):
     while not Path(f"{record}.0").exists() or max(recorded(record), default=0) < step:
         assert process.poll() is None and time.time() < deadline, Path(f"{record}.log").read_text()[-3000:]
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    for member in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+        member.kill()  # torchrun's processes are sessions of their own
     process.wait()
 
 
