@@ -107,3 +107,28 @@ class SharedArguments:
             "choices": ["auto", "online", "local", "offline", "off"],
         },
     )
+    save_minutes: float | None = field(
+        default=None, metadata={"help": "Save at least every so many minutes, too: for notebooks with a time limit."}
+    )
+    on_save_error: str = field(
+        default="stop",
+        metadata={
+            "help": "When the disk is full while saving: stop, or continue (the last whole checkpoint stays).",
+            "choices": ["stop", "continue"],
+        },
+    )
+    max_bad_steps: int = field(
+        default=10,
+        metadata={"help": "Steps left out in a row, for a loss or gradient that is not finite; one more ends the run."},
+    )
+    on_loss_spike: str = field(
+        default="warn",
+        metadata={
+            "help": "A loss 6 robust deviations above the last 128 steps: warn, skip (leave the step out) or stop.",
+            "choices": ["warn", "skip", "stop"],
+        },
+    )
+    allow_changes: list[str] = field(
+        default_factory=list,
+        metadata={"help": "Continue a run although these differ, as its refusal names them: training.seed ..."},
+    )

@@ -43,6 +43,8 @@ def check_launch(training: TrainingArguments) -> None:
             "the order of rows is theirs",
         ),
         ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
+        ("--load_best_model_at_end", training.load_best_model_at_end, "a run ends with its last weights"),
+        ("--hub_token", training.hub_token, "it would be saved in training_args.bin; export HF_TOKEN instead"),
         ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
         ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
     ):

@@ -72,7 +72,7 @@ def check_bitsandbytes(flag: str, instead: str, device: torch.device) -> None:
             )
 
 
-def check_step_in_backward(training: TrainingArguments, context_length: int) -> None:
+def check_step_in_backward(training: TrainingArguments, context_length: int, on_loss_spike: str) -> None:
     """Refuse what needs all gradients at once. Call it after the batch is set.
 
     Raises:
@@ -92,6 +92,8 @@ def check_step_in_backward(training: TrainingArguments, context_length: int) -> 
             f"{flag} --max_grad_norm {training.max_grad_norm:g} comes too late. Use --max_grad_norm 0, or leave the "
             "flag out."
         )
+    if on_loss_spike == "skip":
+        raise InputError(f"{flag} a step cannot be left out (--on_loss_spike skip). Use --on_loss_spike stop or warn.")
     if training.fp16:
         raise InputError(
             f"{flag} the fp16 scaler, which leaves out steps with infinite gradients, cannot work. Use "

@@ -47,8 +47,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         """
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.state_bits, self.stochastic, self.in_backward, self.seed = state_bits, stochastic, in_backward, seed
-        self.grad_norm: torch.Tensor | None = None  # of all gradients of the last step, as if they had been held
-        self.squares, self.maps, self.generator = [], None, None
+        self.squares, self.step_ended, self.maps, self.generator = [], False, None, None
         numbered = [(group, p) for group in range(len(self.param_groups)) for p in self.param_groups[group]["params"]]
         self.places = {parameter: (number, group) for number, (group, parameter) in enumerate(numbered)}
         if in_backward:
@@ -61,8 +60,12 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         for parameter in self.places:
             if parameter.grad is not None:
                 self.update(parameter)
-        self.grad_norm = torch.stack(self.squares).sum().sqrt() if self.squares else None
-        self.squares = []
+        self.step_ended = True
+
+    @property
+    def grad_norm(self) -> torch.Tensor:
+        """The norm of all gradients of the step at hand, or of the last one, as if they had been held."""
+        return torch.stack(self.squares).sum().sqrt()
 
     def update_and_drop_gradient(self, parameter: torch.nn.Parameter) -> None:
         self.update(parameter)
@@ -71,6 +74,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def update(self, parameter: torch.nn.Parameter) -> None:
         """Update one parameter, chunk by chunk."""
+        if self.step_ended:
+            self.squares, self.step_ended = [], False
         number, group = self.places[parameter]
         state = self.state[parameter]
         if not state:

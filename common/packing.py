@@ -40,6 +40,7 @@ class PackedRows:
         """``chosen``: bool mask over the store's documents, shape (documents,)."""
         self.tokens, self.document_starts = store.tokens, store.document_starts
         self.context_length, self.isolated, self.chosen = context_length, isolated, chosen
+        self.source = str(store.prefix)
         edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))  # runs of chosen documents
         self.run_starts = store.document_starts[edges[0::2]]  # in the store
         run_lengths = store.document_starts[edges[1::2]] - self.run_starts
@@ -75,6 +76,14 @@ class PackedRows:
         targets = targets.masked_fill(torch.from_numpy(starts[1:]), IGNORED_TARGET)
         positions = torch.from_numpy(document_positions(starts[:-1]))
         return {"input_ids": inputs, "shift_labels": targets, "position_ids": positions}
+
+    def documents_of(self, row: int) -> list[int]:
+        """Return the documents that a row has tokens of, counted in the store from 0."""
+        found: list[int] = []
+        for begin, end in self._pieces(row * self.context_length, self.context_length + 1):
+            first, last = np.searchsorted(self.document_starts, [begin, end - 1], side="right") - 1
+            found += range(int(first), int(last) + 1)
+        return found
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Return tokens [start, start + length) of the stream as int64."""

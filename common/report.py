@@ -3,8 +3,9 @@
 from dataclasses import asdict
 from pathlib import Path
 
+from common.guard import mean_logged_loss
 from common.ledger import Ledger
-from common.trainer import PretrainingTrainer, mean_logged_loss
+from common.trainer import PretrainingTrainer
 
 
 def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:
@@ -35,6 +36,7 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
         # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
         "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
         "first_step_seconds": trainer.first_step_seconds,  # of this session
+        "steps_left_out": trainer.safety.guard.left_out,  # their loss or gradient was not finite, or a spike
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
@@ -43,6 +45,7 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
     trainer.save_state()
     if trainer.is_world_process_zero():
         plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
+    trainer.safety.finish()
     return {**held_out, **train}
 
 

@@ -3,14 +3,17 @@
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from transformers import TrainingArguments
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import SharedArguments
-from common.messages import InputError, say
+from common.checkpoints import checkpoints, newest_whole, remove_unfinished
+from common.messages import InputError, is_main_process, say
+from common.run_status import lock_folder, write_json
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
 # What decides the losses. Anything else (logging, saving, micro-batch) may change at a relaunch; the number of steps,
@@ -36,23 +39,36 @@ def run_identity(recipe: str, model: dict, data: dict, arguments: SharedArgument
     }
 
 
-def claim_output_folder(folder: str, identity: dict) -> None:
-    """Make ``folder`` this run's, or check that it already is.
+def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str] = ()) -> FileLock | None:
+    """Make ``folder`` this run's, or check that it already is; return its lock, to be kept while the run goes on.
+
+    Args:
+        allow_changes: names, as the refusal gives them, of what may differ all the same: said, and kept.
 
     Raises:
-        InputError: another run's checkpoints or results are in it; every difference is named.
+        InputError: another process trains into it now; or another run's checkpoints or results are in it: every
+            difference is named.
     """
+    lock = lock_folder(folder)
+    if is_main_process():
+        remove_unfinished(folder)
     path = Path(folder) / RUN_FILE
     identity = json.loads(json.dumps(identity))
-    worth_keeping = bool(_checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
+    worth_keeping = bool(checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
     if worth_keeping and path.exists():
-        differences = _differences(_read_json(path), identity)
-        if differences:
+        found = differences(_read_json(path), identity)
+        refused = [change for change in found if not _allowed(change[0], allow_changes)]
+        if refused:
             raise InputError(
                 f"{folder} holds another run; relaunching there continues it, and these differ:\n"
-                + "\n".join(f"  {name}: {was!r} in the folder, {now!r} now" for name, was, now in differences)
-                + "\nGo back to the old values, or choose another --output_dir."
+                + "\n".join(f"  {name}: {was!r} in the folder, {now!r} now" for name, was, now in refused)
+                + "\nGo back to the old values, choose another --output_dir, or continue with the new ones:\n"
+                + f"  --allow_changes {' '.join(name for name, _, _ in refused)}"
             )
+        for name, was, now in found:
+            say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
+        if found:
+            write_json(path, identity, durable=True)
     elif worth_keeping:
         raise InputError(
             f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another "
@@ -60,9 +76,8 @@ def claim_output_folder(folder: str, identity: dict) -> None:
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(identity, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        partial.replace(path)
+        write_json(path, identity, durable=True)
+    return lock
 
 
 def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8) -> None:
@@ -71,55 +86,51 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
     A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), the final model ``weight``.
     """
     if training.save_strategy == "no":
-        checkpoints = 0
+        kept = 0
     elif training.save_total_limit is None:
         interval = training.save_steps if training.save_steps >= 1 else training.save_steps * training.max_steps
-        checkpoints = math.ceil(training.max_steps / interval)
+        kept = math.ceil(training.max_steps / interval)
     else:
-        checkpoints = training.save_total_limit + 1
+        kept = training.save_total_limit + 1
     a_checkpoint = parameters * (weight + states)
-    needed, free = a_checkpoint * checkpoints + parameters * weight, shutil.disk_usage(folder).free
+    needed, free = a_checkpoint * kept + parameters * weight, shutil.disk_usage(folder).free
     # A continued run's checkpoints are there already, and make room for the next ones.
-    free += sum(file.stat().st_size for _, path in _checkpoints(folder) for file in path.rglob("*") if file.is_file())
+    free += sum(file.stat().st_size for _, path in checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
         raise InputError(
-            f"{folder}: {free / 2**30:.2f} GiB to be had, {needed / 2**30:.2f} needed for {checkpoints} checkpoints of "
+            f"{folder}: {free / 2**30:.2f} GiB to be had, {needed / 2**30:.2f} needed for {kept} checkpoints of "
             f"{a_checkpoint / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
             "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
 
 
 def last_checkpoint(folder: str) -> str | None:
-    """Return the newest whole checkpoint of ``folder``, or None, the same on every process.
-
-    Half-written ones are passed over, and named: Trainer writes ``trainer_state.json`` last, so a checkpoint without a
-    readable one was cut off while saving.
+    """Return the newest whole checkpoint of ``folder``, or None, the same on every process; others are named.
 
     Raises:
         InputError: the main process has a checkpoint that this one does not see.
     """
-    [checkpoint] = broadcast_object_list([_newest_whole_checkpoint(folder)])
+    found = newest_whole(folder) if is_main_process() else None
+    [checkpoint] = broadcast_object_list([None if found is None else str(found)])
     if checkpoint is not None and not Path(checkpoint).exists():
         raise InputError(f"{checkpoint} is not on this machine: --output_dir must be shared by all machines.")
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint}")
     return checkpoint
 
 
-def _newest_whole_checkpoint(folder: str) -> str | None:
-    for step, path in sorted(_checkpoints(folder), reverse=True):
-        try:
-            if json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))["global_step"] == step:
-                say(f"continuing from {path}")
-                return str(path)
-        except (OSError, ValueError, KeyError):
-            pass
-        say(f"passing over {path}: half-written")
-    return None
-
-
 def finished_results(folder: str, max_steps: int, tokens: int) -> dict | None:
-    """Return the results of a run that made its ``max_steps`` steps or trained its ``tokens``, else None."""
-    path = Path(folder) / RESULTS_FILE
-    results = _read_json(path) if path.exists() else {}
+    """Return the results of a run that made its ``max_steps`` steps or trained its ``tokens``, else None.
+
+    Half a file of results is what a run leaves that is killed while it writes them: it is removed, and written again.
+    """
+    path, results = Path(folder) / RESULTS_FILE, {}
+    if is_main_process() and path.exists():
+        try:
+            results = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError, RecursionError):
+            say(f"removing {path}: half-written when the run ended")
+            path.unlink()
     reached = results.get("steps") == max_steps or results.get("ledger", {}).get("tokens_trained") == tokens
     [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
     return results
@@ -132,18 +143,17 @@ def _read_json(path: Path) -> dict:
         raise InputError(f"{path}: damaged ({error}). Repair or remove it, or choose another --output_dir.") from None
 
 
-def _checkpoints(folder: str) -> list[tuple[int, Path]]:
-    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
-    return [(int(step), path) for path in found if (step := path.name.rpartition("-")[2]).isdigit()]
+def _allowed(name: str, allow_changes: Sequence[str]) -> bool:
+    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in allow_changes)
 
 
-def _differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
+def differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
     """Return (dotted name, old value, new value) of every leaf that differs."""
     found = []
     for name in sorted({*was, *now}):
         old, new = was.get(name), now.get(name)
         if isinstance(old, dict) and isinstance(new, dict):
-            found += _differences(old, new, f"{prefix}{name}.")
+            found += differences(old, new, f"{prefix}{name}.")
         elif old != new:
             found.append((f"{prefix}{name}", old, new))
     return found

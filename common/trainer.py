@@ -1,22 +1,24 @@
 """The one Trainer subclass. Every override says which behaviour of ``transformers.Trainer`` it replaces."""
 
-import errno
 import json
 import math
-import shutil
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask
 from common.callbacks import ScreenCallback
+from common.checkpoints import unfinished
 from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
+from common.guard import mean_logged_loss
+from common.loaders import check_shared_memory, keep_apart
 from common.low_memory_adamw import LowMemoryAdamW
 from common.memory import memory_gib
 from common.messages import InputError, say
@@ -24,6 +26,7 @@ from common.muon import MuonWithAdamW
 from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
+from common.safety import Safety
 
 
 class PretrainingTrainer(Trainer):
@@ -41,11 +44,13 @@ class PretrainingTrainer(Trainer):
         eval_rows: JoinedRows,
         rows_per_step: int,
         optimizer: str = "adamw",
+        shared: SharedArguments | None = None,
         **kwargs,
     ):
         """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes.
 
-        ``optimizer``: "muon" (common/muon.py), or "adamw": whatever ``args.optim`` names.
+        ``optimizer``: "muon" (common/muon.py), or "adamw": whatever ``args.optim`` names. ``shared``: its flags
+        of saving and of bad steps.
         """
         self.optimizer_name = optimizer
         self.rows_per_step = rows_per_step
@@ -81,8 +86,10 @@ class PretrainingTrainer(Trainer):
             fsdp_plugin.mixed_precision_policy = policy
         for printer in (ProgressCallback, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
-        self.add_callback(ScreenCallback())
-        self.add_callback(RunClock(self))
+        self.folder_lock = None  # the recipe claims the output folder
+        self.safety = Safety(self, shared or SharedArguments(), scaled=args.fp16)
+        for callback in (ScreenCallback(), self.safety, self.safety.interruption, RunClock(self)):  # the last one logs
+            self.add_callback(callback)
         self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16)
 
     @property
@@ -124,10 +131,26 @@ class PretrainingTrainer(Trainer):
             if state["max_steps"] != self.args.max_steps:
                 planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
                 say(f"note: {planned}: the learning-rate schedule moves with it")
-        try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        except torch.OutOfMemoryError as error:
-            raise InputError(out_of_memory(self, error)) from None
+            self.safety.resume(resume_from_checkpoint)
+        with self.safety.session():
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            except torch.OutOfMemoryError as error:
+                raise InputError(out_of_memory(self, error)) from None
+
+    def training_step(self, *args, **kwargs) -> torch.Tensor:
+        """Keep the loss of every micro-batch, on its device, until the step is checked."""
+        loss = super().training_step(*args, **kwargs)
+        self.safety.micro_losses.append(loss)
+        return loss
+
+    def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
+        """Check the step, for which all is known now. Replaces: making a step whatever its numbers are."""
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
+        in_backward = isinstance(optimizer, LowMemoryAdamW) and optimizer.in_backward  # no gradient is left
+        norm = optimizer.grad_norm if in_backward else super()._get_grad_norm(model, grad_norm)
+        self.safety.check_step(model, norm, in_backward)
+        return norm
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Replaces: one optimizer for all parameters, if it is to be Muon for the matrices."""
@@ -137,6 +160,11 @@ class PretrainingTrainer(Trainer):
             decayed = self.get_decay_parameter_names(model)
             self.optimizer = MuonWithAdamW(model, decayed, weight_decay=self.args.weight_decay, **settings)
         return super().create_optimizer(model)
+
+    def _get_dataloader(self, *args, **kwargs):
+        """Replaces: loaders that draw from the training's random state, and whose workers die of any signal."""
+        check_shared_memory(self.args, self.train_dataset.context_length)
+        return keep_apart(super()._get_dataloader(*args, **kwargs))
 
     def _get_train_sampler(self, train_dataset=None) -> TrainingOrder:
         """Replaces: a random order per epoch."""
@@ -170,6 +198,8 @@ class PretrainingTrainer(Trainer):
         sums = gather_object([(nats.item(), targets.item()) for nats, targets in self.eval_sums])  # of all processes
         nats, targets = (sum(column) for column in zip(*sums, strict=True))
         loss = nats / targets
+        bad = self.safety.report_evaluation(dataloader.dataset, sums, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_bad_batches": bad} if bad else {})
         nats_a_byte = nats / dataloader.dataset.target_bytes(self.processing_class)
         output.metrics[f"{metric_key_prefix}_loss"] = loss
         output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 709 else math.inf
@@ -184,27 +214,18 @@ class PretrainingTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        """Keep saving out of the training throughput, and end with one clear error when the disk is full."""
+        """Keep saving out of the training throughput. Replaces: pruning before the new checkpoint is whole."""
         with self.interval.paused():
-            try:
-                super()._save_checkpoint(*args, **kwargs)
-            except Exception as error:  # OSError, SafetensorError or torch's RuntimeError; only a full disk ends here
-                out_of_space = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(
-                    error
-                )
-                if not out_of_space and shutil.disk_usage(self.args.output_dir).free > 2**20:
-                    raise
-                partial = Path(self.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-                shutil.rmtree(partial, ignore_errors=True)
-                raise InputError(
-                    f"{partial}: no space left while saving ({error}). The checkpoints before it are whole: make room, "
-                    "and the same command continues from the last of them."
-                ) from None
+            self.safety.save(partial(super()._save_checkpoint, *args, **kwargs))
+
+    def _get_output_dir(self, trial) -> str:
+        """Return where a checkpoint is written until it is whole. Replaces: under its own name."""
+        return str(unfinished(self.args.output_dir, self.state.global_step).parent)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
         if "loss" in logs:
-            logs.update(self._step_metrics(start_time))
+            logs.update(self._step_metrics(start_time) | self.safety.guard.logged())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
         super().log(logs, start_time)
@@ -219,23 +240,6 @@ class PretrainingTrainer(Trainer):
             "tokens_per_second_per_device": rate,
             "tflops_per_device": tflops,
             **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
-            **self._norm_of_dropped_gradients(),
             **memory_gib(self.args.device),
             "train_seconds": self.seconds_before + time.time() - start_time,
         }
-
-    def _norm_of_dropped_gradients(self) -> dict[str, float]:
-        """Return the gradient norm of a step that was made inside backward. Replaces: that of what is left, nothing."""
-        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
-        dropped = isinstance(optimizer, LowMemoryAdamW) and optimizer.in_backward
-        return {"grad_norm": optimizer.grad_norm.item()} if dropped else {}
-
-
-def mean_logged_loss(log_history: list[dict]) -> float:
-    """Return the mean training loss over all steps: each logged loss is the mean since the log before."""
-    total, last_step = 0.0, 0
-    for entry in log_history:
-        if "loss" in entry:
-            total += entry["loss"] * (entry["step"] - last_step)
-            last_step = entry["step"]
-    return total / last_step if last_step else math.nan

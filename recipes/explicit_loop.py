@@ -2,7 +2,8 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, same YAMLs. Left to that recipe: recompute, trackers, samples, a test at the end. Not yet run on a GPU.
+Same flags, same YAMLs. Left to that recipe: recompute, trackers, samples, a test at the end; signals, bad numbers and a
+full disk (common/safety.py). Not yet run on a GPU.
 """
 
 import json
@@ -15,10 +16,10 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler, set_seed
-from transformers.trainer_utils import rotate_checkpoints
 
 from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask, choose_attention
+from common.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
 from common.download import download
 from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
 from common.ledger import Ledger, split_rows
@@ -35,6 +36,7 @@ from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
 
 ROOT = Path(__file__).resolve().parent.parent
+NOT_READ = {"swanlab", "plan", "probe", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
 # The numbers of wiki_zh_scratch.py, which gives the reasons. TRAINING has every flag of TrainingArguments read here.
 MODEL = dict(model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
              num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
@@ -61,7 +63,10 @@ def main(argv: list[str] | None = None) -> None:
     if sample := parser.parse_args(argv).sample:
         parser.set_defaults(**SAMPLE)
     given, defaults = parser.parse_args(argv), parser.parse_args([])
-    for name in {"swanlab", "plan", "probe", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}:
+    for name in {*NOT_READ, *TrainingArguments.__dataclass_fields__} - {
+        *TRAINING,
+        "disable_tqdm",
+    }:
         if getattr(given, name) != getattr(defaults, name):
             parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
     shared, training, _ = parser.parse_args_into_dataclasses(argv)
@@ -108,7 +113,8 @@ def main(argv: list[str] | None = None) -> None:
     deciding = {"rows": rows, "rows_per_step": rows_per_step, "optimizer": optimizer_name, "launch": launch}
     deciding |= {"documents": [store.fingerprint() for store in stores], "tokenizer": tokenizer_fingerprint(tokenizer)}
     with accelerator.main_process_first():
-        claim_output_folder(folder, run_identity(Path(__file__).name, shape, deciding, shared, training))
+        identity = run_identity(Path(__file__).name, shape, deciding, shared, training)
+        _lock = claim_output_folder(folder, identity, shared.allow_changes)  # until this process ends
     if results := finished_results(folder, steps, rows * shared.context_length):
         return say(f"{folder} is finished; nothing to train. Held-out loss: {results['eval_loss']:.4f}")
     check_disk_space(folder, model.num_parameters(), training)
@@ -180,12 +186,13 @@ def main(argv: list[str] | None = None) -> None:
         if not accelerator.optimizer_step_was_skipped:  # as after an overflow in fp16
             schedule.step()
         if saving:
-            accelerator.save_state(folder / f"checkpoint-{step}")
+            accelerator.save_state(unfinished(folder, step))
             accelerator.wait_for_everyone()
-            if accelerator.is_main_process:  # last, the file that makes a checkpoint whole
+            if accelerator.is_main_process:  # the checkpoint gets its name when it is whole
                 state = {"global_step": step, "steps": step, "log_bytes": log.stat().st_size, **entry}
-                (folder / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
-                rotate_checkpoints(folder, training.save_total_limit)
+                (unfinished(folder, step) / "trainer_state.json").write_text(json.dumps(state))
+                finish_checkpoint(folder, step, accelerator.num_processes)
+                prune_checkpoints(folder, training.save_total_limit)
 
     # Save the model, and the last log as results.
     weights = {name.replace("_orig_mod.", ""): weight for name, weight in accelerator.get_state_dict(model).items()}

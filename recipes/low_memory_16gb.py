@@ -190,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError(f"--optimizer {shared.optimizer}: here it is AdamW, as --optim says. Leave the flag out.")
     rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
     if recipe.step_in_backward:
-        check_step_in_backward(training, shared.context_length)
+        check_step_in_backward(training, shared.context_length, shared.on_loss_spike)
     # Frozen weights need no more than what is computed in; trained ones in bf16 need the rounding of LowMemoryAdamW.
     dtype = compute_dtype(training) if adapters else trained_dtype(recipe.weights, training)
     own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
@@ -229,7 +229,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
     trainer = PretrainingTrainer(
-        model, training, train_rows, eval_rows, rows_per_step,
+        model, training, train_rows, eval_rows, rows_per_step, shared=shared,
         processing_class=tokenizer, optimizer_cls_and_kwargs=own_optimizer,
     )  # fmt: skip
     if shared.probe:
@@ -244,7 +244,7 @@ def main(argv: list[str] | None = None) -> None:
     start |= {"step_in_backward": recipe.step_in_backward, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, start, data, shared, training)
     with training.main_process_first(desc="run folder"):
-        claim_output_folder(training.output_dir, identity)
+        trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
     wanted_tokens = trainer.order.real * shared.context_length
     if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
         finished = f"{training.output_dir} is finished; nothing to train."

@@ -166,7 +166,7 @@ def main(argv: list[str] | None = None) -> None:
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
     optimizer = choose_optimizer(shared.optimizer, training)
     trainer = PretrainingTrainer(
-        model, training, train_rows, eval_rows, rows_per_step, optimizer, processing_class=tokenizer
+        model, training, train_rows, eval_rows, rows_per_step, optimizer, shared, processing_class=tokenizer
     )
     if shared.probe:
         return probe(trainer)
@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> None:
     shape = {**shape, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, shape, data, shared, training)
     with training.main_process_first(desc="run folder"):
-        claim_output_folder(training.output_dir, identity)
+        trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
     wanted_tokens = trainer.order.real * shared.context_length
     if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
         return say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")

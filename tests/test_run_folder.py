@@ -6,17 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 
+from common.checkpoints import finish_checkpoint, unfinished
 from common.messages import InputError
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint
 
 RUN = {"recipe": "a.py", "model": {"hidden_size": 8}, "training": {"learning_rate": 1e-3}}
 
 
-def checkpoint(folder, step, content=None):
-    path = folder / f"checkpoint-{step}"
-    path.mkdir()
-    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}) if content is None else content)
-    return path
+def checkpoint(folder, step):
+    """A whole checkpoint."""
+    path = unfinished(folder, step)
+    path.mkdir(parents=True)
+    (path / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    finish_checkpoint(folder, step, processes=1)
+    return folder / f"checkpoint-{step}"
 
 
 def test_the_same_run_may_come_back(tmp_path):
@@ -59,11 +62,36 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert last_checkpoint(tmp_path) is None
     checkpoint(tmp_path, 9)
     whole = checkpoint(tmp_path, 10)
-    checkpoint(tmp_path, 100, content='{"global_step": 1')
+    (checkpoint(tmp_path, 100) / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-200").mkdir()
     assert last_checkpoint(tmp_path) == str(whole)
     said = capsys.readouterr().out
-    assert "passing over" in said and "checkpoint-100" in said and "checkpoint-200" in said
+    assert "checkpoint-100: trainer_state.json has 2 bytes, not 20" in said
+    assert "checkpoint-200: no manifest.json: half-written" in said
+    assert f"continuing from {whole}" in said
+
+
+def test_what_may_change_is_named(tmp_path, capsys):
+    claim_output_folder(tmp_path, RUN)
+    checkpoint(tmp_path, 5)
+    other = {"recipe": "a.py", "model": {"hidden_size": 16}, "training": {"learning_rate": 2e-3}}
+    with pytest.raises(InputError, match=r"--allow_changes model.hidden_size training.learning_rate"):
+        claim_output_folder(tmp_path, other)
+    with pytest.raises(InputError, match=r"--allow_changes model.hidden_size$"):
+        claim_output_folder(tmp_path, other, ["training.learning_rate"])
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN  # a refusal changes nothing
+    claim_output_folder(tmp_path, other, ["training.learning_rate", "model"])
+    assert "training.learning_rate was 0.001, and is 0.002 from here on" in capsys.readouterr().out
+    claim_output_folder(tmp_path, other)  # from now on it is this run
+    with pytest.raises(InputError, match="0.002 in the folder, 0.001 now"):
+        claim_output_folder(tmp_path, RUN)
+
+
+def test_half_written_results_are_no_results(tmp_path, capsys):
+    (tmp_path / "all_results.json").write_text('{"steps": 10, "eval_lo')
+    assert finished_results(tmp_path, 10, 640) is None
+    assert not (tmp_path / "all_results.json").exists()
+    assert "half-written when the run ended" in capsys.readouterr().out
 
 
 def test_a_run_is_finished_at_its_last_step_only(tmp_path):

@@ -11,6 +11,7 @@ import common.trainer as trainer
 from common.callbacks import generate_samples
 from common.messages import InputError
 from common.model import model_from_config
+from common.run_status import read_status
 from common.tokenizer_training import train_tokenizer
 
 
@@ -30,6 +31,8 @@ def test_a_lap_leaves_pauses_out(monkeypatch):
 def test_the_mean_weighs_every_step_once():
     history = [{"loss": 4.0, "step": 1}, {"eval_loss": 9.0, "step": 3}, {"loss": 2.0, "step": 4}]
     assert trainer.mean_logged_loss(history) == pytest.approx((4 + 3 * 2) / 4)
+    left_out = {"loss": float("nan"), "step": 6}
+    assert trainer.mean_logged_loss([*history, left_out]) == pytest.approx((4 + 3 * 2) / 4)
 
 
 def test_samples_leave_the_training_as_it_was():
@@ -50,15 +53,33 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, t
 
     def full_at_step_4(self, *args):
         if self.state.global_step == 4:
-            (tmp_path / "checkpoint-4").mkdir()
+            (tmp_path / "unfinished" / "checkpoint-4").mkdir()
             raise OSError(errno.ENOSPC, "No space left on device")
         save(self, *args)
 
     flags = small_run(cache_dir, tmp_path, "--save_steps", "2", "--eval_strategy", "no")
     monkeypatch.setattr(Trainer, "_save_checkpoint", full_at_step_4)
-    with pytest.raises(InputError, match="checkpoint-4: no space left while saving"):
+    with pytest.raises(InputError, match="no space left while saving step 4"):
         wiki.main(flags)
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    assert not [*(tmp_path / "unfinished").iterdir()]  # its space is given back
+    assert read_status(tmp_path)["state"] == "failed"
     monkeypatch.setattr(Trainer, "_save_checkpoint", save)
     wiki.main(flags)
     assert (tmp_path / "all_results.json").exists()
+    assert read_status(tmp_path) | {"state": "finished", "step": 6} == read_status(tmp_path)
+
+
+def test_with_continue_a_full_disk_does_not_end_the_run(wiki, cache_dir, tmp_path, monkeypatch, capsys):
+    save = Trainer._save_checkpoint
+
+    def full_at_step_4(self, *args):
+        save(self, *args)
+        if self.state.global_step == 4:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", full_at_step_4)
+    flags = ["--save_steps", "2", "--eval_strategy", "no", "--on_save_error", "continue"]
+    wiki.main(small_run(cache_dir, tmp_path, *flags))
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
+    assert "no space left while saving step 4" in capsys.readouterr().out

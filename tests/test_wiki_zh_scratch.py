@@ -310,6 +310,7 @@ def test_swanlab_offline_needs_nothing_and_asks_nothing(cache_dir, tmp_path):
         (["--max_steps", "0"], "trains on no row"),
         (["--max_steps", "-1", "--num_train_epochs", "0"], "trains on no row"),
         (["--save_only_model", "true"], "cannot be resumed exactly"),
+        (["--hub_token", "hunter2"], "--hub_token: not with these recipes, it would be saved"),
     ],
 )
 def test_bad_input_is_one_clear_error(wiki, cache_dir, tmp_path, monkeypatch, flags, message):

@@ -1,0 +1,89 @@
+"""The record of every launch of a run: all arguments, the launcher's settings, versions, commit; and what changed.
+
+``launches.jsonl`` in the output folder, one line a launch. What decides the losses is in ``run.json`` and refused when
+it differs (common/run_folder.py); what stands here may differ, and is said.
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from common.arguments import SharedArguments
+from common.messages import say
+from common.run_folder import differences
+
+LAUNCHES_FILE = "launches.jsonl"
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "tokenizers")
+LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")  # what the YAML leaves in the environment
+SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+ALWAYS_DIFFERENT = {"time", "commit", "python"}
+
+
+def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dict:
+    """Return all that this launch was given, as JSON types; no secrets."""
+    plugin = training.deepspeed_plugin
+    launcher = {
+        name: value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(LAUNCHER) and not any(word in name for word in SECRET)
+    }
+    arguments = {"shared": asdict(shared), "training": training.to_dict()}  # to_dict leaves the values of tokens out
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "commit": git_commit(),
+        "python": platform.python_version(),
+        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "processes": training.world_size,
+        "launcher": launcher,
+        "deepspeed": None if plugin is None else plugin.deepspeed_config,
+        "arguments": json.loads(json.dumps(arguments, default=str)),
+    }
+
+
+def record_launch(folder: str | Path, launch: dict) -> None:
+    """Say what differs from the launch before, and add this one; on the main process."""
+    path = Path(folder) / LAUNCHES_FILE
+    launch = json.loads(json.dumps(launch, default=str))
+    before = _last(path)
+    changed = [change for change in differences(before, launch) if change[0] not in ALWAYS_DIFFERENT] if before else []
+    for name, was, now in changed:
+        say(f"note: {name} was {was!r} at the last launch, and is {now!r} now")
+    with open(path, "a+", encoding="utf-8") as file:
+        file.seek(0)
+        cut_off = not file.read().endswith("\n") and file.tell() > 0  # by a kill in the middle of the line
+        file.write("\n" * cut_off + json.dumps(launch, ensure_ascii=False) + "\n")
+
+
+def _last(path: Path) -> dict:
+    """Return the last whole line; a run that is killed may leave half of one behind."""
+    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []):
+        try:
+            return dict(json.loads(line))
+        except (ValueError, TypeError):
+            continue
+    return {}
+
+
+def installed(package: str) -> str | None:
+    """Return the version of ``package``, None if it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def git_commit() -> str | None:
+    """Return the commit that this package is of, with "-dirty" behind it if files were changed; None without git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None

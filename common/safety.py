@@ -1,0 +1,219 @@
+"""What PretrainingTrainer does so that nothing is lost: steps are checked, saves whole, and every end accounted for."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.utils import DistributedType, gather_object
+from transformers import TrainerCallback
+
+from common.arguments import SharedArguments
+from common.checkpoints import prune_checkpoints, read_manifest, unfinished, write_checkpoint
+from common.guard import StepGuard
+from common.launches import describe_launch, record_launch
+from common.messages import InputError, say
+from common.muon import whole
+from common.order import IGNORED_ROW
+from common.packing import JoinedRows
+from common.run_status import write_json, write_status
+from common.signals import Interruption
+
+GUARD_FILE, BAD_STEPS_FILE = "guard.json", "bad_steps.jsonl"
+ROWS_SHOWN = 3
+
+
+class Safety(TrainerCallback):
+    """The guard, the signals and the saves of one PretrainingTrainer."""
+
+    def __init__(self, trainer, arguments: SharedArguments, scaled: bool):
+        """``scaled``: fp16's gradient scaler is at work."""
+        self.trainer, self.arguments = trainer, arguments
+        self.deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
+        if self.deepspeed and arguments.on_loss_spike == "skip":
+            raise InputError(
+                "--on_loss_spike skip: DeepSpeed makes its step before it can be judged. Use stop, or another YAML."
+            )
+        self.guard = StepGuard(arguments.on_loss_spike, arguments.max_bad_steps, scaled)
+        self.interruption = Interruption(arguments.save_minutes)
+        self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device
+        self.failed_saves = 0
+
+    def check_step(self, model: torch.nn.Module, grad_norm: torch.Tensor | float, made: bool = False) -> None:
+        """Take the gradients away from a step that must not be made: optimizers pass over parameters without any.
+
+        All processes see the same sums, and so decide the same. Reading them is the only wait for the device; what it
+        costs is in docs/reliability.md. ``made``: the weights have moved already, inside backward.
+        """
+        world, device = self.trainer.args.world_size, self.trainer.args.device
+        # DeepSpeed without clipping has no norm.
+        norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=device)
+        loss = torch.stack(self.micro_losses).sum().float()
+        wishes = torch.tensor(self.interruption.wishes(), device=device)
+        numbers = torch.cat([torch.stack([loss, whole(norm)]) / world, wishes])
+        if world > 1:
+            torch.distributed.all_reduce(numbers)
+        loss, norm, *wishes = numbers.tolist()
+        self.interruption.agree(wishes)
+        make, problem = self.guard.judge(loss, norm)
+        if problem is not None:
+            self._report(loss, norm, make, problem)
+        if not make:
+            model.zero_grad()
+            if made or (self.deepspeed and self.trainer.model_wrapped.was_step_applied()):
+                instead = "without --step_in_backward" if made else "in bf16 or fp16, or with ddp.yaml or fsdp2.yaml"
+                raise InputError(
+                    f"step {self.trainer.state.global_step + 1}: {problem}. That step has been made already: the "
+                    "weights are spoilt, and not saved. The same command goes back to the last checkpoint; to have "
+                    f"such steps left out instead, train {instead}."
+                )
+        self.micro_losses = []
+
+    def _report(self, loss: float, norm: float, make: bool, problem: str) -> None:
+        """Say which rows a bad step had, and keep all of them in ``bad_steps.jsonl``; called by all processes."""
+        trainer, step = self.trainer, self.trainer.state.global_step + 1
+        own = [not math.isfinite(micro) for micro in torch.stack(self.micro_losses).tolist()]
+        bad = np.array(gather_object([own])).T  # (micro-batches, processes)
+        first = trainer.order.start + (step - 1 - trainer.first_step) * trainer.rows_per_step
+        rows = trainer.order.rows_at(np.arange(first, min(first + trainer.rows_per_step, trainer.order.real)))
+        ignored = np.full(trainer.rows_per_step - len(rows), IGNORED_ROW)
+        rows = np.concatenate([rows, ignored]).reshape(*bad.shape, -1)
+        chosen = rows[bad] if bad.any() else rows  # only the gradient is bad, or it is a spike: any may be the cause
+        named = name_rows(trainer.train_dataset, chosen.ravel().tolist())
+        action = "made" if make else "left out"
+        say(f"step {step} {action}: {problem}. {_shown(named)}; all in {BAD_STEPS_FILE}")
+        if trainer.is_world_process_zero():
+            entry = {"step": step, "problem": problem, "loss": repr(loss), "grad_norm": repr(norm), "action": action}
+            Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
+            with open(Path(trainer.args.output_dir) / BAD_STEPS_FILE, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry | {"rows": named}, ensure_ascii=False) + "\n")
+
+    def report_evaluation(self, dataset: JoinedRows, batches: list[tuple[float, int]], prefix: str) -> int:
+        """Say which rows of an evaluation have a loss that is not finite; return how many batches have.
+
+        Args:
+            batches: (nats, targets) of the batches of all processes, one process after the other.
+        """
+        world, size = self.trainer.args.world_size, self.trainer.args.eval_batch_size
+        bad = np.array([not math.isfinite(nats) for nats, _ in batches]).reshape(world, -1).T  # (batches, processes)
+        if bad.any():
+            rows = np.arange(bad.size * size).reshape(*bad.shape, size)[bad].ravel()
+            named = name_rows(dataset, [row for row in rows.tolist() if row < len(dataset)])
+            say(f"{prefix}: {bad.sum()} of {bad.size} batches have a loss that is not finite. {_shown(named)}")
+        return int(bad.sum())
+
+    def save(self, write: Callable[[], None]) -> None:
+        """Save a checkpoint, whole or not at all; on a full disk stop or go on, as ``--on_save_error`` says."""
+        trainer, step, folder = self.trainer, self.trainer.state.global_step, self.trainer.args.output_dir
+        collective = self.deepspeed or trainer.is_fsdp_enabled
+        problem = write_checkpoint(folder, step, partial(self._write, write), gather_object, collective)
+        if problem is None:
+            if trainer.is_world_process_zero():
+                prune_checkpoints(folder, trainer.args.save_total_limit)
+            trainer.accelerator.wait_for_everyone()
+            return
+        self.failed_saves += 1
+        message = f"{folder}: no space left while saving step {step} ({problem}). The checkpoints before it are whole"
+        if self.arguments.on_save_error == "stop":
+            raise InputError(f"{message}: make room, and the same command continues from the last of them.")
+        say(f"{message}. Training goes on, as --on_save_error says; make room before the next save.")
+
+    def _write(self, write: Callable[[], None]) -> None:
+        write()
+        if self.trainer.is_world_process_zero():
+            write_json(
+                unfinished(self.trainer.args.output_dir, self.trainer.state.global_step) / GUARD_FILE,
+                self.guard.state(),
+            )
+
+    def resume(self, checkpoint: str) -> None:
+        """Take over what the guard knew at ``checkpoint``."""
+        processes, now = read_manifest(Path(checkpoint))["processes"], self.trainer.args.world_size
+        if self.deepspeed and processes != now:
+            raise InputError(
+                f"{checkpoint} was written by {processes} processes, and these are {now}: DeepSpeed's optimizer states "
+                f"are cut for {processes}. Use --num_processes {processes}. (Other YAMLs' fit any number.)"
+            )
+        self.guard.load(read_guard(Path(checkpoint) / GUARD_FILE))
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Around training: leave the process as whoever stopped it expects, and the state in ``status.json``."""
+        try:
+            yield
+        except BaseException as error:
+            self.status("failed", f"{type(error).__name__}: {error}")
+            self.interruption.release()
+            raise
+        if self.interruption.agreed is not None:
+            self.status("interrupted", self.interruption.agreed)
+            self.interruption.release()
+            raise SystemExit(self.interruption.exit_status)
+        if self.guard.stop is not None:
+            self.status("failed", self.guard.stop)
+            self.interruption.release()
+            raise InputError(
+                f"stopped at step {self.trainer.state.global_step}: {self.guard.stop}.\nThe bad steps were left out, "
+                f"the rest is saved; {self.trainer.args.output_dir}/{BAD_STEPS_FILE} has their rows. The same command "
+                "goes on behind them; a lower --learning_rate, or other data, needs another --output_dir."
+            )
+        self.interruption.before_leaving = partial(self.status, "interrupted", "a signal after the last step")
+
+    def finish(self) -> None:
+        """Say that the run has all its results."""
+        self.status("finished")
+        self.interruption.release()
+
+    def status(self, state: str, reason: str | None = None) -> None:
+        if self.trainer.folder_lock is None:  # not the main process, or a probe or benchmark, which claims no folder
+            return
+        progress = self.trainer.state
+        write_status(self.trainer.args.output_dir, state, progress.global_step, progress.max_steps, reason)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.status("running")
+        if self.trainer.folder_lock is not None:
+            record_launch(args.output_dir, describe_launch(self.arguments, args))
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.trainer.is_in_train:
+            self.status("running")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.guard.stop is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+
+def read_guard(path: Path) -> dict:
+    """Return what a checkpoint holds of the guard."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        counts = [state[name] for name in ("left_out", "spikes", "in_a_row")]
+        if not all(type(count) is int for count in counts) or not all(type(loss) is float for loss in state["losses"]):
+            raise ValueError("numbers that are none")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}). Remove its checkpoint, to continue from one before.") from None
+    return state
+
+
+def name_rows(rows: JoinedRows, indexes: list[int]) -> list[dict]:
+    """Return source, row and documents (counted in that source from 0) of every row that is not an ignored one."""
+    named = []
+    for index in indexes:
+        if index == IGNORED_ROW:
+            continue
+        source = int(np.searchsorted(rows.first_rows, index, side="right")) - 1
+        row = index - int(rows.first_rows[source])
+        packed = rows.sources[source]
+        named.append({"source": packed.source, "row": row, "documents": packed.documents_of(row)})
+    return named
+
+
+def _shown(named: list[dict]) -> str:
+    some = "; ".join(f"row {row['row']} of {row['source']}, documents {row['documents']}" for row in named[:ROWS_SHOWN])
+    return f"Among {len(named)} rows: {some}" + (" ..." if len(named) > ROWS_SHOWN else "")

@@ -1,0 +1,133 @@
+"""One folder, one run at a time; and what it says of itself."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from threading import Timer
+
+import pytest
+from conftest import ROOT
+
+from common import run_status
+from common.launches import describe_launch, record_launch
+from common.messages import InputError
+from common.run_folder import claim_output_folder
+from common.run_status import lock_folder, read_status, write_json, write_status
+
+OWNER = (
+    "import sys, time\nfrom common.run_status import lock_folder, write_status\n"
+    "lock = lock_folder(sys.argv[1]); write_status(sys.argv[1], 'running', 7, 9)\n"
+    "print('locked', flush=True)\ntime.sleep(60)\n"
+)
+
+
+@pytest.fixture
+def owner(tmp_path):
+    """Another process that holds the lock."""
+    process = subprocess.Popen([sys.executable, "-c", OWNER, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "locked\n"
+    yield process
+    process.kill()
+    process.wait()
+
+
+def test_two_runs_in_a_folder_are_refused_with_the_owners_name(owner, tmp_path):
+    began = time.monotonic()
+    with pytest.raises(InputError, match=f"process {owner.pid} on .*, at step 7"):
+        lock_folder(tmp_path, seconds=0.5)
+    assert time.monotonic() - began < 5
+
+
+def test_the_lock_dies_with_its_owner(owner, tmp_path):
+    owner.send_signal(signal.SIGKILL)
+    owner.wait()
+    assert lock_folder(tmp_path, seconds=0).is_locked
+    assert read_status(tmp_path)["state"] == "running"  # it could not say more
+
+
+def test_it_waits_for_an_owner_that_is_ending(owner, tmp_path, capsys):
+    Timer(0.5, owner.kill).start()
+    assert lock_folder(tmp_path, seconds=30).is_locked
+    assert "is in use; waiting up to 30 s" in capsys.readouterr().out
+
+
+def test_a_notebook_may_call_it_again(tmp_path):
+    first = claim_output_folder(tmp_path, {"recipe": "a"})
+    assert claim_output_folder(tmp_path, {"recipe": "a"}) is first
+
+
+def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def acquire(self, **_):
+        raise NotImplementedError("no flock here")
+
+    monkeypatch.setattr(run_status.FileLock, "acquire", acquire)
+    lock_folder(tmp_path / "other")
+    assert "cannot be locked here (no flock here)" in capsys.readouterr().out
+
+
+def test_only_the_main_process_locks_and_writes(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    assert lock_folder(tmp_path) is None
+    write_status(tmp_path, "running", 1, 2)
+    assert not [*tmp_path.iterdir()]
+
+
+def test_the_status_says_state_step_and_owner(tmp_path):
+    assert read_status(tmp_path) is None
+    write_status(tmp_path, "interrupted", 3, 9, "SIGTERM")
+    status = json.loads((tmp_path / "status.json").read_text())
+    assert status["pid"] == os.getpid() and status["host"] and status["time"]
+    assert (status["state"], status["step"], status["max_steps"], status["reason"]) == ("interrupted", 3, 9, "SIGTERM")
+    (tmp_path / "status.json").write_text('{"state": ')
+    assert read_status(tmp_path) is None
+
+
+def test_what_is_left_half_written_is_removed_by_the_owner_only(owner, tmp_path, capsys):
+    (tmp_path / "unfinished" / "checkpoint-5").mkdir(parents=True)
+    with pytest.raises(InputError), pytest.MonkeyPatch.context() as patch:
+        patch.setattr("common.run_folder.lock_folder", lambda folder: lock_folder(folder, 0.1))
+        claim_output_folder(tmp_path, {"recipe": "a"})
+    assert (tmp_path / "unfinished" / "checkpoint-5").exists()
+    owner.kill()
+    owner.wait()
+    claim_output_folder(tmp_path, {"recipe": "a"})
+    assert not (tmp_path / "unfinished").exists() and "half-written when the run ended" in capsys.readouterr().out
+
+
+def test_json_is_the_old_or_the_new(tmp_path, monkeypatch):
+    write_json(tmp_path / "a.json", {"a": 1})
+    monkeypatch.setattr(json, "dumps", lambda *_, **__: "cut off" + 1)
+    with pytest.raises(TypeError):
+        write_json(tmp_path / "a.json", {"a": 2})
+    assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
+
+
+def test_every_launch_is_recorded_and_what_changed_is_said(tmp_path, capsys):
+    launch = {
+        "time": "1",
+        "commit": "a",
+        "versions": {"torch": "2.11"},
+        "arguments": {"training": {"logging_steps": 1}},
+    }
+    record_launch(tmp_path, launch)
+    assert capsys.readouterr().out == ""
+    with open(tmp_path / "launches.jsonl", "a") as file:
+        file.write('{"time": "cut o')
+    later = launch | {"time": "2", "commit": "b", "versions": {"torch": "2.13"}}
+    record_launch(tmp_path, later)
+    said = capsys.readouterr().out
+    assert said == "note: versions.torch was '2.11' at the last launch, and is '2.13' now\n"
+
+
+def test_no_secret_reaches_the_record(wiki, monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_API_KEY", "hunter2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    training = wiki.TrainingArguments(output_dir=str(tmp_path), hub_token="hunter2", use_cpu=True, report_to="none")
+    launch = json.dumps(describe_launch(wiki.SharedArguments(), training))
+    assert "hunter2" not in launch
+    found = json.loads(launch)
+    assert found["launcher"]["ACCELERATE_MIXED_PRECISION"] == "no" and found["versions"]["torch"]
+    assert found["arguments"]["training"]["learning_rate"] == training.learning_rate
