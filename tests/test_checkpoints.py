@@ -182,11 +182,13 @@ def test_a_process_that_cannot_tell_the_others_ends(tmp_path):
 
 FILL = """
 import os, pathlib, runpy, shutil, sys, threading, time
-moment, other = pathlib.Path(sys.argv[1]), sys.argv[2]
+moment, other, left = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
 def fill():
     while not moment.exists(): time.sleep(0.0002)
     file = os.open(other, os.O_CREAT | os.O_WRONLY)
-    os.posix_fallocate(file, 0, shutil.disk_usage(moment).free - int(sys.argv[3]))
+    try:
+        while (free := shutil.disk_usage(other).free - left) > 0: os.write(file, bytes(min(free, 1 << 20)))
+    except OSError: pass  # the save and this one have filled it together
     os.close(file)
 threading.Thread(target=fill, daemon=True).start()
 sys.argv = sys.argv[4:]
