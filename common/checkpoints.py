@@ -63,10 +63,13 @@ def problem_of(path: Path) -> str | None:
         return f"{MANIFEST} is of step {manifest['step']}"
     for name, size in manifest["files"].items():
         file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != size:
-            return f"{name} has {file.stat().st_size:,} bytes, not {size:,}"
+        try:
+            if not file.is_file():
+                return f"{name[:200]!r} is missing"
+            if file.stat().st_size != size:
+                return f"{name!r} has {file.stat().st_size:,} bytes, not {size:,}"
+        except OSError as error:  # as of a name that is too long
+            return f"{name[:200]!r} cannot be looked at ({error.strerror})"
     return None
 
 
@@ -87,7 +90,7 @@ def read_manifest(path: Path) -> dict:
         raise ValueError("counts that are none")
     for name in manifest["files"]:
         if "\0" in name or "\\" in name or os.path.isabs(name) or ".." in name.split("/"):
-            raise ValueError(f"{name!r} is no file of it")
+            raise ValueError(f"{name[:200]!r} is no file of it")
     return manifest
 
 

@@ -23,7 +23,6 @@ from common.checkpoints import (
     write_checkpoint,
 )
 from common.messages import InputError
-from common.run_status import read_status
 
 
 def files_of(folder, step, content=b"weights"):
@@ -58,8 +57,8 @@ def test_a_finished_checkpoint_is_whole_and_lists_its_files(tmp_path):
 @pytest.mark.parametrize(
     ("damage", "says"),
     [
-        (lambda path: (path / "model.safetensors").unlink(), "model.safetensors is missing"),
-        (lambda path: os.truncate(path / "inner" / "optimizer.bin", 3), "inner/optimizer.bin has 3 bytes, not 14"),
+        (lambda path: (path / "model.safetensors").unlink(), "'model.safetensors' is missing"),
+        (lambda path: os.truncate(path / "inner" / "optimizer.bin", 3), "'inner/optimizer.bin' has 3 bytes, not 14"),
         (lambda path: (path / "manifest.json").unlink(), "no manifest.json"),
         (lambda path: os.truncate(path / "manifest.json", 9), "manifest.json is damaged"),
         (lambda path: (path / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),
@@ -68,6 +67,8 @@ def test_a_finished_checkpoint_is_whole_and_lists_its_files(tmp_path):
         (lambda path: write_manifest(path, {"a": -1}), "counts that are none"),
         (lambda path: write_manifest(path, {"../a": 1}), "is no file of it"),
         (lambda path: write_manifest(path, {"/a": 1}), "is no file of it"),
+        (lambda path: write_manifest(path, {"a" * 5000: 1}), "cannot be looked at"),
+        (lambda path: write_manifest(path, {"\ud800": 1}), "is missing"),
         (lambda path: write_manifest(path, {"a": 1}, step=8), "is of step 8"),
     ],
 )
@@ -179,40 +180,50 @@ def test_a_process_that_cannot_tell_the_others_ends(tmp_path):
         write_checkpoint(tmp_path, 2, full, lambda values: values * 2, collective=True)
 
 
+FILL = """
+import os, pathlib, runpy, shutil, sys, threading, time
+moment, other, left = pathlib.Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+def fill():
+    while not moment.exists(): time.sleep(0.0002)
+    file = os.open(other, os.O_CREAT | os.O_WRONLY)
+    try:
+        while (free := shutil.disk_usage(other).free - left) > 0: os.write(file, bytes(min(free, 1 << 20)))
+    except OSError: pass  # the save and this one have filled it together
+    os.close(file)
+threading.Thread(target=fill, daemon=True).start()
+sys.argv = sys.argv[4:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.heavy
-@pytest.mark.parametrize("on_save_error", ["stop", "continue"])
-def test_a_small_disk(cache_dir, tmp_path, on_save_error):
-    """A real file system that fills up, and space given back. 38 MB a checkpoint, 100 MB of disk, 60 of it taken."""
+@pytest.mark.parametrize(
+    ("on_save_error", "moment", "left"),
+    [("stop", "unfinished/checkpoint-4", 0), ("stop", "checkpoint-2", 0), ("continue", "checkpoint-2", 30_000_000)],
+)
+def test_a_small_disk(cache_dir, tmp_path, on_save_error, moment, left):
+    """A tmpfs for two checkpoints of 51 MB and the model; somebody fills it in the middle of a save, or before one."""
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100m", "tmpfs", disk], capture_output=True, text=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=130m", "tmpfs", disk], capture_output=True, text=True)
     assert mounted.returncode == 0, f"this test mounts a tmpfs, as root: {mounted.stderr}"
     try:
         flags = small_run(cache_dir, disk / "run", "--save_steps", "2", "--eval_strategy", "no")
         flags += ["--save_total_limit", "1", "--on_save_error", on_save_error]
-        command = [sys.executable, ROOT / "recipes" / "wiki_zh_scratch.py", *flags]
-        # The preflight would refuse so small a disk; here it becomes small while the run goes on.
-        watching = (
-            "import sys, runpy, pathlib, threading, time\n"
-            "def fill(run, other):\n"
-            "    while not (run / 'checkpoint-2').exists(): time.sleep(0.001)\n"
-            "    other.write_bytes(b'0' * 45_000_000)\n"
-            f"threading.Thread(target=fill, args=(pathlib.Path({str(disk / 'run')!r}), "
-            f"pathlib.Path({str(disk / 'other')!r})), daemon=True).start()\n"
-            f"sys.argv = {[str(part) for part in command[1:]]!r}\n"
-            f"runpy.run_path({str(command[1])!r}, run_name='__main__')\n"
-        )
-        done = subprocess.run([sys.executable, "-c", watching], capture_output=True, text=True, cwd=ROOT)
+        recipe = [str(ROOT / "recipes" / "wiki_zh_scratch.py"), *flags]
+        filling = [sys.executable, "-c", FILL, str(disk / "run" / moment), str(disk / "other"), str(left)]
+        done = subprocess.run([*filling, *recipe], capture_output=True, text=True, cwd=ROOT)
         assert "no space left while saving step 4" in done.stdout + done.stderr, done.stdout + done.stderr
-        assert names(disk / "run")[0] == "checkpoint-2" and problem_of(disk / "run" / "checkpoint-2") is None
+        assert names(disk / "run") == ["checkpoint-2"] and problem_of(disk / "run" / "checkpoint-2") is None
         assert not unfinished(disk / "run", 4).exists()
-        if on_save_error == "stop":
-            assert done.returncode == 1 and "Traceback" not in done.stderr
-            assert read_status(disk / "run")["state"] == "failed"
         (disk / "other").unlink()
-        again = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        if on_save_error == "continue":
+            assert done.returncode == 0 and [*losses(disk / "run")] == [1, 2, 3, 4, 5, 6]
+            return
+        assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+        again = subprocess.run([sys.executable, *recipe], capture_output=True, text=True, cwd=ROOT)
         assert again.returncode == 0, again.stdout + again.stderr
         assert [*losses(disk / "run")] == [1, 2, 3, 4, 5, 6]
-        assert problem_of(disk / "run" / "checkpoint-6") is None
+        assert names(disk / "run") == ["checkpoint-6"] and problem_of(disk / "run" / "checkpoint-6") is None
     finally:
         subprocess.run(["umount", disk], check=True)

@@ -66,7 +66,7 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     (tmp_path / "checkpoint-200").mkdir()
     assert last_checkpoint(tmp_path) == str(whole)
     said = capsys.readouterr().out
-    assert "checkpoint-100: trainer_state.json has 2 bytes, not 20" in said
+    assert "checkpoint-100: 'trainer_state.json' has 2 bytes, not 20" in said
     assert "checkpoint-200: no manifest.json: half-written" in said
     assert f"continuing from {whole}" in said
 

@@ -187,12 +187,14 @@ def test_another_number_of_processes_repeats_and_skips_no_row(wiki, cache_dir, t
 def test_finding_the_place_takes_less_than_a_second():
     """The last of 10 million rows, and a place in the third pass over them; no data is read, none is there."""
     for place in (9_999_000, 25_000_000):
-        order = TrainingOrder([10_000_000], 42)
-        order.start, order.real, order.total = place, place + 1000, place + 1000
-        began = time.perf_counter()
-        first = next(iter(order))
-        seconds = time.perf_counter() - began
-        print(f"place {place:,}: {seconds:.2f} s")
-        assert seconds < 1
+        seconds = []
+        for _ in range(3):  # a busy machine is not a failure
+            order = TrainingOrder([10_000_000], 42)
+            order.start, order.real, order.total = place, place + 1000, place + 1000
+            began = time.process_time()
+            first = next(iter(order))
+            seconds.append(time.process_time() - began)
+        print(f"place {place:,}: {min(seconds):.2f} s")
+        assert min(seconds) < 1
         expected = np.random.default_rng([42, place // 10_000_000]).permutation(10_000_000)[place % 10_000_000]
         assert first == expected
