@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -49,6 +50,7 @@ def finish_checkpoint(folder: str | Path, step: int, processes: int) -> None:
     _discard(folder, final)  # one of this step that was passed over
     path.rename(final)
     sync_folder(final.parent)
+    _remove_if_empty(path.parent)
 
 
 def problem_of(path: Path) -> str | None:
@@ -208,3 +210,9 @@ def _discard(folder: str | Path, path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
     shutil.rmtree(trash, ignore_errors=True)
+    _remove_if_empty(trash.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
