@@ -9,11 +9,12 @@ import torch
 from transformers import TrainingArguments
 
 from common.messages import InputError, say
+from common.zero import launched_precision, take_over_recompute
 
 
 def launch_defaults() -> dict:
     """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    precision = launched_precision()
     return {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
@@ -63,12 +64,13 @@ def check_launch(training: TrainingArguments) -> None:
             f"or one: CUDA_VISIBLE_DEVICES=0 in front of the same command."
         )
     asked = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    owned = os.environ.get("ACCELERATE_MIXED_PRECISION", asked)
+    owned = launched_precision() if "ACCELERATE_MIXED_PRECISION" in os.environ else asked
     if asked != owned:
         raise InputError(
             f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
             f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
         )
+    take_over_recompute(training)
     check_compiler(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), training.device)
     if training.device.type == "cuda" and torch.version.hip is None:
         check_cuda_device(

@@ -16,6 +16,7 @@ from common.arguments import SharedArguments
 from common.clock import synchronize
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
+from common.zero import recompute_owner
 
 BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
 
@@ -175,6 +176,8 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise InputError(f"--plan_config {path}: not an accelerate configuration ({error!r}).") from None
     zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
+    if "deepspeed_config_file" in zero:
+        config, zero = joined_with_json(config, zero["deepspeed_config_file"])
     strategies = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2"}
     strategy = f"zero{zero.get('zero_stage', 2)}" if kind == "DEEPSPEED" else strategies.get(kind)
     if strategy is None:
@@ -186,11 +189,28 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         processes=processes or int(config.get("num_processes", 1)),
         precision=str(config.get("mixed_precision", "no")),
         compiled=str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no",
-        recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing", False)),
+        recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing") or "recompute" in zero),
         optimizer="adamw" if kind == "DEEPSPEED" and setting.optimizer == "muon" else setting.optimizer,
         offload_optimizer=zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params")),
         offload_parameters=zero.get("offload_param_device") in moved or bool(fsdp.get("fsdp_offload_params")),
     )
+
+
+def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
+    """Return an accelerate configuration with what DeepSpeed's JSON at ``path`` says, and its DeepSpeed section."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"deepspeed_config_file {path}: cannot be read ({error}).") from None
+    optimization = found.get("zero_optimization", {})
+    zero = {
+        "zero_stage": optimization.get("stage", 2),
+        "offload_optimizer_device": optimization.get("offload_optimizer", {}).get("device"),
+        "offload_param_device": optimization.get("offload_param", {}).get("device"),
+    }
+    zero |= {"recompute": True} if "activation_checkpointing" in found else {}
+    precision = [name for name in ("bf16", "fp16") if found.get(name, {}).get("enabled") is True]
+    return config | {"mixed_precision": (precision or ["no"])[0]}, zero
 
 
 def setting_of_run(model: PreTrainedModel, training: TrainingArguments, context_length: int, optimizer: str) -> Setting:
@@ -205,7 +225,7 @@ def setting_of_run(model: PreTrainedModel, training: TrainingArguments, context_
         processes=training.world_size,
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
-        recompute=training.gradient_checkpointing,
+        recompute=training.gradient_checkpointing or recompute_owner() is not None,
         fused_loss="forward" in vars(model) or model.device.type == "meta",
         optimizer="adamw_8bit" if "8bit" in training.optim and optimizer != "muon" else optimizer,
     )

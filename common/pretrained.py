@@ -15,6 +15,7 @@ from transformers.utils import is_gguf_available
 
 from common.hub import fetch_model
 from common.messages import InputError, say
+from common.model import build_whole
 
 # Of ln(vocabulary), which is what predicting every token alike costs. Measured on SmolLM2-135M: English, Chinese and
 # Python 0.22 to 0.27, letters drawn at random 0.51; ids of five other tokenizers 0.80 to 1.16; embedding, body or both
@@ -52,6 +53,7 @@ def pretrained_model(place: str, tokenizer: PreTrainedTokenizerBase, context_len
     """
     config = _config_for(place, tokenizer, context_length)
     folder, in_file = _as_transformers_asks(place)
+    build_whole()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, output_loading_info=True, **in_file
@@ -79,6 +81,7 @@ def random_model(place: str, tokenizer: PreTrainedTokenizerBase, context_length:
         InputError: see this module; or transformers cannot build it.
     """
     config = _config_for(place, tokenizer, context_length)
+    build_whole()
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, same YAMLs. Left to that recipe: recompute, trackers, samples, a test at the end. Not yet run on a GPU.
+Same flags, YAMLs and numbers, explained there; no trackers, samples or test at the end. Not yet run on a GPU.
 """
 
 import json
@@ -35,7 +35,6 @@ from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
 
 ROOT = Path(__file__).resolve().parent.parent
-# The numbers of wiki_zh_scratch.py, which gives the reasons. TRAINING has every flag of TrainingArguments read here.
 MODEL = dict(model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
              num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
 DATA = dict(data=None, tokenizer="Qwen/Qwen2-0.5B", context_length=512, held_out_fraction=0.005,
@@ -101,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
     documents = model.config._attn_implementation == DOCUMENTS  # flex attention, which needs their borders
     masked = (lambda batch: batch | {"document_mask": block_mask(batch["position_ids"])}) if documents else dict
     use_fused_loss(model)
+    if training.gradient_checkpointing:  # DeepSpeed's JSON asks for recompute; FSDP's key is Accelerate's
+        model.gradient_checkpointing_enable()
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     folder = Path(training.output_dir)
@@ -193,7 +194,6 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         (folder / "all_results.json").write_text(json.dumps(state, indent=1))
-    say(f"the model, log.jsonl and all_results.json are in {folder}")
 
 
 if __name__ == "__main__":
