@@ -15,7 +15,7 @@ def load(name: str):
     return module
 
 
-gpu, learning = load("gpu"), load("learning")
+gpu, learning, strategies = load("gpu"), load("learning"), load("strategies")
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
@@ -38,6 +38,25 @@ def test_the_rows_are_of_the_wanted_length(tmp_path):
     assert len(rows) >= 2 * 131_072 // 2048 and rows[0]["input_ids"].shape == (2048,)
     starts = sum(int((rows[row]["position_ids"] == 0).sum()) for row in range(len(rows)))
     assert 300 < len(rows) * 2048 / starts < 500  # documents of 500 tokens, cut once more at the end of each row
+
+
+def test_strategies_are_chosen_with_the_baseline_first():
+    every = strategies.chosen(["*"])
+    assert every[0] == "single_gpu" and {"zero3_offload", "fsdp2", "fp16"} < set(every)
+    assert not {"cpu", "cpu_2proc", "multi_node"} & set(every)
+    assert strategies.chosen(["zero?", "cpu"]) == ["cpu", "zero1", "zero2", "zero3"]
+
+
+def test_a_strategys_row_has_medians_of_warm_steps_and_the_largest_deviation():
+    history = [
+        dict(step=step, loss=10.0 - step, tokens_per_second_per_device=1000.0 * step, memory_peak_gib=step / 2, mfu=0.3)
+        for step in range(1, 9)
+    ]
+    baseline = {1: 9.0, 2: 10.0, 3: 7.0, 9: 1.0}
+    row = strategies.row("ddp", 2, [*history, {"eval_loss": 1.0}], baseline, 31.7)
+    assert row == "| ddp | 2 | 7,000 | 30.0% | 4.0 | 9.0000 | 2.0000 | 20.0000% | 32 |"
+    failed = strategies.row("zero3", 2, [], baseline, 3.0)
+    assert "failed" in failed and failed.count("|") == row.count("|")
 
 
 def test_the_table_has_ratios_and_names_failures():
