@@ -9,17 +9,28 @@ import torch
 from transformers import TrainingArguments
 
 from common.messages import InputError, say
-from common.zero import launched_precision, take_over_recompute
+from common.strategy import launched_precision, offloads, take_over_recompute
 
 
 def launch_defaults() -> dict:
     """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator."""
+    check_devices()
     precision = launched_precision()
     return {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available(),
     }
+
+
+def check_devices() -> None:
+    """Raise InputError if more processes were started here than there are devices: most would fail to find theirs."""
+    visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < visible < local and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        raise InputError(
+            f"{local} processes were started on this machine, and {visible} devices are visible. Use --num_processes "
+            f"{visible} (times the number of machines), or let all be visible: CUDA_VISIBLE_DEVICES."
+        )
 
 
 def check_launch(training: TrainingArguments) -> None:
@@ -45,6 +56,9 @@ def check_launch(training: TrainingArguments) -> None:
         ),
         ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
         ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
+        ("--deepspeed", training.deepspeed, "the launcher's YAML owns the strategy: accelerate_configs/zero2.yaml"),
+        ("--fsdp", training.fsdp, "the launcher's YAML owns the strategy: accelerate_configs/fsdp2.yaml"),
+        ("--torch_compile", training.torch_compile, "the launcher's YAML owns it: dynamo_config, --dynamo_backend"),
         ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
     ):
         if value:
@@ -53,7 +67,7 @@ def check_launch(training: TrainingArguments) -> None:
     if launched > 1 and training.world_size == 1:
         raise InputError(
             f"{launched} processes were launched, but each sees only itself: they would train {launched} independent "
-            "models into one folder. On CPU: --config_file accelerate_configs/ddp.yaml --mixed_precision no"
+            "models into one folder. On CPU: --config_file accelerate_configs/cpu_2proc.yaml"
         )
     if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")
@@ -108,6 +122,8 @@ def choose_optimizer(wanted: str, training: TrainingArguments) -> str:
     reason, named = None, getattr(training.optim, "value", training.optim)
     if training.deepspeed_plugin is not None:
         reason = "DeepSpeed's ZeRO cuts up the matrices that Muon needs whole; fsdp2.yaml and ddp.yaml do not"
+    elif offloads(training):
+        reason = "its matrix products would be the CPU's, where fsdp2_offload.yaml keeps the parameters"
     elif named not in ("adamw_torch", "adamw_torch_fused"):
         reason = f"--optim {named} names another one"
     if wanted == "muon" and reason is not None:

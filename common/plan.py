@@ -9,14 +9,13 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.clock import synchronize
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
-from common.zero import recompute_owner
+from common.strategy import offloads, recompute_owner, strategy_of
 
 BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
 
@@ -215,19 +214,19 @@ def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
 
 def setting_of_run(model: PreTrainedModel, training: TrainingArguments, context_length: int, optimizer: str) -> Setting:
     """Return the setting of the run that this process is part of."""
-    zero, kind = training.deepspeed_plugin, training.distributed_state.distributed_type
-    strategies = {DistributedType.FSDP: "fsdp2", DistributedType.NO: "single"}
-    strategy = f"zero{zero.zero_stage}" if zero is not None else strategies.get(kind, "ddp")
+    moved = offloads(training)
     return Setting(
         rows=training.per_device_train_batch_size,
         context_length=context_length,
-        strategy=strategy,
+        strategy=strategy_of(training),
         processes=training.world_size,
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
         recompute=training.gradient_checkpointing or recompute_owner() is not None,
         fused_loss="forward" in vars(model) or model.device.type == "meta",
         optimizer="adamw_8bit" if "8bit" in training.optim and optimizer != "muon" else optimizer,
+        offload_optimizer=moved,
+        offload_parameters=moved and strategy_of(training) in ("fsdp2", "zero3"),
     )
 
 

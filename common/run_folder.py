@@ -46,13 +46,7 @@ def claim_output_folder(folder: str, identity: dict) -> None:
     identity = json.loads(json.dumps(identity))
     worth_keeping = bool(_checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
     if worth_keeping and path.exists():
-        differences = _differences(_read_json(path), identity)
-        if differences:
-            raise InputError(
-                f"{folder} holds another run; relaunching there continues it, and these differ:\n"
-                + "\n".join(f"  {name}: {was!r} in the folder, {now!r} now" for name, was, now in differences)
-                + "\nGo back to the old values, or choose another --output_dir."
-            )
+        _refuse_another_run(folder, _read_json(path), identity)
     elif worth_keeping:
         raise InputError(
             f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another "
@@ -65,19 +59,50 @@ def claim_output_folder(folder: str, identity: dict) -> None:
         partial.replace(path)
 
 
+def check_folder(folder: str, recipe: str, arguments: SharedArguments, training: TrainingArguments) -> str:
+    """Return what ``folder`` holds of this run, by what is known before data and model are.
+
+    Raises:
+        InputError: another recipe's run, or one with other flags, is in it.
+    """
+    path = Path(folder) / RUN_FILE
+    checkpoints = sorted(step for step, _ in _checkpoints(folder))
+    if not path.exists() or not (checkpoints or (Path(folder) / RESULTS_FILE).exists()):
+        return f"{folder}, a new run"
+    known = json.loads(json.dumps(run_identity(recipe, {}, {}, arguments, training)))
+    was = _read_json(path)
+    was = {"recipe": was.get("recipe"), "training": was.get("training"), "model": {}} | {
+        "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS}
+    }
+    _refuse_another_run(folder, was, known)
+    return f"{folder}, " + (f"to be continued from step {checkpoints[-1]}" if checkpoints else "with results")
+
+
+def _refuse_another_run(folder: str, was: dict, now: dict) -> None:
+    if differences := _differences(was, now):
+        raise InputError(
+            f"{folder} holds another run; relaunching there continues it, and these differ:\n"
+            + "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in differences)
+            + "\nGo back to the old values, or choose another --output_dir."
+        )
+
+
 def check_disk_space(folder: str, parameters: int, training: TrainingArguments) -> None:
     """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
 
-    A checkpoint takes 12 bytes a parameter (weights and two AdamW states in float32), the final model 4.
+    A checkpoint takes 12 bytes a parameter (weights and two AdamW states in float32), the final model 4. Without a
+    limit on checkpoints, and with steps that are not counted yet (max_steps -1), it is asked again later.
     """
     if training.save_strategy == "no":
         checkpoints = 0
+    elif training.save_total_limit is None and training.max_steps < 0:
+        checkpoints = 2
     elif training.save_total_limit is None:
         interval = training.save_steps if training.save_steps >= 1 else training.save_steps * training.max_steps
         checkpoints = math.ceil(training.max_steps / interval)
     else:
         checkpoints = training.save_total_limit + 1
-    needed, free = parameters * (12 * checkpoints + 4), shutil.disk_usage(folder).free
+    needed, free = parameters * (12 * checkpoints + 4), shutil.disk_usage(_existing(folder)).free
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in _checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
@@ -86,6 +111,12 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments) 
             f"{parameters * 12 / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
             "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
+
+
+def _existing(folder: str) -> Path:
+    """Return ``folder``, or the nearest folder above it that there is."""
+    path = Path(folder).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def last_checkpoint(folder: str) -> str | None:

@@ -20,7 +20,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask, choose_attention
 from common.download import download
-from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.launch import launch_defaults
 from common.ledger import Ledger, split_rows
 from common.loss import use_fused_loss
 from common.messages import InputError, say
@@ -28,6 +28,7 @@ from common.model import model_from_config
 from common.muon import MuonWithAdamW
 from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import collate_rows
+from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
@@ -64,9 +65,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(given, name) != getattr(defaults, name):
             parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
     shared, training, _ = parser.parse_args_into_dataclasses(argv)
-    check_launch(training)
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
-    optimizer_name = choose_optimizer(shared.optimizer, training)
+    rows_per_step, optimizer_name = preflight(Path(__file__).name, shared, training)
     set_seed(training.seed)
 
     # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.

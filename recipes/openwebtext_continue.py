@@ -35,13 +35,14 @@ from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
 from common.download import download
-from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import InputError, say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
 from common.plan import print_plan, probe
+from common.preflight import preflight
 from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before, retained_rows
@@ -156,10 +157,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = model_without_memory(find_model(recipe.model, weights=False))
         return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
-    check_launch(training)
+    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training)
     if shared.tokenizer == "train" and not recipe.from_scratch:
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
     set_seed(training.seed)
 
     # Weights, tokenizer and data: the first process of each machine prepares them, the others wait and find them.
@@ -190,7 +190,6 @@ def main(argv: list[str] | None = None) -> None:
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    optimizer = choose_optimizer(shared.optimizer, training)
     trainer = PretrainingTrainer(
         model, training, train_rows, eval_rows, rows_per_step, optimizer, processing_class=tokenizer
     )

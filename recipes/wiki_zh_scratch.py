@@ -26,13 +26,14 @@ from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
 from common.download import download
-from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import say
 from common.model import model_from_config, parameter_report, planned_model
 from common.packing import unigram_loss
 from common.plan import print_plan, probe
+from common.preflight import preflight
 from common.report import save_results, summary
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sizes import shape_of
@@ -135,13 +136,12 @@ def main(argv: list[str] | None = None) -> None:
     own, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+    vocabulary = shared.vocabulary_size if shared.tokenizer == "train" else VOCABULARY
+    planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
+    planned = planned_model(planned_shape, vocabulary, shared.context_length)
     if shared.plan and not shared.probe:
-        vocabulary = shared.vocabulary_size if shared.tokenizer == "train" else VOCABULARY
-        shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
-        model = planned_model(shape, vocabulary, shared.context_length)
-        return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
-    check_launch(training)
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
+        return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
+    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned)
     set_seed(training.seed)
 
     # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
@@ -164,7 +164,6 @@ def main(argv: list[str] | None = None) -> None:
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    optimizer = choose_optimizer(shared.optimizer, training)
     trainer = PretrainingTrainer(
         model, training, train_rows, eval_rows, rows_per_step, optimizer, processing_class=tokenizer
     )

@@ -14,7 +14,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from common.arguments import SharedArguments
 from common.launch import launch_defaults
 from common.messages import InputError
-from common.zero import recompute_owner, take_over_recompute
+from common.strategy import recompute_owner, take_over_recompute
 
 FOLDER = ROOT / "accelerate_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))

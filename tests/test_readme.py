@@ -27,7 +27,7 @@ class Understood(Exception):
     """The recipe has parsed its flags and goes on to the next step."""
 
 
-def stop(_):
+def stop(*_, **__):
     raise Understood
 
 
@@ -41,7 +41,7 @@ def test_every_launch_line_is_understood_by_the_recipe(name, monkeypatch):
         recipe = next(word for word in words if word.startswith("recipes/"))
         # recipes/mine.py is the reader's copy, made by the line above it.
         module = load_recipe(recipe.removeprefix("recipes/").removesuffix(".py").replace("mine", "wiki_zh_scratch"))
-        monkeypatch.setattr(module, "check_launch", stop)
+        monkeypatch.setattr(module, "preflight", stop)
         with pytest.raises(Understood):
             module.main(words[words.index(recipe) + 1 :])
 

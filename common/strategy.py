@@ -1,9 +1,10 @@
-"""What the launcher's configuration says of precision and recompute, and DeepSpeed's JSON, which leaves both to us."""
+"""What the launcher's configuration decided: strategy, precision, recompute; and DeepSpeed's JSON, read for them."""
 
 import json
 import os
 from pathlib import Path
 
+from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from common.messages import InputError
@@ -81,3 +82,21 @@ def take_over_recompute(training: TrainingArguments) -> None:
     for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.23 reads the second
         if hasattr(training, name):
             setattr(training, name, True)
+
+
+def strategy_of(training: TrainingArguments) -> str:
+    """Return how this launch divides the work: single, ddp, zero1, zero2, zero3, fsdp1 or fsdp2."""
+    if training.deepspeed_plugin is not None:
+        return f"zero{training.deepspeed_plugin.zero_stage}"
+    if training.distributed_state.distributed_type == DistributedType.FSDP:
+        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
+    return "ddp" if training.world_size > 1 else "single"
+
+
+def offloads(training: TrainingArguments) -> bool:
+    """Whether parameters or optimizer states live in main memory."""
+    if training.deepspeed_plugin is not None:
+        zero = training.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        devices = {(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")}
+        return bool(devices & {"cpu", "nvme"})
+    return strategy_of(training) == "fsdp2" and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"
