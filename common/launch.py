@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 
@@ -94,6 +95,23 @@ def check_launch(training: TrainingArguments) -> None:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         if local < visible:
             say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+
+
+# What gloo, NCCL and torch say when a process at the other end is gone.
+GONE = re.compile(
+    r"(closed|reset) by peer|broken pipe|connection refused|timed out|timeout|remote process exited", re.IGNORECASE
+)
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """Return what to do if ``error`` says that another process is gone or does not answer, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not GONE.search(str(error)):
+        return None
+    return (
+        f"process {os.environ.get('RANK')}: another process of this run is gone or does not answer "
+        f"({str(error).splitlines()[0][:200]}). Its own output says why. The same command on every machine continues "
+        "from the last checkpoint; with --rdzv_backend c10d --max_restarts 3 the launchers do so by themselves."
+    )
 
 
 def check_compiler(backend: str, device: torch.device) -> None:

@@ -61,7 +61,8 @@ def main(argv: list[str] | None = None) -> None:
     if sample := parser.parse_args(argv).sample:
         parser.set_defaults(**SAMPLE)
     given, defaults = parser.parse_args(argv), parser.parse_args([])
-    for name in {"swanlab", "plan", "probe", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}:
+    others = {"swanlab", "plan", "probe", "init_from", *TrainingArguments.__dataclass_fields__}
+    for name in others - {*TRAINING, "disable_tqdm"}:
         if getattr(given, name) != getattr(defaults, name):
             parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
     shared, training, _ = parser.parse_args_into_dataclasses(argv)

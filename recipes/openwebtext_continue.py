@@ -34,6 +34,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
+from common.carry_over import load_start, rows_behind
 from common.download import download
 from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
@@ -184,6 +185,8 @@ def main(argv: list[str] | None = None) -> None:
     # Model, in float32: the optimizer's steps are too small for bf16 weights; the YAML's bf16 is autocast.
     build = random_model if recipe.from_scratch else pretrained_model
     model = build(place, tokenizer, shared.context_length)
+    if shared.init_from:
+        load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     fingerprint = weights_fingerprint(model)
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
@@ -201,9 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
     data |= {"retained": [store.fingerprint() for store in retained_stores.values()], "rows_per_step": rows_per_step}
-    data |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    data |= {"init_from": shared.init_from, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start = {"weights": fingerprint, "from_scratch": recipe.from_scratch, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, start, data, shared, training)
+    if shared.init_from:
+        trainer.start_behind(rows_behind(shared.init_from, identity, shared.context_length))
     with training.main_process_first(desc="run folder"):
         claim_output_folder(training.output_dir, identity)
     wanted_tokens = trainer.order.real * shared.context_length

@@ -25,6 +25,7 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
+from common.carry_over import load_start, rows_behind
 from common.download import download
 from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
@@ -159,6 +160,8 @@ def main(argv: list[str] | None = None) -> None:
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
     shape = shape_of(own.model, own.target_parameters, shape, len(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length)
+    if shared.init_from:
+        load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
@@ -174,8 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
     data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
+    data |= {"init_from": shared.init_from}
     shape = {**shape, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, shape, data, shared, training)
+    if shared.init_from:
+        trainer.start_behind(rows_behind(shared.init_from, identity, shared.context_length))
     with training.main_process_first(desc="run folder"):
         claim_output_folder(training.output_dir, identity)
     wanted_tokens = trainer.order.real * shared.context_length
