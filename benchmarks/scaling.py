@@ -10,6 +10,7 @@ bf16 (DeepSpeed). Sources: https://arxiv.org/abs/1910.02054 section 7, and each 
 """
 
 import argparse
+from dataclasses import replace
 
 from common.memory import GIB, Setting, predict
 from common.model import planned_model
@@ -36,20 +37,16 @@ def bytes_sent(strategy: str, parameters: float, cards: int, accumulation: int =
     return volume * (cards - 1) / cards
 
 
-# The YAMLs in the order in which to try them: the fastest first.
 def candidates(cards: int, setting: Setting) -> list[tuple[str, Setting]]:
-    from dataclasses import replace
-
+    """Return the YAMLs in the order in which to try them, the fastest first, with what each makes of ``setting``."""
     if cards == 1:
         plain = [("single_gpu", replace(setting, strategy="single"))]
         switches = plain + [("single_gpu, recompute", replace(setting, strategy="single", recompute=True))]
-        last = ("zero3_offload", "zero3")
     else:
         sharded = [("ddp", "ddp", False), ("fsdp2", "fsdp2", False), ("fsdp2_recompute", "fsdp2", True)]
         switches = [(name, replace(setting, strategy=how, recompute=again)) for name, how, again in sharded]
-        last = ("zero3_offload", "zero3")
     moved = dict(offload_optimizer=True, offload_parameters=True, recompute=True, compiled=False)
-    return switches + [(last[0], replace(setting, strategy=last[1], **moved))]
+    return switches + [("zero3_offload", replace(setting, strategy="zero3", **moved))]
 
 
 def first_that_fits(model, cards: int, limit_gib: float, context_length: int) -> str:

@@ -91,10 +91,9 @@ def check_launch(training: TrainingArguments) -> None:
         check_cuda_device(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
         )
-        visible = torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if local < visible:
-            say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+    visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local < visible and not training.use_cpu:
+        say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
 
 
 # What gloo, NCCL and torch say when a process at the other end is gone.

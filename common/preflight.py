@@ -134,7 +134,8 @@ def processes(training: TrainingArguments) -> str:
 
 def precision(training: TrainingArguments) -> str:
     kind = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
-    where = "CPU" if training.device.type != "cuda" else torch.cuda.get_device_name()
+    names = torch.get_device_module(training.device)
+    where = names.get_device_name() if hasattr(names, "get_device_name") else training.device.type.upper()
     scaled = ", with a loss scaler" if training.fp16 else ""
     return f"{kind} on {where}{scaled} (the YAML's mixed_precision); parameters and optimizer in fp32"
 

@@ -15,7 +15,7 @@ def load(name: str):
     return module
 
 
-gpu, learning, strategies = load("gpu"), load("learning"), load("strategies")
+gpu, learning, scaling, strategies = map(load, ("gpu", "learning", "scaling", "strategies"))
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
@@ -87,3 +87,25 @@ def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):
     chunks = learning.chunks_of_the_tutorial(store, torch.tensor([True, True, True]).numpy())
     assert [chunk["input_ids"].unique().tolist() for chunk in chunks] == [[1], [1], [3]]
     assert all(len(chunk["input_ids"]) == 512 for chunk in chunks)
+
+
+def test_traffic_of_a_step_by_hand():
+    """1,000 parameters on 4 cards: three quarters of each gather or scatter leave a card."""
+    assert scaling.bytes_sent("ddp", 1000, 4) == 0.75 * 2 * 4000
+    assert scaling.bytes_sent("zero1", 1000, 4, accumulation=8) == 0.75 * (2000 + 2000)
+    assert scaling.bytes_sent("zero2", 1000, 4, accumulation=8) == 0.75 * (8 * 2000 + 2000)
+    assert scaling.bytes_sent("zero3", 1000, 4, accumulation=8) == 0.75 * 8 * (4000 + 2000)
+    assert scaling.bytes_sent("fsdp2", 1000, 4, accumulation=8) == 0.75 * (8 * 4000 + 4000)
+
+
+def test_the_tables_of_the_scaling_guide_are_the_scripts(capsys):
+    scaling.main([])
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| ")]
+    guide = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(tables) == 3 and all(table.strip() in guide for table in tables)
+    for line in tables[2].splitlines()[2:]:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        size = name.removeprefix("qwen2.5-").upper()
+        row = next((row for row in readme.splitlines() if row.startswith("|") and size in row.split("|")[1]), None)
+        assert row is None or [cell.strip() for cell in row.strip("|").split("|")[1:]] == cells[:5]

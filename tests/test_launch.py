@@ -149,7 +149,7 @@ def test_bf16_on_a_card_without_it_is_refused():
 
 
 def test_idle_devices_are_mentioned(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)

@@ -68,7 +68,11 @@ def start(machines: list[str], rank: int, log: Path, launcher: list[str], flags:
     command = ["ip", "netns", "exec", machines[rank], sys.executable, "-m", "accelerate.commands.accelerate_cli"]
     command += ["launch", *words, "--mixed_precision", "no", "--dynamo_backend", "no", *launcher]
     # The host's name leads out of the namespace: say which network and address to use, as on machines with several.
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "net0", "PET_LOCAL_ADDR": ADDRESSES[rank], "OMP_NUM_THREADS": "1"}
+    environment = (
+        os.environ
+        | {"PYTHONPATH": str(ROOT)}
+        | {"GLOO_SOCKET_IFNAME": "net0", "PET_LOCAL_ADDR": ADDRESSES[rank], "OMP_NUM_THREADS": "1"}
+    )
     with open(log, "w") as file:
         return subprocess.Popen(
             [*command, "recipes/wiki_zh_scratch.py", *flags], env=environment, stdout=file, stderr=file, cwd=ROOT
