@@ -109,7 +109,7 @@ def lost_process(error: RuntimeError) -> str | None:
     return (
         f"process {os.environ.get('RANK')}: another process of this run is gone or does not answer "
         f"({str(error).splitlines()[0][:200]}). Its own output says why. The same command on every machine continues "
-        "from the last checkpoint; with --rdzv_backend c10d --max_restarts 3 the launchers do so by themselves."
+        "from the last checkpoint."
     )
 
 
