@@ -83,6 +83,13 @@ class SharedArguments:
             "help": "Attention kernel: sdpa, flex_attention, eager, flash_attention_2 ... auto: the fastest there is."
         },
     )
+    init_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Go on with the weights of this checkpoint, under another YAML or number of processes, in another "
+            "--output_dir: at its next row, with optimizer and schedule begun anew."
+        },
+    )
     plan: bool = field(
         default=False,
         metadata={"help": "Only say what memory the run needs, and what would make it fit. Loads nothing."},

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import sys
 
@@ -9,16 +10,28 @@ import torch
 from transformers import TrainingArguments
 
 from common.messages import InputError, say
+from common.strategy import launched_precision, offloads, take_over_recompute
 
 
 def launch_defaults() -> dict:
     """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator."""
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    check_devices()
+    precision = launched_precision()
     return {
         "bf16": precision == "bf16",
         "fp16": precision == "fp16",
         "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available(),
     }
+
+
+def check_devices() -> None:
+    """Raise InputError if more processes were started here than there are devices: most would fail to find theirs."""
+    visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if 0 < visible < local and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+        raise InputError(
+            f"{local} processes were started on this machine, and {visible} devices are visible. Use --num_processes "
+            f"{visible} (times the number of machines), or let all be visible: CUDA_VISIBLE_DEVICES."
+        )
 
 
 def check_launch(training: TrainingArguments) -> None:
@@ -46,6 +59,9 @@ def check_launch(training: TrainingArguments) -> None:
         ("--load_best_model_at_end", training.load_best_model_at_end, "a run ends with its last weights"),
         ("--hub_token", training.hub_token, "it would be saved in training_args.bin; export HF_TOKEN instead"),
         ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
+        ("--deepspeed", training.deepspeed, "the launcher's YAML owns the strategy: accelerate_configs/zero2.yaml"),
+        ("--fsdp", training.fsdp, "the launcher's YAML owns the strategy: accelerate_configs/fsdp2.yaml"),
+        ("--torch_compile", training.torch_compile, "the launcher's YAML owns it: dynamo_config, --dynamo_backend"),
         ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
     ):
         if value:
@@ -54,7 +70,7 @@ def check_launch(training: TrainingArguments) -> None:
     if launched > 1 and training.world_size == 1:
         raise InputError(
             f"{launched} processes were launched, but each sees only itself: they would train {launched} independent "
-            "models into one folder. On CPU: --config_file accelerate_configs/ddp.yaml --mixed_precision no"
+            "models into one folder. On CPU: --config_file accelerate_configs/cpu_2proc.yaml"
         )
     if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
         raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")
@@ -65,21 +81,38 @@ def check_launch(training: TrainingArguments) -> None:
             f"or one: CUDA_VISIBLE_DEVICES=0 in front of the same command."
         )
     asked = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    owned = os.environ.get("ACCELERATE_MIXED_PRECISION", asked)
+    owned = launched_precision() if "ACCELERATE_MIXED_PRECISION" in os.environ else asked
     if asked != owned:
         raise InputError(
             f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
             f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
         )
+    take_over_recompute(training)
     check_compiler(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), training.device)
     if training.device.type == "cuda" and torch.version.hip is None:
         check_cuda_device(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
         )
-        visible = torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        if local < visible:
-            say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+    visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if local < visible and not training.use_cpu:
+        say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+
+
+# What gloo, NCCL and torch say when a process at the other end is gone.
+GONE = re.compile(
+    r"(closed|reset) by peer|broken pipe|connection refused|timed out|timeout|remote process exited", re.IGNORECASE
+)
+
+
+def lost_process(error: RuntimeError) -> str | None:
+    """Return what to do if ``error`` says that another process is gone or does not answer, else None."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not GONE.search(str(error)):
+        return None
+    return (
+        f"process {os.environ.get('RANK')}: another process of this run is gone or does not answer "
+        f"({str(error).splitlines()[0][:200]}). Its own output says why. The same command on every machine continues "
+        "from the last checkpoint."
+    )
 
 
 def check_compiler(backend: str, device: torch.device) -> None:
@@ -108,6 +141,8 @@ def choose_optimizer(wanted: str, training: TrainingArguments) -> str:
     reason, named = None, getattr(training.optim, "value", training.optim)
     if training.deepspeed_plugin is not None:
         reason = "DeepSpeed's ZeRO cuts up the matrices that Muon needs whole; fsdp2.yaml and ddp.yaml do not"
+    elif offloads(training):
+        reason = "its matrix products would be the CPU's, where fsdp2_offload.yaml keeps the parameters"
     elif named not in ("adamw_torch", "adamw_torch_fused"):
         reason = f"--optim {named} names another one"
     if wanted == "muon" and reason is not None:

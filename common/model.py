@@ -2,6 +2,7 @@
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import unset_hf_deepspeed_config
 
 from common.messages import InputError
 
@@ -43,6 +44,7 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
     # Qwen's is the end-of-document token, and a zero vector at the start of a row stays zero through every norm: a
     # gradient norm of 1.9e26 was measured.
     settings |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
+    build_whole()
     try:
         config = AutoConfig.for_model(**settings)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -53,6 +55,16 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
     return model
+
+
+def build_whole() -> None:
+    """Make models that are built from here on have all their weights on every process, under ZeRO-3 too.
+
+    transformers would divide each layer as it is made: drawing its random numbers in another order (other losses than
+    under any other YAML), and leaving parameters that count as empty (no FLOPs, no fingerprint). DeepSpeed divides
+    them all the same when training starts; Trainer tells transformers of ZeRO-3 again when it is made.
+    """
+    unset_hf_deepspeed_config()
 
 
 def parameter_report(model: PreTrainedModel) -> dict[str, int]:

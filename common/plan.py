@@ -9,7 +9,6 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.arguments import SharedArguments
@@ -17,6 +16,7 @@ from common.clock import synchronize
 from common.loss import DeferringHead
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
+from common.strategy import offloads, recompute_owner, strategy_of
 
 BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
 
@@ -183,6 +183,8 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
         raise InputError(f"--plan_config {path}: not an accelerate configuration ({error!r}).") from None
     zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
+    if "deepspeed_config_file" in zero:
+        config, zero = joined_with_json(config, zero["deepspeed_config_file"])
     strategies = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2"}
     strategy = f"zero{zero.get('zero_stage', 2)}" if kind == "DEEPSPEED" else strategies.get(kind)
     if strategy is None:
@@ -194,11 +196,28 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         processes=processes or int(config.get("num_processes", 1)),
         precision=str(config.get("mixed_precision", "no")),
         compiled=str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no",
-        recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing", False)),
+        recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing") or "recompute" in zero),
         optimizer="adamw" if kind == "DEEPSPEED" and setting.optimizer == "muon" else setting.optimizer,
         offload_optimizer=zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params")),
         offload_parameters=zero.get("offload_param_device") in moved or bool(fsdp.get("fsdp_offload_params")),
     )
+
+
+def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
+    """Return an accelerate configuration with what DeepSpeed's JSON at ``path`` says, and its DeepSpeed section."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"deepspeed_config_file {path}: cannot be read ({error}).") from None
+    optimization = found.get("zero_optimization", {})
+    zero = {
+        "zero_stage": optimization.get("stage", 2),
+        "offload_optimizer_device": optimization.get("offload_optimizer", {}).get("device"),
+        "offload_param_device": optimization.get("offload_param", {}).get("device"),
+    }
+    zero |= {"recompute": True} if "activation_checkpointing" in found else {}
+    precision = [name for name in ("bf16", "fp16") if found.get(name, {}).get("enabled") is True]
+    return config | {"mixed_precision": (precision or ["no"])[0]}, zero
 
 
 def setting_of_run(
@@ -209,9 +228,7 @@ def setting_of_run(
     own_optimizer: tuple[type, dict] | None = None,
 ) -> Setting:
     """Return the setting of the run that this process is part of; ``own_optimizer``: of common/low_memory.py."""
-    zero, kind = training.deepspeed_plugin, training.distributed_state.distributed_type
-    strategies = {DistributedType.FSDP: "fsdp2", DistributedType.NO: "single"}
-    strategy = f"zero{zero.zero_stage}" if zero is not None else strategies.get(kind, "ddp")
+    moved = offloads(training)
     if own_optimizer is not None:
         optimizer = f"rounding_{own_optimizer[1]['state_bits']}bit"
     elif "8bit" in training.optim and optimizer != "muon":
@@ -220,13 +237,15 @@ def setting_of_run(
     return Setting(
         rows=training.per_device_train_batch_size,
         context_length=context_length,
-        strategy=strategy,
+        strategy=strategy_of(training),
         processes=training.world_size,
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
         compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
-        recompute=training.gradient_checkpointing,
+        recompute=training.gradient_checkpointing or recompute_owner() is not None,
         fused_loss=isinstance(head, DeferringHead) or head.weight.device.type == "meta",
         optimizer=optimizer,
+        offload_optimizer=moved,
+        offload_parameters=moved and strategy_of(training) in ("fsdp2", "zero3"),
         in_backward=own_optimizer is not None and own_optimizer[1]["in_backward"],
         accumulated=training.gradient_accumulation_steps != 1,
         four_bits=any(hasattr(parameter, "quant_state") for parameter in model.parameters()),

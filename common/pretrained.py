@@ -22,6 +22,7 @@ from transformers.utils import is_gguf_available
 
 from common.hub import fetch_model
 from common.messages import InputError, say
+from common.model import build_whole
 
 # Of ln(vocabulary), which is what predicting every token alike costs. Measured on SmolLM2-135M: English, Chinese and
 # Python 0.22 to 0.27, letters drawn at random 0.51; ids of five other tokenizers 0.80 to 1.16; embedding, body or both
@@ -73,6 +74,7 @@ def pretrained_model(
     where = {} if device is None or in_file else {"device_map": {"": device}}
     if quantization is not None:
         where["quantization_config"] = quantization
+    build_whole()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype, output_loading_info=True, **in_file, **where
@@ -106,6 +108,7 @@ def random_model(
         InputError: see this module; or transformers cannot build it.
     """
     config = _config_for(place, tokenizer, context_length)
+    build_whole()
     try:
         with torch.device(device or "cpu"):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -56,15 +56,7 @@ def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str
     identity = json.loads(json.dumps(identity))
     worth_keeping = bool(checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
     if worth_keeping and path.exists():
-        found = differences(_read_json(path), identity)
-        refused = [change for change in found if not _allowed(change[0], allow_changes)]
-        if refused:
-            raise InputError(
-                f"{folder} holds another run; relaunching there continues it, and these differ:\n"
-                + "\n".join(f"  {name}: {was!r} in the folder, {now!r} now" for name, was, now in refused)
-                + "\nGo back to the old values, choose another --output_dir, or continue with the new ones:\n"
-                + f"  --allow_changes {' '.join(name for name, _, _ in refused)}"
-            )
+        found = _check_changes(folder, _read_json(path), identity, allow_changes)
         for name, was, now in found:
             say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
         if found:
@@ -80,20 +72,55 @@ def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str
     return lock
 
 
+def check_folder(folder: str, recipe: str, arguments: SharedArguments, training: TrainingArguments) -> str:
+    """Return what ``folder`` holds of this run, by what is known before data and model are.
+
+    Raises:
+        InputError: another recipe's run, or one with other flags, is in it.
+    """
+    path = Path(folder) / RUN_FILE
+    steps = [step for step, _ in checkpoints(folder)]
+    if not path.exists() or not (steps or (Path(folder) / RESULTS_FILE).exists()):
+        return f"{folder}, a new run"
+    known = json.loads(json.dumps(run_identity(recipe, {}, {}, arguments, training)))
+    was = _read_json(path)
+    was = {"recipe": was.get("recipe"), "training": was.get("training"), "model": {}} | {
+        "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS}
+    }
+    _check_changes(folder, was, known, arguments.allow_changes)
+    return f"{folder}, " + (f"to be continued from step {steps[-1]}" if steps else "with results")
+
+
+def _check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[str]) -> list[tuple[str, object, object]]:
+    """Return what differs and may; refuse what may not."""
+    found = differences(was, now)
+    if refused := [change for change in found if not _allowed(change[0], allow_changes)]:
+        raise InputError(
+            f"{folder} holds another run; relaunching there continues it, and these differ:\n"
+            + "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in refused)
+            + "\nGo back to the old values, choose another --output_dir, or continue with the new ones:\n"
+            + f"  --allow_changes {' '.join(name for name, _, _ in refused)}"
+        )
+    return found
+
+
 def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8) -> None:
     """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
 
     A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), the final model ``weight``.
+    Without a limit on checkpoints, and with steps that are not counted yet (max_steps -1), it is asked again later.
     """
     if training.save_strategy == "no":
         kept = 0
+    elif training.save_total_limit is None and training.max_steps < 0:
+        kept = 2
     elif training.save_total_limit is None:
         interval = training.save_steps if training.save_steps >= 1 else training.save_steps * training.max_steps
         kept = math.ceil(training.max_steps / interval)
     else:
         kept = training.save_total_limit + 1
     a_checkpoint = parameters * (weight + states)
-    needed, free = a_checkpoint * kept + parameters * weight, shutil.disk_usage(folder).free
+    needed, free = a_checkpoint * kept + parameters * weight, shutil.disk_usage(_existing(folder)).free
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
@@ -102,6 +129,12 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
             f"{a_checkpoint / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
             "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
+
+
+def _existing(folder: str) -> Path:
+    """Return ``folder``, or the nearest folder above it that there is."""
+    path = Path(folder).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def last_checkpoint(folder: str) -> str | None:

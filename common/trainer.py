@@ -14,10 +14,12 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask
 from common.callbacks import ScreenCallback
+from common.carry_over import check_resumable
 from common.checkpoints import unfinished
 from common.clock import RunClock, Stopwatch
 from common.flops import flops_per_token, peak_tflops
 from common.guard import mean_logged_loss
+from common.launch import lost_process
 from common.loaders import check_shared_memory, keep_apart
 from common.low_memory_adamw import LowMemoryAdamW
 from common.memory import memory_gib
@@ -103,6 +105,10 @@ class PretrainingTrainer(Trainer):
         steps = self.state.global_step - self.first_step
         return min(self.order.start + steps * self.rows_per_step, self.order.real)
 
+    def start_behind(self, rows: int) -> None:
+        """Begin at row ``rows`` of the order: those before it were trained on by the run of --init_from."""
+        self._plan(self.args, first_step=0, first_position=rows)
+
     def _plan(self, args, first_step: int, first_position: int) -> None:
         """Lay out the steps from ``first_step`` on, which begins at ``first_position`` of the order of rows.
 
@@ -125,6 +131,7 @@ class PretrainingTrainer(Trainer):
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
         if resume_from_checkpoint is not None:
+            check_resumable(resume_from_checkpoint, self.args)
             state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
             seen = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
             self._plan(self.args, state["global_step"], seen[-1] // self.train_dataset.context_length)
@@ -137,6 +144,10 @@ class PretrainingTrainer(Trainer):
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except torch.OutOfMemoryError as error:
                 raise InputError(out_of_memory(self, error)) from None
+            except RuntimeError as error:
+                if (message := lost_process(error)) is None:
+                    raise
+                raise InputError(message) from None
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Keep the loss of every micro-batch, on its device, until the step is checked."""

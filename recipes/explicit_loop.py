@@ -2,8 +2,8 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, same YAMLs. Left to that recipe: recompute, trackers, samples, a test at the end; signals, bad numbers and a
-full disk (common/safety.py). Not yet run on a GPU.
+Same flags, YAMLs and numbers, explained there; no trackers, samples or test at the end, and without common/safety.py:
+signals, bad numbers, a full disk. Not yet run on a GPU.
 """
 
 import json
@@ -21,7 +21,7 @@ from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask, choose_attention
 from common.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
 from common.download import download
-from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.launch import launch_defaults
 from common.ledger import Ledger, split_rows
 from common.loss import use_fused_loss
 from common.messages import InputError, say
@@ -29,6 +29,7 @@ from common.model import model_from_config
 from common.muon import MuonWithAdamW
 from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import collate_rows
+from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
@@ -36,8 +37,7 @@ from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_READ = {"swanlab", "plan", "probe", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
-# The numbers of wiki_zh_scratch.py, which gives the reasons. TRAINING has every flag of TrainingArguments read here.
+NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
 MODEL = dict(model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
              num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
 DATA = dict(data=None, tokenizer="Qwen/Qwen2-0.5B", context_length=512, held_out_fraction=0.005,
@@ -63,16 +63,11 @@ def main(argv: list[str] | None = None) -> None:
     if sample := parser.parse_args(argv).sample:
         parser.set_defaults(**SAMPLE)
     given, defaults = parser.parse_args(argv), parser.parse_args([])
-    for name in {*NOT_READ, *TrainingArguments.__dataclass_fields__} - {
-        *TRAINING,
-        "disable_tqdm",
-    }:
+    for name in {*NOT_READ, *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}:
         if getattr(given, name) != getattr(defaults, name):
             parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
     shared, training, _ = parser.parse_args_into_dataclasses(argv)
-    check_launch(training)
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
-    optimizer_name = choose_optimizer(shared.optimizer, training)
+    rows_per_step, optimizer_name = preflight(Path(__file__).name, shared, training)
     set_seed(training.seed)
 
     # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.
@@ -106,6 +101,8 @@ def main(argv: list[str] | None = None) -> None:
     documents = model.config._attn_implementation == DOCUMENTS  # flex attention, which needs their borders
     masked = (lambda batch: batch | {"document_mask": block_mask(batch["position_ids"])}) if documents else dict
     use_fused_loss(model)
+    if training.gradient_checkpointing:  # DeepSpeed's JSON asks for recompute; FSDP's key is Accelerate's
+        model.gradient_checkpointing_enable()
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     folder = Path(training.output_dir)
@@ -200,7 +197,6 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         (folder / "all_results.json").write_text(json.dumps(state, indent=1))
-    say(f"the model, log.jsonl and all_results.json are in {folder}")
 
 
 if __name__ == "__main__":

@@ -34,14 +34,16 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
+from common.carry_over import load_start, rows_behind
 from common.download import download
-from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import InputError, say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
 from common.plan import print_plan, probe
+from common.preflight import preflight
 from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before, retained_rows
@@ -156,10 +158,9 @@ def main(argv: list[str] | None = None) -> None:
         else:
             model = model_without_memory(find_model(recipe.model, weights=False))
         return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
-    check_launch(training)
+    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training)
     if shared.tokenizer == "train" and not recipe.from_scratch:
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
     set_seed(training.seed)
 
     # Weights, tokenizer and data: the first process of each machine prepares them, the others wait and find them.
@@ -184,13 +185,14 @@ def main(argv: list[str] | None = None) -> None:
     # Model, in float32: the optimizer's steps are too small for bf16 weights; the YAML's bf16 is autocast.
     build = random_model if recipe.from_scratch else pretrained_model
     model = build(place, tokenizer, shared.context_length)
+    if shared.init_from:
+        load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     fingerprint = weights_fingerprint(model)
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    optimizer = choose_optimizer(shared.optimizer, training)
     trainer = PretrainingTrainer(
         model, training, train_rows, eval_rows, rows_per_step, optimizer, shared, processing_class=tokenizer
     )
@@ -202,9 +204,11 @@ def main(argv: list[str] | None = None) -> None:
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
     data |= {"retained": [store.fingerprint() for store in retained_stores.values()], "rows_per_step": rows_per_step}
-    data |= {"tokenizer": tokenizer_fingerprint(tokenizer)}
+    data |= {"init_from": shared.init_from, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start = {"weights": fingerprint, "from_scratch": recipe.from_scratch, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, start, data, shared, training)
+    if shared.init_from:
+        trainer.start_behind(rows_behind(shared.init_from, identity, shared.context_length))
     with training.main_process_first(desc="run folder"):
         trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
     wanted_tokens = trainer.order.real * shared.context_length

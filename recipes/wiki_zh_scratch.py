@@ -25,14 +25,16 @@ from transformers import HfArgumentParser, TrainingArguments, set_seed
 from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
+from common.carry_over import load_start, rows_behind
 from common.download import download
-from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
+from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import say
 from common.model import model_from_config, parameter_report, planned_model
 from common.packing import unigram_loss
 from common.plan import print_plan, probe
+from common.preflight import preflight
 from common.report import save_results, summary
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sizes import shape_of
@@ -135,13 +137,12 @@ def main(argv: list[str] | None = None) -> None:
     own, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+    vocabulary = shared.vocabulary_size if shared.tokenizer == "train" else VOCABULARY
+    planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
+    planned = planned_model(planned_shape, vocabulary, shared.context_length)
     if shared.plan and not shared.probe:
-        vocabulary = shared.vocabulary_size if shared.tokenizer == "train" else VOCABULARY
-        shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
-        model = planned_model(shape, vocabulary, shared.context_length)
-        return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
-    check_launch(training)
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
+        return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
+    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned)
     set_seed(training.seed)
 
     # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
@@ -159,12 +160,13 @@ def main(argv: list[str] | None = None) -> None:
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
     shape = shape_of(own.model, own.target_parameters, shape, len(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length)
+    if shared.init_from:
+        load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    optimizer = choose_optimizer(shared.optimizer, training)
     trainer = PretrainingTrainer(
         model, training, train_rows, eval_rows, rows_per_step, optimizer, shared, processing_class=tokenizer
     )
@@ -175,8 +177,11 @@ def main(argv: list[str] | None = None) -> None:
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
     data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
+    data |= {"init_from": shared.init_from}
     shape = {**shape, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, shape, data, shared, training)
+    if shared.init_from:
+        trainer.start_behind(rows_behind(shared.init_from, identity, shared.context_length))
     with training.main_process_first(desc="run folder"):
         trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
     wanted_tokens = trainer.order.real * shared.context_length

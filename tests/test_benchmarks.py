@@ -16,6 +16,7 @@ def load(name: str):
 
 
 gpu, learning, low_memory = load("gpu"), load("learning"), load("low_memory")
+scaling, strategies = load("scaling"), load("strategies")
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
@@ -38,6 +39,25 @@ def test_the_rows_are_of_the_wanted_length(tmp_path):
     assert len(rows) >= 2 * 131_072 // 2048 and rows[0]["input_ids"].shape == (2048,)
     starts = sum(int((rows[row]["position_ids"] == 0).sum()) for row in range(len(rows)))
     assert 300 < len(rows) * 2048 / starts < 500  # documents of 500 tokens, cut once more at the end of each row
+
+
+def test_strategies_are_chosen_with_the_baseline_first():
+    every = strategies.chosen(["*"])
+    assert every[0] == "single_gpu" and {"zero3_offload", "fsdp2", "fp16"} < set(every)
+    assert not {"cpu", "cpu_2proc", "multi_node"} & set(every)
+    assert strategies.chosen(["zero?", "cpu"]) == ["cpu", "zero1", "zero2", "zero3"]
+
+
+def test_a_strategys_row_has_medians_of_warm_steps_and_the_largest_deviation():
+    history = [
+        dict(step=step, loss=10.0 - step, tokens_per_second_per_device=1000.0 * step, memory_peak_gib=step / 2, mfu=0.3)
+        for step in range(1, 9)
+    ]
+    baseline = {1: 9.0, 2: 10.0, 3: 7.0, 9: 1.0}
+    row = strategies.row("ddp", 2, [*history, {"eval_loss": 1.0}], baseline, 31.7)
+    assert row == "| ddp | 2 | 7,000 | 30.0% | 4.0 | 9.0000 | 2.0000 | 20.0000% | 32 |"
+    failed = strategies.row("zero3", 2, [], baseline, 3.0)
+    assert "failed" in failed and failed.count("|") == row.count("|")
 
 
 def test_the_table_has_ratios_and_names_failures():
@@ -125,3 +145,25 @@ def test_layers_quantized_on_the_spot_are_those_that_transformers_quantizes_at_l
         torch.testing.assert_close(model.train()(ids).logits, loaded.train()(ids).logits, rtol=0, atol=0)
     packed = sum(hasattr(parameter, "quant_state") for parameter in model.parameters())
     assert packed == sum(hasattr(parameter, "quant_state") for parameter in loaded.parameters()) == 2 * 7
+
+
+def test_traffic_of_a_step_by_hand():
+    """1,000 parameters on 4 cards: three quarters of each gather or scatter leave a card."""
+    assert scaling.bytes_sent("ddp", 1000, 4) == 0.75 * 2 * 4000
+    assert scaling.bytes_sent("zero1", 1000, 4, accumulation=8) == 0.75 * (2000 + 2000)
+    assert scaling.bytes_sent("zero2", 1000, 4, accumulation=8) == 0.75 * (8 * 2000 + 2000)
+    assert scaling.bytes_sent("zero3", 1000, 4, accumulation=8) == 0.75 * 8 * (4000 + 2000)
+    assert scaling.bytes_sent("fsdp2", 1000, 4, accumulation=8) == 0.75 * (8 * 4000 + 4000)
+
+
+def test_the_tables_of_the_scaling_guide_are_the_scripts(capsys):
+    scaling.main([])
+    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| ")]
+    guide = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(tables) == 3 and all(table.strip() in guide for table in tables)
+    for line in tables[2].splitlines()[2:]:
+        name, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        size = name.removeprefix("qwen2.5-").upper()
+        row = next((row for row in readme.splitlines() if row.startswith("|") and size in row.split("|")[1]), None)
+        assert row is None or [cell.strip() for cell in row.strip("|").split("|")[1:]] == cells[:5]

@@ -14,6 +14,7 @@ def launch(config: str, *flags: str) -> subprocess.CompletedProcess:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     config_file = ["--config_file", str(ROOT / "accelerate_configs" / config)]
+    config_file += ["--main_process_port", "0"]  # a free one: launches at the same time must not meet each other
     return subprocess.run([*command, *config_file, *flags], env=environment, capture_output=True, text=True, cwd=ROOT)
 
 

@@ -54,7 +54,8 @@ def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
 
 
 def optimizing(zero=None, optim="adamw_torch_fused"):
-    return SimpleNamespace(deepspeed_plugin=zero, optim=optim)
+    state = SimpleNamespace(distributed_type="NO")
+    return SimpleNamespace(deepspeed_plugin=zero, optim=optim, distributed_state=state, world_size=1)
 
 
 @pytest.mark.parametrize(
@@ -99,7 +100,8 @@ def test_the_yaml_owns_the_precision(monkeypatch, precision):
 def arguments(**changes):
     defaults = dict(world_size=1, n_gpu=0, use_cpu=True, bf16=False, fp16=False, device=torch.device("cpu"))
     defaults |= dict(label_smoothing_factor=0, auto_find_batch_size=False, save_only_model=False, report_to=[])
-    defaults |= dict(resume_from_checkpoint=None)
+    defaults |= dict(resume_from_checkpoint=None, deepspeed=None, fsdp=None, torch_compile=False)
+    defaults |= dict(gradient_checkpointing=False, deepspeed_plugin=None)
     defaults["accelerator_config"] = SimpleNamespace(split_batches=False)
     return SimpleNamespace(**defaults | changes)
 
@@ -147,7 +149,7 @@ def test_bf16_on_a_card_without_it_is_refused():
 
 
 def test_idle_devices_are_mentioned(monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)

@@ -1,0 +1,102 @@
+"""What the launcher's configuration decided: strategy, precision, recompute; and DeepSpeed's JSON, read for them."""
+
+import json
+import os
+from pathlib import Path
+
+from accelerate.utils import DistributedType
+from transformers import TrainingArguments
+
+from common.messages import InputError
+
+SECTION = "activation_checkpointing"
+
+
+def deepspeed_file() -> tuple[str, dict]:
+    """Return the ``deepspeed_config_file`` of the launcher's YAML, path and content; ("", {}) if it names none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        return "", {}
+    try:
+        return path, json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(
+            f"deepspeed_config_file {path}: {error.strerror}. It is looked for from the folder of the launch: launch "
+            "from the repository's folder, or give its full path: --deepspeed_config_file PATH"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"deepspeed_config_file {path}: not JSON ({error}).") from None
+
+
+def launched_precision() -> str:
+    """Return the precision that the launcher decided: "no", "fp16" or "bf16".
+
+    Accelerate refuses ``mixed_precision`` in a YAML that names a deepspeed_config_file: there the JSON decides.
+    """
+    config = deepspeed_file()[1]
+    for precision in ("bf16", "fp16"):
+        if config.get(precision, {}).get("enabled") is True:
+            return precision
+    return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def recompute_owner() -> str | None:
+    """Return the key of the launcher's configuration that switches recompute on, or None."""
+    path, config = deepspeed_file()
+    if SECTION in config:
+        return f"{SECTION} in {path}"
+    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+    if sharded and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+        return "fsdp_activation_checkpointing in the YAML's fsdp_config"
+    return None
+
+
+def take_over_recompute(training: TrainingArguments) -> None:
+    """Switch recompute on where DeepSpeed's JSON asks for it: DeepSpeed itself only offers functions for it.
+
+    FSDP's key is done by accelerate. Source: https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
+
+    Raises:
+        InputError: the flag says so, too, or the JSON asks for what transformers' recompute does not do.
+    """
+    owner = recompute_owner()
+    if owner is None:
+        return
+    if training.gradient_checkpointing:
+        raise InputError(
+            f"--gradient_checkpointing and {owner} both switch recompute on. The launcher's configuration owns it "
+            "here: leave the flag out, or take the YAML without recompute."
+        )
+    section = deepspeed_file()[1].get(SECTION)
+    if section is None:
+        return
+    if unknown := [name for name, value in section.items() if value]:
+        raise InputError(
+            f"{owner}: {', '.join(unknown)} would be ignored: the layers are recomputed by transformers, which only "
+            "knows all of a layer. Set it to false."
+        )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.23 reads the second
+        if hasattr(training, name):
+            setattr(training, name, True)
+
+
+def strategy_of(training: TrainingArguments) -> str:
+    """Return how this launch divides the work: single, ddp, zero1, zero2, zero3, fsdp1 or fsdp2."""
+    if training.deepspeed_plugin is not None:
+        return f"zero{training.deepspeed_plugin.zero_stage}"
+    if training.distributed_state.distributed_type == DistributedType.FSDP:
+        return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
+    return "ddp" if training.world_size > 1 else "single"
+
+
+def offloads(training: TrainingArguments) -> bool:
+    """Whether parameters or optimizer states live in main memory."""
+    if training.deepspeed_plugin is not None:
+        zero = training.deepspeed_plugin.deepspeed_config.get("zero_optimization", {})
+        devices = {(zero.get(name) or {}).get("device") for name in ("offload_optimizer", "offload_param")}
+        return bool(devices & {"cpu", "nvme"})
+    return strategy_of(training) == "fsdp2" and os.environ.get("FSDP_OFFLOAD_PARAMS", "").lower() == "true"

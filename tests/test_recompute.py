@@ -1,0 +1,106 @@
+"""Recompute by the YAMLs' keys and the headers' flags changes no gradient: compiled, sharded, with the fused loss."""
+
+import re
+import shlex
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import FullyShardedDataParallelPlugin
+from accelerate.utils import compile_regions, fsdp2_apply_ac
+from accelerate.utils.other import compile_regions_deepspeed, compile_regions_fsdp2
+from conftest import ROOT, losses, small_run
+from test_loss import assert_same_gradients, batch, gradients, tiny_model
+from torch import distributed
+from torch.distributed.fsdp import fully_shard
+from transformers import HfArgumentParser, TrainingArguments
+
+from common.loss import use_fused_loss
+
+HEADERS = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "accelerate_configs").glob("*.yaml"))
+
+
+def header_flags() -> list[list[str]]:
+    """Return the recipe's flags that headers name for recompute: of all layers, and of some."""
+    every = {shlex.split(found)[0] for found in re.findall(r"--gradient_checkpointing_kwargs ('[^']*')", HEADERS)}
+    assert "--gradient_checkpointing true" in HEADERS and len(every) == 1
+    return [
+        ["--gradient_checkpointing", "true"],
+        ["--gradient_checkpointing", "true", "--gradient_checkpointing_kwargs", *every],
+    ]
+
+
+class Counter:
+    """Count how often the layers' MLPs are computed."""
+
+    def __init__(self, model):
+        self.calls = [0] * len(model.model.layers)
+        for index, layer in enumerate(model.model.layers):
+            layer.mlp.register_forward_pre_hook(lambda *_, index=index: self.count(index))
+
+    @torch.compiler.disable
+    def count(self, index: int) -> None:
+        self.calls[index] += 1
+
+
+@pytest.mark.parametrize("flags", header_flags(), ids=["all layers", "every second"])
+@pytest.mark.parametrize("compiler", [None, compile_regions, compile_regions_deepspeed], ids=["eager", "ddp", "zero"])
+def test_recompute_changes_no_gradient(flags, compiler):
+    [training] = HfArgumentParser(TrainingArguments).parse_args_into_dataclasses([*flags, "--use_cpu", "true"])
+    arguments = dict(training.gradient_checkpointing_kwargs or {})  # as Trainer takes them apart
+    plain, recomputed = tiny_model(), tiny_model()
+    for model in (plain, recomputed):
+        use_fused_loss(model)
+        model.train()
+    recomputed.gradient_checkpointing_enable(None, every_n_layers=arguments.pop("every_n_layers", 1))
+    assert not arguments
+    counter = Counter(recomputed) if compiler is None else None  # a hook in the layers would keep them from compiling
+    compiled = (compiler(recomputed, backend="aot_eager", dynamic=False) if compiler else None) or recomputed
+    for model in (plain, compiled):
+        model(**batch(), num_items_in_batch=torch.tensor(23)).loss.backward()
+    assert_same_gradients(gradients(recomputed), gradients(plain))
+    if counter is not None:
+        assert counter.calls == ([2, 2] if len(flags) == 2 else [2, 1])
+
+
+def check_sharded(rank: int, folder: str) -> None:
+    """In each of two processes: what accelerate does for fsdp2_recompute.yaml, in its order."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    batches, items = [batch(seed=0), batch(seed=1, ignored=12)], torch.tensor(23 + 18)
+    alone = tiny_model()
+    for inputs in batches:
+        alone(**inputs, num_items_in_batch=items).loss.backward()
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
+    )
+    for compiled in (False, True):
+        model = tiny_model()
+        use_fused_loss(model)
+        counter = None if compiled else Counter(model)
+        plugin.set_auto_wrap_policy(model)
+        model = fsdp2_apply_ac(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)
+        if compiled:
+            compile_regions_fsdp2(model, backend="aot_eager", dynamic=False)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        model.train()
+        (2 * model(**batches[rank], num_items_in_batch=items).loss).backward()
+        names = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
+        assert_same_gradients({name: grad.full_tensor() for name, grad in names.items()}, gradients(alone))
+        assert counter is None or counter.calls == [2, 2]
+    distributed.destroy_process_group()
+
+
+def test_sharded_by_fsdp2_recompute_changes_no_gradient(tmp_path):
+    torch.multiprocessing.spawn(check_sharded, args=(tmp_path.as_posix(),), nprocs=2)
+
+
+@pytest.mark.heavy
+def test_a_run_with_recompute_has_the_same_losses(wiki, cache_dir, tmp_path):
+    short = ["--max_steps", "3", "--eval_strategy", "no", "--save_strategy", "no"]
+    wiki.main(small_run(cache_dir, tmp_path / "plain", *short))
+    for number, flags in enumerate(header_flags()):
+        wiki.main(small_run(cache_dir, tmp_path / str(number), *short, *flags))
+        assert losses(tmp_path / str(number)) == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
