@@ -1,9 +1,9 @@
 """The preflight: its table, and wrong combinations refused with the YAML or flag that works."""
 
 import json
-import os
 import subprocess
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +18,8 @@ from common.arguments import SharedArguments
 from common.launch import launch_defaults
 from common.messages import InputError
 from common.model import planned_model
-from common.preflight import lock_folder, preflight
+from common.preflight import preflight
+from common.run_status import lock_folder
 from common.strategy import offloads, strategy_of
 
 SHAPE = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
@@ -145,16 +146,16 @@ def test_another_run_in_the_folder_is_found_before_data_and_weights(wiki, cache_
         wiki.main(small_run(cache_dir, tmp_path))
 
 
-def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path):
-    code = f"from common.preflight import lock_folder; lock_folder({str(tmp_path)!r}); print('locked'); input()"
+def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path, monkeypatch):
+    code = f"from common.run_status import lock_folder; kept = lock_folder({str(tmp_path)!r}); print('locked'); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )
     assert other.stdout.readline() == "locked\n"
-    with pytest.raises(InputError, match=f"a run is going on there .process {other.pid} on"):
-        lock_folder(str(tmp_path))
+    monkeypatch.setattr(preflight_module, "lock_folder", partial(lock_folder, seconds=0.1))  # it waits 15 s
+    with pytest.raises(InputError, match="is being trained into by another process"):
+        run(monkeypatch, tmp_path, {})
     other.kill()  # as kill -9: nothing is left to clean up
     other.wait()
-    lock_folder(str(tmp_path))
-    lock_folder(str(tmp_path))  # the same process, as in a notebook
-    assert json.loads((tmp_path / ".running.by").read_text())["process"] == os.getpid()
+    run(monkeypatch, tmp_path, {})
+    assert run(monkeypatch, tmp_path, {}) == (8, "adamw")  # the same process, as in a notebook

@@ -53,7 +53,7 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, t
 
     def full_at_step_4(self, *args):
         if self.state.global_step == 4:
-            (tmp_path / "unfinished" / "checkpoint-4").mkdir()
+            (tmp_path / "unfinished" / "checkpoint-4").mkdir(parents=True)
             raise OSError(errno.ENOSPC, "No space left on device")
         save(self, *args)
 
