@@ -21,6 +21,11 @@ def launch_defaults() -> dict:
     }
 
 
+def under_fsdp() -> bool:
+    """Whether the YAML says FSDP. Until a Trainer is made, accelerate's state calls that MULTI_GPU, as it does DDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def check_launch(training: TrainingArguments) -> None:
     """Refuse what would fail late or silently do something else; say what only wastes devices.
 

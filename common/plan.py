@@ -9,11 +9,11 @@ from pathlib import Path
 
 import torch
 import yaml
-from accelerate.utils import DistributedType
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.clock import synchronize
+from common.launch import under_fsdp
 from common.loss import DeferringHead
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
@@ -209,9 +209,9 @@ def setting_of_run(
     own_optimizer: tuple[type, dict] | None = None,
 ) -> Setting:
     """Return the setting of the run that this process is part of; ``own_optimizer``: of common/low_memory.py."""
-    zero, kind = training.deepspeed_plugin, training.distributed_state.distributed_type
-    strategies = {DistributedType.FSDP: "fsdp2", DistributedType.NO: "single"}
-    strategy = f"zero{zero.zero_stage}" if zero is not None else strategies.get(kind, "ddp")
+    zero, strategy = training.deepspeed_plugin, "ddp" if training.world_size > 1 else "single"
+    if zero is not None or under_fsdp():
+        strategy = "fsdp2" if zero is None else f"zero{zero.zero_stage}"
     if own_optimizer is not None:
         optimizer = f"rounding_{own_optimizer[1]['state_bits']}bit"
     elif "8bit" in training.optim and optimizer != "muon":

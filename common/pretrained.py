@@ -49,6 +49,11 @@ def find_model(name: str, weights: bool) -> str:
     return name
 
 
+def check_fit(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    """Raise the InputErrors of a model's config now, before its text is tokenized for nothing."""
+    _config_for(place, tokenizer, context_length)
+
+
 def pretrained_model(
     place: str,
     tokenizer: PreTrainedTokenizerBase,

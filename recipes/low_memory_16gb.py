@@ -41,7 +41,14 @@ from common.messages import InputError, say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
 from common.plan import print_plan, probe, setting_of_yaml
-from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
+from common.pretrained import (
+    check_fit,
+    find_model,
+    model_without_memory,
+    pretrained_model,
+    random_model,
+    weights_fingerprint,
+)
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
@@ -183,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     if shared.plan and not shared.probe:
         return plan(recipe, shared, training)
     check_launch(training)
-    check_method(recipe.method, recipe.from_scratch, training)
+    check_method(recipe.method, recipe.weights, recipe.from_scratch, training)
     if shared.tokenizer == "train" and not recipe.from_scratch:
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
     if shared.optimizer != "adamw":
@@ -205,6 +212,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
             tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
+        check_fit(place, tokenizer, shared.context_length)
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
         if recipe.method == "qlora" and place.endswith(".gguf"):
             place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, load_recipe, losses
 from peft import PeftModel
-from test_openwebtext_continue import changed_weights, results_of, weights  # noqa: F401  (a fixture)
+from test_openwebtext_continue import changed_weights, results_of
 from transformers import AutoModelForCausalLM
 
 from common import low_memory
@@ -24,7 +24,7 @@ def recipe():
     return module
 
 
-def run(weights: Path, cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:  # noqa: F811
+def run(weights: Path, cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:
     """Return the flags of a run of a few seconds: 6 steps of 4 rows of 64 tokens."""
     return [
         *("--model", str(weights), "--data", str(ENGLISH), "--held_out_fraction", "0.1", "--max_steps", "6"),
@@ -52,14 +52,13 @@ HEAVY = {
 
 
 @pytest.fixture(scope="module", params=[*METHODS, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY)])
-def finished(request, recipe, weights, cache_dir, tmp_path_factory):  # noqa: F811
+def finished(request, recipe, weights, cache_dir, tmp_path_factory):
     """A run left alone. bitsandbytes' slow kernels for the CPU stand in for the card's."""
     patch = pytest.MonkeyPatch()
     if request.param == "qlora" or "8 bits" in request.param:
         modules = pytest.importorskip("bitsandbytes.nn.modules")
-        patch.setattr(
-            modules, "has_avx512bf16", lambda: False
-        )  # with it, one evaluation spoils the weights for training
+        # With it, one evaluation spoils the weights for training.
+        patch.setattr(modules, "has_avx512bf16", lambda: False)
     patch.setattr(low_memory, "check_bitsandbytes", lambda *_: None)
     folder = tmp_path_factory.mktemp("run") / "alone"
     recipe.main(run(weights, cache_dir, folder, *(METHODS | HEAVY)[request.param]))
@@ -69,7 +68,7 @@ def finished(request, recipe, weights, cache_dir, tmp_path_factory):  # noqa: F8
 
 def test_it_learns_and_interrupted_and_resumed_equals_uninterrupted(
     recipe,
-    weights,  # noqa: F811
+    weights,
     cache_dir,
     finished,
     tmp_path,
@@ -110,7 +109,7 @@ def logits_of(model) -> torch.Tensor:
         return model.eval()(ids).logits.float()
 
 
-def test_the_checkpoint_loads_with_plain_transformers_and_merging_changes_nothing(finished, weights):  # noqa: F811
+def test_the_checkpoint_loads_with_plain_transformers_and_merging_changes_nothing(finished, weights):
     name, folder = finished
     if "lora" not in name:
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -127,7 +126,7 @@ def test_the_checkpoint_loads_with_plain_transformers_and_merging_changes_nothin
     assert (adapted - plain).abs().max() > 0.01
 
 
-def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights, cache_dir, tmp_path):  # noqa: F811
+def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights, cache_dir, tmp_path):
     name, folder = finished
     if name != "lora":
         pytest.skip("once is enough")
