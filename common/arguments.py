@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from common.messages import InputError
+
 
 @dataclass
 class SharedArguments:
@@ -107,3 +109,10 @@ class SharedArguments:
             "choices": ["auto", "online", "local", "offline", "off"],
         },
     )
+
+    def __post_init__(self):
+        """Raise InputError for flags that would be ignored."""
+        for name in ("plan_config", "plan_processes", "plan_memory_gib"):
+            if getattr(self, name) is not None and (self.probe or not self.plan):
+                why = "the probe runs as it is launched" if self.probe else "it would be ignored"
+                raise InputError(f"--{name} {getattr(self, name)}: {why}. With --plan alone, or leave it out.")

@@ -10,9 +10,10 @@ from conftest import ROOT, small_run
 from test_memory import model_of
 from transformers import Trainer
 
+from common.advice import advice
 from common.memory import Setting
 from common.messages import InputError
-from common.plan import advice, setting_of_yaml
+from common.plan import setting_of_yaml
 
 CONFIGS = ROOT / "accelerate_configs"
 
