@@ -31,21 +31,14 @@ def four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def add_adapters(
-    model: PreTrainedModel, rank: int, alpha: float, targets: list[str], train_embedding: bool
-) -> PeftModel:
-    """Freeze ``model`` and put trained matrices of ``rank``, in fp32, beside its linear layers ``targets``.
-
-    Args:
-        alpha: the product of the two matrices is scaled by alpha / rank.
-        targets: last parts of the layers' names, or just ALL_LINEAR.
-        train_embedding: also train the input embedding, all of it, in fp32. A tied head stays what it was.
+def check_adapters(model: PreTrainedModel, rank: int, targets: list[str]) -> list[str]:
+    """Return the last parts of the names of the layers ``targets``; the model may be on the meta device.
 
     Raises:
-        InputError: a target is no linear layer of the model, or it is the head; rank or alpha that train nothing.
+        InputError: a target is no linear layer of the model, or it is the head; or the rank is below 1.
     """
-    if rank < 1 or not alpha > 0:
-        raise InputError(f"--lora_rank {rank} --lora_alpha {alpha:g}: must be at least 1, and above 0.")
+    if rank < 1:
+        raise InputError(f"--lora_rank {rank}: must be at least 1.")
     kinds = (torch.nn.Linear, Conv1D)  # Conv1D: GPT-2's name for it
     linear = {name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, kinds)}
     known = sorted(name for name, module in linear.items() if module is not model.get_output_embeddings())
@@ -56,11 +49,25 @@ def add_adapters(
             f"--lora_targets: {type(model).__name__} has no linear layers {' '.join(unknown)} beside its head. It has: "
             f"{' '.join(known)}. Or leave the flag out for all of them."
         )
+    return wanted
+
+
+def add_adapters(model: PreTrainedModel, rank: int, targets: list[str], train_embedding: bool) -> PeftModel:
+    """Freeze ``model`` and put trained matrices of ``rank``, in fp32, beside its linear layers ``targets``.
+
+    Args:
+        targets: last parts of the layers' names, or just ALL_LINEAR.
+        train_embedding: also train the input embedding, all of it, in fp32. A tied head stays what it was.
+
+    Raises:
+        InputError: see ``check_adapters``.
+    """
+    wanted = check_adapters(model, rank, targets)
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=2 * rank,  # the product of the two matrices is scaled by alpha / rank
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         modules_to_save=[embedding.rpartition(".")[2]] if train_embedding else None,
     )

@@ -5,6 +5,7 @@ import importlib.util
 import torch
 from transformers import TrainingArguments
 
+from common.arguments import SharedArguments
 from common.launch import under_fsdp
 from common.low_memory_adamw import LowMemoryAdamW
 from common.messages import InputError, say
@@ -29,17 +30,17 @@ def trained_dtype(wanted: str, training: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and training.bf16) else torch.float32
 
 
-def check_method(method: str, weights: str, from_scratch: bool, training: TrainingArguments) -> None:
+def check_method(method: str, weights: str, shared: SharedArguments, training: TrainingArguments) -> None:
     """Refuse combinations of ``--method`` that cannot work, cannot be saved, or cannot be merged.
 
     Raises:
         InputError: with the switch that works.
     """
     optimizer = optimizer_name(training)
-    if method != "full" and from_scratch:
-        raise InputError(
-            f"--from_scratch: --method {method} trains beside weights that know something. Use --method full."
-        )
+    if shared.tokenizer == "train":
+        raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
+    if shared.optimizer != "adamw":
+        raise InputError(f"--optimizer {shared.optimizer}: here it is AdamW, as --optim says. Leave the flag out.")
     if method != "full" and weights != "auto":
         raise InputError(
             f"--weights {weights}: with --method {method} they are frozen, and kept in what mixed_precision says; what "
@@ -86,19 +87,21 @@ def check_bitsandbytes(flag: str, instead: str, device: torch.device) -> None:
         raise InputError(f"{found}. {without}") from None
 
 
-def check_step_in_backward(training: TrainingArguments, context_length: int) -> None:
-    """Refuse what needs all gradients at once. Call it after the batch is set.
+def check_step_in_backward(training: TrainingArguments, shared: SharedArguments) -> None:
+    """Refuse what needs all gradients at once: several processes or micro-batches, clipping, the fp16 scaler.
 
     Raises:
         InputError: naming the flags.
     """
     rows, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    tokens = rows * shared.context_length
+    accumulated = accumulated or max(1, shared.tokens_per_step // tokens)  # 0: the batch is not set yet, for --plan
     flag = "--step_in_backward: each gradient is used and dropped at once, so"
     if training.world_size > 1 or training.deepspeed_plugin is not None:
         raise InputError(f"{flag} it cannot be averaged over processes. Use one process, or leave the flag out.")
     if accumulated > 1:
         raise InputError(
-            f"{flag} {accumulated} micro-batches cannot be added up. Use --tokens_per_step {rows * context_length} and "
+            f"{flag} {accumulated} micro-batches cannot be added up. Use --tokens_per_step {tokens} and "
             "no --gradient_accumulation_steps (one micro-batch a step), or leave the flag out."
         )
     if training.max_grad_norm:

@@ -140,6 +140,12 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     )
 
 
+def take_precision_of_yaml(path: str, training: TrainingArguments) -> None:
+    """Set the precision that the launcher would bring; --plan has none."""
+    precision = setting_of_yaml(path, Setting(rows=1, context_length=1)).precision
+    training.bf16, training.fp16 = precision == "bf16", precision == "fp16"
+
+
 def setting_of_run(
     model: PreTrainedModel,
     training: TrainingArguments,

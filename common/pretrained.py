@@ -140,7 +140,7 @@ def check_start(loss: float, vocabulary_rows: int) -> None:
             f"alike costs ln({vocabulary_rows:,}) = {chance:.2f}; above {NEAR_RANDOM:.0%} of that they know next to "
             "nothing of this text. Either its ids are of another tokenizer: give the one that the weights were trained "
             "with, and tokenize the text with it. Or the checkpoint is damaged: fetch it again. To start at random on "
-            "purpose: --from_scratch"
+            "purpose: recipes/openwebtext_continue.py --from_scratch"
         )
 
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from common.arguments import SharedArguments
 from common.low_memory import (
     check_bitsandbytes,
     check_method,
@@ -18,6 +19,7 @@ from common.low_memory import (
 from common.low_memory_adamw import LowMemoryAdamW
 from common.messages import InputError
 
+SHARED = SharedArguments(optimizer="adamw", context_length=128, tokens_per_step=256)
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
@@ -44,11 +46,11 @@ def card(monkeypatch):
 
 def test_bitsandbytes_without_a_gpu_is_refused_with_the_switch_that_works():
     with pytest.raises(InputError, match="--optim adamw_8bit: bitsandbytes needs a GPU, .* cpu.* --optim adamw_torch$"):
-        check_method("full", "auto", False, settings(optim="adamw_8bit"))
+        check_method("full", "auto", SHARED, settings(optim="adamw_8bit"))
     with pytest.raises(InputError, match="--method qlora: bitsandbytes needs a GPU.*: --method lora --optim"):
-        check_method("qlora", "auto", False, settings(optim="paged_adamw_8bit"))
-    check_method("full", "auto", False, settings())
-    check_method("lora", "auto", False, settings())
+        check_method("qlora", "auto", SHARED, settings(optim="paged_adamw_8bit"))
+    check_method("full", "auto", SHARED, settings())
+    check_method("lora", "auto", SHARED, settings())
 
 
 def test_bitsandbytes_that_is_not_installed_is_refused_with_the_line_that_installs_it(monkeypatch):
@@ -105,19 +107,21 @@ def test_sharding_is_refused_with_the_yamls_that_work(monkeypatch, method, optim
     monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded == "FSDP").lower())
     zero = SimpleNamespace(zero_stage=3) if sharded == "ZeRO" else None
     with pytest.raises(InputError, match=rf"--method {method} --optim {optim} under FSDP or .*{why}.*single_gpu\.yaml"):
-        check_method(method, "auto", False, settings(optim=optim, deepspeed_plugin=zero, world_size=2))
+        check_method(method, "auto", SHARED, settings(optim=optim, deepspeed_plugin=zero, world_size=2))
 
 
 def test_several_cards_under_ddp_are_not_refused():
-    check_method("lora", "auto", False, settings(world_size=2))
+    check_method("lora", "auto", SHARED, settings(world_size=2))
 
 
-@pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_adapters_beside_random_weights_and_a_dtype_of_frozen_ones_are_refused(method):
-    with pytest.raises(InputError, match=f"--from_scratch: --method {method} .*Use --method full"):
-        check_method(method, "auto", True, settings())
-    with pytest.raises(InputError, match=f"--weights fp32: with --method {method} .*Leave it out"):
-        check_method(method, "fp32", False, settings())
+def test_flags_that_would_be_ignored_are_refused():
+    for method in ("lora", "qlora"):
+        with pytest.raises(InputError, match=f"--weights fp32: with --method {method} .*Leave it out"):
+            check_method(method, "fp32", SHARED, settings())
+    with pytest.raises(InputError, match="--tokenizer train: .* Leave it out"):
+        check_method("full", "auto", SharedArguments(optimizer="adamw", tokenizer="train"), settings())
+    with pytest.raises(InputError, match="--optimizer muon: here it is AdamW"):
+        check_method("full", "auto", SharedArguments(optimizer="muon"), settings())
 
 
 @pytest.mark.parametrize(
@@ -131,9 +135,17 @@ def test_adapters_beside_random_weights_and_a_dtype_of_frozen_ones_are_refused(m
     ],
 )
 def test_what_a_step_inside_backward_excludes_is_refused_by_its_flag(changed, message):
-    check_step_in_backward(settings(), context_length=128)
+    check_step_in_backward(settings(), SHARED)
     with pytest.raises(InputError, match=f"^--step_in_backward: .*{message}.*leave the flag out"):
-        check_step_in_backward(settings(**changed), context_length=128)
+        check_step_in_backward(settings(**changed), SHARED)
+
+
+def test_accumulation_that_would_be_derived_later_is_refused_too():
+    """As under --plan, where 0 stands for it."""
+    check_step_in_backward(settings(gradient_accumulation_steps=0), SHARED)
+    with pytest.raises(InputError, match="2 micro-batches"):
+        shared = SharedArguments(context_length=128, tokens_per_step=512)
+        check_step_in_backward(settings(gradient_accumulation_steps=0), shared)
 
 
 def test_the_dtypes_follow_the_precision():
