@@ -3,17 +3,18 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, load_recipe, small_run
 from test_memory import model_of
-from transformers import AutoConfig, Trainer
+from transformers import AutoConfig, Trainer, TrainingArguments
 
 from common.advice import advice
 from common.memory import Setting
 from common.messages import InputError
-from common.plan import setting_of_yaml
+from common.plan import setting_of_run, setting_of_yaml
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -217,6 +218,21 @@ def test_every_yaml_is_understood(config, strategy):
     assert setting.strategy == strategy
     assert setting.compiled == (config != "cpu")
     assert setting.optimizer == ("adamw" if config == "zero2" else "muon")
+
+
+@pytest.mark.parametrize(
+    ("sharded", "zero", "expected"), [("true", None, "fsdp2"), ("false", 3, "zero3"), ("", None, "ddp")]
+)
+def test_the_strategy_of_a_run_on_two_cards(sharded, zero, expected, monkeypatch):
+    """As at run time, for --probe and for the advice when memory runs out."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    training = TrainingArguments(use_cpu=True)
+    launched = SimpleNamespace(
+        **{name: getattr(training, name) for name in ("optim", "bf16", "fp16", "gradient_checkpointing")},
+        **dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2),
+        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero),
+    )
+    assert setting_of_run(model_of("0.5B"), launched, 2048, "adamw").strategy == expected
 
 
 @pytest.mark.parametrize("content", [None, "just text", "a: [", "distributed_type: TPU"])
