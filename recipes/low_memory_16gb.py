@@ -20,7 +20,6 @@ parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, t
 The same command again continues where the run stopped. Memory and speed: not yet measured (benchmarks/low_memory.py).
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -110,21 +109,17 @@ class RecipeArguments:
         "help": "full: train all parameters. lora: adapters beside them. qlora: adapters, the rest in 4 bits."})
     weights: str = field(default="auto", metadata={"choices": ["auto", "bf16", "fp32"],
         "help": "Dtype of the weights of --method full. auto: bf16 where the YAML says bf16, else fp32."})
-    step_in_backward: bool = field(default=False, metadata={
-        "help": "Step the optimizer inside backward, so that gradients are never all held. See above."})
+    step_in_backward: bool = field(default=False, metadata={"help": "Step the optimizer inside backward: see above."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters; their product is scaled by 2."})
     lora_targets: list[str] = field(default_factory=lambda: [ALL_LINEAR], metadata={
         "help": "Layers that get adapters, such as q_proj v_proj; left out: all linear layers but the head."})
-    train_embedding: bool = field(default=False, metadata={
-        "help": "With adapters: train all of the input embedding, too, in fp32."})
-    merge_only: bool = field(default=False, metadata={
-        "help": "Only merge the finished adapter of --output_dir, as is done at the end of a run anyway."})
+    train_embedding: bool = field(default=False, metadata={"help": "With adapters: train the input embedding, too."})
+    merge_only: bool = field(default=False, metadata={"help": "Only merge the finished adapter of --output_dir."})
 # fmt: on
 
 
 def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
-    argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
     if parser.parse_known_args(argv)[0].method != "full":
