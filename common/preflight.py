@@ -133,7 +133,7 @@ def precision(training: TrainingArguments) -> str:
     names = torch.get_device_module(training.device)
     where = names.get_device_name() if hasattr(names, "get_device_name") else training.device.type.upper()
     scaled = ", with a loss scaler" if training.fp16 else ""
-    return f"{kind} on {where}{scaled} (the YAML's mixed_precision); parameters and optimizer in fp32"
+    return f"{kind} on {where}{scaled} (the YAML's mixed_precision)"
 
 
 def memory(model: PreTrainedModel, training: TrainingArguments, context_length: int, optimizer: str) -> str:

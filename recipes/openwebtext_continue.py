@@ -44,7 +44,14 @@ from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
 from common.plan import print_plan, probe
 from common.preflight import preflight
-from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
+from common.pretrained import (
+    check_fit,
+    find_model,
+    model_without_memory,
+    pretrained_model,
+    random_model,
+    weights_fingerprint,
+)
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before, retained_rows
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
@@ -173,6 +180,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
             tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
+        check_fit(place, tokenizer, shared.context_length)
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
         retained_stores = {source.name: token_store_of(source, tokenizer, shared) for source in retained_sources}
     train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
