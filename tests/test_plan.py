@@ -226,11 +226,12 @@ def test_every_yaml_is_understood(config, strategy):
 def test_the_strategy_of_a_run_on_two_cards(sharded, zero, expected, monkeypatch):
     """As at run time, for --probe and for the advice when memory runs out."""
     monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    monkeypatch.setenv("FSDP_VERSION", "2")
     training = TrainingArguments(use_cpu=True)
     launched = SimpleNamespace(
         **{name: getattr(training, name) for name in ("optim", "bf16", "fp16", "gradient_checkpointing")},
         **dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2),
-        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero),
+        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero, deepspeed_config={}),
     )
     assert setting_of_run(model_of("0.5B"), launched, 2048, "adamw").strategy == expected
 
