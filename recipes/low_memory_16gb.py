@@ -20,6 +20,9 @@ parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, t
 The same command again continues where the run stopped. Memory and speed: not yet measured (benchmarks/low_memory.py).
 """
 
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,6 +40,7 @@ from common.low_memory import check_method, check_step_in_backward, compute_dtyp
 from common.messages import say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
+from common.page import ReportCallback
 from common.plan import print_plan, probe, take_precision_of_yaml
 from common.preflight import preflight
 from common.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
@@ -184,6 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if shared.probe:
         return probe(trainer)
     trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
+    trainer.add_callback(ReportCallback(ledgers))
     trainer.add_callback(MeasureBefore(trainer, None, pretrained=True))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
@@ -216,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     results = save_results(trainer, ledgers, held_out)
     say(f"{summary(results)}\n\n{before_and_after(results)}")
-    say(f"model, results and loss_curve.png are in {training.output_dir}")
+    say(f"model, results and report.html are in {training.output_dir}")
     if adapters and training.process_index == 0:
         say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, training.output_dir)}")
 

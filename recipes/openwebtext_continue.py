@@ -25,6 +25,9 @@ loss 2.901 before, 2.688 after (0.969 and 0.897 bits per byte); retained, 40 Chi
 same from scratch, at 1e-3, had come down to 7.84 in training after 20 of its 40 steps (continued: 2.63).
 """
 
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +45,7 @@ from common.loss import use_fused_loss
 from common.messages import InputError, say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
+from common.page import ReportCallback
 from common.plan import print_plan, probe
 from common.preflight import preflight
 from common.pretrained import (
@@ -207,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if shared.probe:
         return probe(trainer)
     trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
+    trainer.add_callback(ReportCallback(ledgers))
     trainer.add_callback(MeasureBefore(trainer, retained, pretrained=not recipe.from_scratch))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
@@ -241,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     results = save_results(trainer, ledgers, held_out)
     say(f"{summary(results)}\n\n{before_and_after(results)}")
-    say(f"model, results and loss_curve.png are in {training.output_dir}")
+    say(f"model, results and report.html are in {training.output_dir}")
 
 
 if __name__ == "__main__":
