@@ -63,6 +63,6 @@ def test_the_two_languages_have_the_same_commands_and_figures():
     assert runs[0] == runs[1] and runs[0]
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
     tables = [re.findall(r"^\|.*\|$", text, flags=re.MULTILINE) for text in (english, chinese)]
-    numbers = [[re.findall(r"\d[\d,.]*", row) for row in table] for table in tables]
+    numbers = [[re.findall(r"\d(?:[\d,.]*\d)?", row) for row in table] for table in tables]
     assert numbers[0] == numbers[1]
     assert english.count("\n## ") == chinese.count("\n## ")
