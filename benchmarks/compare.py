@@ -5,6 +5,9 @@
 A run that is not finished is compared up to its newest checkpoint, and the table says so.
 """
 
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 import argparse
 from html import escape
 from pathlib import Path
@@ -49,6 +52,8 @@ def main(argv: list[str] | None = None) -> None:
     unlike = [difference for run in runs[1:] for difference in differences(runs[0].identity, run.identity)]
     changed = [*dict.fromkeys(name for name, _, _ in unlike)]
     say(f"what differs of what decides the losses: {', '.join(changed) or 'nothing'}")
+    if any(len(set(counts)) > 1 for name, *counts in rows if name == "held-out tokens"):
+        say("note: they were evaluated on different held-out tokens; their held-out figures do not compare")
     if arguments.output:
         cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in [header, *rows])
         drawn = [

@@ -22,7 +22,7 @@ class ScreenCallback(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.time(), state.global_step
-        self.bar = sys.stderr.isatty() and not args.disable_tqdm
+        self.bar = in_terminal() and not args.disable_tqdm
         self.bits_per_byte = float("nan")
         no_bars_while_training()
         if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
@@ -35,7 +35,7 @@ class ScreenCallback(ProgressCallback):
             super().on_step_end(args, state, control, **kwargs)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if sys.stderr.isatty() and not args.disable_tqdm:
+        if in_terminal() and not args.disable_tqdm:
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -57,6 +57,11 @@ class ScreenCallback(ProgressCallback):
             steps = state.global_step - self.first_step
             left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
             print(step_line(logs, state.global_step, state.max_steps, left), flush=True)
+
+
+def in_terminal() -> bool:
+    """Whether a bar can be seen: stderr is a terminal, and one that has a width."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
 
 
 def bar_text(logs: dict, bits_per_byte: float) -> str:

@@ -13,6 +13,8 @@ MESSAGES = {  # logger -> beginnings of messages that are left out
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
     # The first lines of a run say on what it runs. (DeepSpeed sets its own level when it is imported: a filter stays.)
     "DeepSpeed": ("Setting accelerator to CPU",),
+    # When a run is continued: a head that is tied to the embedding is saved once, and there as the embedding.
+    "transformers.trainer": ("There were missing keys in the checkpoint model loaded: ['lm_head.weight'].",),
     # About the launcher's way of starting processes on Windows and macOS.
     "torch.distributed.elastic.multiprocessing.redirects": ("NOTE: Redirects are currently not supported",),
 }
@@ -25,14 +27,14 @@ WARNINGS = {  # beginnings of warnings that are left out
 
 
 class LeftOut(logging.Filter):
-    """Leaves out INFO and below, and messages with these beginnings."""
+    """Leaves out warnings with these beginnings."""
 
     def __init__(self, beginnings: tuple[str, ...]):
         super().__init__()
         self.beginnings = beginnings
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno > logging.INFO and not record.getMessage().startswith(self.beginnings)
+        return record.levelno > logging.WARNING or not record.getMessage().startswith(self.beginnings)
 
 
 def be_quiet() -> None:

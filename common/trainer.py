@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PrinterCallback, ProgressCallback, Trainer
+from transformers import PrinterCallback, Trainer
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
 
 from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask
@@ -86,7 +87,7 @@ class PretrainingTrainer(Trainer):
             # Accelerate's policy returns the loss in bf16, three digits of it, and adds gradients up in bf16.
             policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             fsdp_plugin.mixed_precision_policy = policy
-        for printer in (ProgressCallback, PrinterCallback):  # they print the whole dict of a log
+        for printer in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
         self.folder_lock = None  # the recipe claims the output folder
         self.safety = Safety(self, shared or SharedArguments(), scaled=args.fp16)

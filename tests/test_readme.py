@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT, load_recipe
 
 READMES = ["README.md", "README.zh-CN.md"]
-PATH = re.compile(r"(?:recipes|accelerate_configs|common|data|tests)/[\w./-]*|(?:requirements\.txt|Makefile|LICENSE)")
+FOLDERS = "recipes|accelerate_configs|common|data|tests|docs|notebooks|benchmarks"
+PATH = re.compile(rf"(?<![\w/.-])(?:{FOLDERS})/[\w./-]*|(?:requirements\.txt|Makefile|LICENSE|CONTRIBUTING\.md)")
+MADE_BY_USERS = {"recipes/mine.py", "data/cache", "data/wikipedia-zh-cn-20240820.json", "data/openwebtext"}
 
 
 def code_blocks(name: str) -> list[str]:
@@ -18,9 +20,12 @@ def code_blocks(name: str) -> list[str]:
 def test_it_is_short_and_every_path_exists(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert len(text.splitlines()) <= 150
-    made_by_users = {"recipes/mine.py", "data/cache", "data/wikipedia-zh-cn-20240820.json"}
-    for path in {match.rstrip("./") for match in PATH.findall(text)} - made_by_users:
+    for path in {match.rstrip("./") for match in PATH.findall(text)} - MADE_BY_USERS:
         assert (ROOT / path).exists(), path
+    for recipe in (ROOT / "recipes").glob("*.py"):
+        assert f"recipes/{recipe.name}" in text, f"{recipe.name} is not on the front page"
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"docs/{page.name}" in text, f"{page.name} is not on the front page"
 
 
 class Understood(Exception):
@@ -60,6 +65,6 @@ def test_the_two_languages_have_the_same_commands_and_figures():
     assert runs[0] == runs[1] and runs[0]
     english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in READMES)
     tables = [re.findall(r"^\|.*\|$", text, flags=re.MULTILINE) for text in (english, chinese)]
-    numbers = [[re.findall(r"\d[\d,.]*", row) for row in table] for table in tables]
+    numbers = [[re.findall(r"\d(?:[\d,.]*\d)?", row) for row in table] for table in tables]
     assert numbers[0] == numbers[1]
     assert english.count("\n## ") == chinese.count("\n## ")

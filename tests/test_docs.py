@@ -1,0 +1,88 @@
+"""What the pages in docs/ say exists, runs, and is complete."""
+
+import re
+import shlex
+
+import pytest
+from conftest import ROOT, load_recipe, small_run
+from test_readme import MADE_BY_USERS, PATH, Understood, stop
+
+PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
+MADE_HERE = MADE_BY_USERS | {"recipes/essays_en.py", "data/openwebtext", "recipes/x.py"}
+FOREIGN = {"config/train_gpt2.py", "config/qwen/pretrain_argument.json"}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_every_path_and_link_exists(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for path in {match.rstrip("./") for match in PATH.findall(text)} - MADE_HERE:
+        assert (ROOT / path).exists(), path
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+        assert ((ROOT / name).parent / link).exists(), link
+
+
+def test_the_tour_names_every_file():
+    """Every module, recipe and YAML folder, in the order in which data flows; and none that is gone."""
+    tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"\b([a-z_0-9]+\.py)\b", tour))
+    there = {path.name for folder in ("common", "recipes", "data") for path in (ROOT / folder).glob("*.py")}
+    assert named == there - {"__init__.py"}
+
+
+def test_the_output_page_names_every_file_of_a_run(wiki, cache_dir, tmp_path):
+    wiki.main([flag if flag != "off" else "offline" for flag in small_run(cache_dir, tmp_path)])
+    page = (ROOT / "docs" / "output.md").read_text(encoding="utf-8")
+    for path in [*tmp_path.iterdir(), *(tmp_path / "checkpoint-6").iterdir()]:
+        name = re.sub(r"checkpoint-\d+", "checkpoint-N", path.name)
+        assert re.search(rf"`{re.escape(name)}/?`", page), f"{name} is not explained in docs/output.md"
+
+
+def launch_lines(text: str) -> list[str]:
+    """Return the commands of code blocks, and of the tables' cells in backticks, that launch a recipe."""
+    blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines += re.findall(r"`([^`\n]+)`", text)
+    return [line for line in lines if line.startswith("accelerate launch") and "recipes/" in line]
+
+
+@pytest.mark.parametrize("name", [page for page in PAGES if "recipes/" in (ROOT / page).read_text(encoding="utf-8")])
+def test_every_launch_line_is_understood_by_the_recipe(name, monkeypatch):
+    for line in launch_lines((ROOT / name).read_text(encoding="utf-8")):
+        words = shlex.split(line, comments=True)
+        recipe = next(word for word in words if word.startswith("recipes/"))
+        stem = recipe.removeprefix("recipes/").removesuffix(".py")
+        module = load_recipe(stem if (ROOT / recipe).exists() else "wiki_zh_scratch")
+        step = "preflight" if hasattr(module, "preflight") else "check_launch"
+        monkeypatch.setattr(module, step, stop)
+        if hasattr(module, "shape_of"):  # of an id it would fetch the config
+            monkeypatch.setattr(module, "shape_of", lambda *_, module=module: module.MODEL)
+        with pytest.raises(Understood):
+            module.main(words[words.index(recipe) + 1 :])
+
+
+def test_the_worked_example_applies_and_trains(cache_dir, tmp_path):
+    """The lines of docs/next_steps.md, taken out and put in where it says, make a recipe that runs."""
+    page = (ROOT / "docs" / "next_steps.md").read_text(encoding="utf-8")
+    diff = re.search(r"```diff\n(.*?)```", page, flags=re.DOTALL)[1]
+    text = (ROOT / "recipes" / "wiki_zh_scratch.py").read_text(encoding="utf-8")
+    hunks = re.split(r"^@@ .* @@\n", diff, flags=re.MULTILINE)[1:]
+    assert len(hunks) == 4
+    for hunk in hunks:
+        lines = hunk.splitlines()
+        old = "\n".join(line[1:] for line in lines if line[0] in " -") + "\n"
+        new = "\n".join(line[1:] for line in lines if line[0] in " +") + "\n"
+        assert text.count(old) == 1, f"these lines are not in the recipe:\n{old}"
+        text = text.replace(old, new)
+    added = [line for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
+    assert 10 <= len(added) <= 20
+    recipe = tmp_path / "essays_en.py"
+    recipe.write_text(text.replace("Path(__file__).resolve().parent.parent", f"Path({str(ROOT)!r})"), encoding="utf-8")
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("essays_en", recipe)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    flags = [flag for flag in small_run(cache_dir, tmp_path / "run") if flag != "--sample"]
+    module.main([*flags, "--optimizer", "adamw"])
+    samples = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
+    assert "The earth is" in samples and "language: en" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
