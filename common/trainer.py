@@ -229,6 +229,14 @@ class PretrainingTrainer(Trainer):
         with self.interval.paused():
             self.safety.save(partial(super()._save_checkpoint, *args, **kwargs))
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model of the run's end, each file whole or not at all. Replaces: half of one on a full disk."""
+        if output_dir is not None or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        self.safety.save_model(partial(super().save_model, _internal_call=True))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
+
     def _get_output_dir(self, trial) -> str:
         """Return where a checkpoint is written until it is whole. Replaces: under its own name."""
         return str(unfinished(self.args.output_dir, self.state.global_step).parent)
@@ -239,7 +247,8 @@ class PretrainingTrainer(Trainer):
             logs.update(self._step_metrics(start_time) | self.safety.guard.logged())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
-        super().log(logs, start_time)
+        with self.safety.writing("what trackers keep"):
+            super().log(logs, start_time)
 
     def _step_metrics(self, start_time: float | None) -> dict[str, float]:
         seen = self.tokens_seen

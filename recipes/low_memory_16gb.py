@@ -234,7 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     if shared.probe:
         return probe(trainer)
-    trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
+    trainer.add_callback(SampleCallback(trainer, PROMPTS))
     trainer.add_callback(MeasureBefore(trainer, None, pretrained=not recipe.from_scratch))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
