@@ -29,7 +29,7 @@ from common.muon import whole
 from common.order import IGNORED_ROW
 from common.packing import JoinedRows
 from common.run_status import STATUS_FILE, append_lines, write_json, write_status
-from common.signals import Interruption
+from common.signals import EvaluationStopped, Interruption
 
 GUARD_FILE, BAD_STEPS_FILE = "guard.json", "bad_steps.jsonl"
 
@@ -49,6 +49,15 @@ class Safety(TrainerCallback):
         self.interruption = Interruption(arguments.save_minutes)
         self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device
         self.failed_saves, self.unwritten = 0, set()  # names of files that a full disk had no room for
+
+    def check_evaluation(self) -> None:
+        """Raise EvaluationStopped, on all processes, if one of them was asked to end."""
+        wishes = torch.tensor(self.interruption.wishes(), device=self.trainer.args.device)
+        if self.trainer.args.world_size > 1:
+            torch.distributed.all_reduce(wishes)
+        self.interruption.agree(wishes.tolist())
+        if self.interruption.agreed is not None:
+            raise EvaluationStopped
 
     def check_step(self, model: torch.nn.Module, grad_norm: torch.Tensor | float, made: bool = False) -> None:
         """Take the gradients away from a step that must not be made: optimizers pass over parameters without any.
@@ -188,6 +197,8 @@ class Safety(TrainerCallback):
         """Around training: leave the process as whoever stopped it expects, and the state in ``status.json``."""
         try:
             yield
+        except EvaluationStopped:  # before the first step: there is nothing to save
+            pass
         except BaseException as error:
             self.status("failed", f"{type(error).__name__}: {error}")
             self.interruption.release()

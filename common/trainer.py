@@ -29,6 +29,9 @@ from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
+from common.signals import EvaluationStopped
+
+EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
 
 
 class PretrainingTrainer(Trainer):
@@ -195,6 +198,8 @@ class PretrainingTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add up nats and targets of a batch. Replaces: a mean per batch, which is NaN for ignored rows."""
+        if self.is_in_train and len(self.eval_sums) % EVALUATED_BETWEEN_SIGNALS == 0:
+            self.safety.check_evaluation()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             nats = model(**inputs, num_items_in_batch=1).loss  # the sum over the targets, divided by 1
@@ -218,6 +223,14 @@ class PretrainingTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats_a_byte / math.log(2)
         output.metrics[f"{metric_key_prefix}_tokens"] = targets
         return output
+
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Save and end where a signal cuts the evaluation short. Replaces: going through all of it first."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.safety.interruption.on_step_end(self.args, self.state, self.control)
+            return {}
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Keep evaluation out of the training throughput."""
