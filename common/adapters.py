@@ -4,6 +4,7 @@ Sources: https://arxiv.org/abs/2106.09685 (LoRA), https://arxiv.org/abs/2305.143
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import psutil
@@ -12,10 +13,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from common.checkpoints import UNFINISHED, move_into, no_space_left
 from common.memory import GIB
 from common.messages import InputError, say
 from common.pretrained import model_without_memory, pretrained_model, weights_fingerprint
 from common.run_folder import RESULTS_FILE, RUN_FILE, last_checkpoint
+from common.run_status import lock_folder
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head; as in QLoRA, where it learns best
 MERGED = "merged"  # folder of the plain checkpoint, in that of the run
@@ -94,6 +97,7 @@ def unpacked_gguf(
         say(f"{place}: its weights are unpacked into {unpacked}")
         model = pretrained_model(place, tokenizer, context_length, dtype)
         partial = unpacked.with_name(f"{unpacked.name}.partial")  # an interrupted one must not be taken for whole
+        shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         partial.rename(unpacked)
@@ -116,6 +120,7 @@ def save_merged(place: str, run_folder: str) -> str:
             "The learning rate of a part has not come down. Finish it by the same command without --merge_only, or end "
             "it where it is, with --max_steps of its checkpoint."
         )
+    _lock = lock_folder(run_folder)  # until the end of this function, or of the run that calls it
     described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]
     dtype, tokenizer = getattr(torch, described["dtype"]), AutoTokenizer.from_pretrained(run_folder)
     needed = model_without_memory(place).num_parameters() * dtype.itemsize / GIB
@@ -138,6 +143,18 @@ def save_merged(place: str, run_folder: str) -> str:
         base.config.tie_word_embeddings = False
     merged = adapted.merge_and_unload()
     merged.to(dtype)  # a trained embedding is in fp32
-    merged.save_pretrained(run / MERGED)
-    tokenizer.save_pretrained(run / MERGED)
+    aside = run / UNFINISHED / MERGED  # half of it never has the name of the whole
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        merged.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+    except Exception as error:  # any other than a full disk goes on up
+        if not no_space_left(error, run):
+            raise
+        shutil.rmtree(aside, ignore_errors=True)
+        raise InputError(
+            f"{run}: no space left while writing the merged checkpoint ({error}). Make room, and merge by the same "
+            "command with --merge_only; the adapter and the results are saved."
+        ) from None
+    move_into(aside, run / MERGED)
     return str(run / MERGED)

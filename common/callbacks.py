@@ -1,6 +1,5 @@
 """What is seen while a run goes on: one readable line a log, and generated samples at every evaluation."""
 
-import json
 import os
 import sys
 import time
@@ -13,8 +12,9 @@ from transformers import ProgressCallback, TrainerCallback
 from common.attention import generating
 from common.messages import say
 from common.quiet import no_bars_while_training
+from common.run_status import append_lines
 
-SAMPLE_TOKENS = 60
+SAMPLES_FILE, SAMPLE_TOKENS = "samples.jsonl", 60
 
 
 class ScreenCallback(ProgressCallback):
@@ -97,20 +97,24 @@ class SampleCallback(TrainerCallback):
     training is left as it was, so that sampling does not change the run.
     """
 
-    def __init__(self, tokenizer, prompts: list[str], seed: int):
-        self.tokenizer, self.prompts, self.seed = tokenizer, prompts, seed
+    def __init__(self, trainer, prompts: list[str]):
+        """``trainer``: the PretrainingTrainer whose tokenizer and seed are used."""
+        self.trainer, self.prompts = trainer, prompts
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if "eval_loss" not in metrics:  # another set, right after the held-out documents: the same texts again
             return
-        texts = generate_samples(model, self.tokenizer, self.prompts, self.seed, args.device)
+        texts = generate_samples(model, self.trainer.processing_class, self.prompts, args.seed, args.device)
         if not state.is_world_process_zero:
             return
-        with open(Path(args.output_dir) / "samples.jsonl", "a", encoding="utf-8") as file:
-            for prompt, text in zip(self.prompts, texts, strict=True):
-                tqdm.write(f"  sample   {prompt}|{text!r}")
-                entry = {"step": state.global_step, "prompt": prompt, "text": text}
-                file.write(json.dumps(entry, ensure_ascii=False) + "\n")
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            tqdm.write(f"  sample   {prompt}|{text!r}")
+        entries = [
+            {"step": state.global_step, "prompt": prompt, "text": text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+        with self.trainer.safety.writing(SAMPLES_FILE):
+            append_lines(Path(args.output_dir) / SAMPLES_FILE, entries)
 
 
 @torch.no_grad()

@@ -10,9 +10,12 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from common.checkpoints import problem_of
 from common.messages import InputError, say
 from common.run_folder import DECIDING_ROWS, RUN_FILE
 from common.strategy import strategy_of
@@ -45,9 +48,15 @@ def weights_of(folder: str) -> dict[str, torch.Tensor]:
     """Return the weights in a checkpoint or output folder: fp32 from DeepSpeed's own files where there are some.
 
     Raises:
-        InputError: there are none.
+        InputError: there are none, or the checkpoint is not whole.
     """
     path = Path(folder)
+    problem = problem_of(path) if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else None
+    if problem is not None:
+        raise InputError(
+            f"--init_from {folder}: {problem}. Give a whole checkpoint. (One that other software wrote: under a name "
+            f"that does not begin with {PREFIX_CHECKPOINT_DIR}-.)"
+        )
     if writer_of(folder)[0] == "zero":  # its safetensors are in the precision of the computation
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
@@ -56,7 +65,10 @@ def weights_of(folder: str) -> dict[str, torch.Tensor]:
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise InputError(f"--init_from {folder}: no model*.safetensors there. Give a checkpoint-N or an output folder.")
-    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:  # cut off, or removed by its own run, which goes on and prunes
+        raise InputError(f"--init_from {folder}: its weights cannot be read ({error}).") from None
 
 
 def load_start(model: PreTrainedModel, folder: str) -> None:

@@ -213,6 +213,17 @@ def _discard(folder: str | Path, path: Path) -> None:
     _remove_if_empty(trash.parent)
 
 
+def move_into(source: Path, folder: Path) -> None:
+    """Move everything in ``source`` into ``folder``, over what has the same name there; ``source`` goes."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    shutil.rmtree(source, ignore_errors=True)
+    _remove_if_empty(source.parent)
+
+
 def _remove_if_empty(folder: Path) -> None:
     with suppress(OSError):
         folder.rmdir()

@@ -33,7 +33,9 @@ class RunClock(TrainerCallback):
             self.trainer.first_step_seconds = time.perf_counter() - self.began - evaluating
             say(f"the first step took {self.trainer.first_step_seconds:.1f} s, compiling and warming up included")
         state.epoch = self.trainer.position / self.trainer.order.rows
-        if control.should_save:  # a checkpoint's log ends with its own step, so that nothing is lost between logs
+        # A checkpoint's log ends with its own step, so that nothing is lost between logs; a signal during an
+        # evaluation makes one, too.
+        if control.should_save or control.should_evaluate:
             control.should_log = True
         if state.global_step >= state.max_steps:
             control.should_log = True

@@ -9,11 +9,20 @@ spike does not hide the next one: the modified z-score, 0.6745 (x - median) / MA
 Detect and Handle Outliers", 1993, as in https://www.itl.nist.gov/div898/handbook/eda/section3/eda35h.htm
 """
 
+import json
 import math
 import statistics
 from collections import deque
+from pathlib import Path
+
+import numpy as np
+
+from common.messages import InputError
+from common.order import IGNORED_ROW
+from common.packing import JoinedRows
 
 WINDOW_STEPS, LEAST_STEPS, SPIKE_DEVIATIONS = 128, 64, 6.0
+ROWS_SHOWN = 3
 FP16_HALVINGS = 16  # fp16's scaler starts at 2**16 and may leave out so many steps until it has come down
 
 
@@ -100,3 +109,34 @@ def mean_logged_loss(log_history: list[dict]) -> float:
                 steps += entry["step"] - last_step
             last_step = entry["step"]
     return total / steps if steps else math.nan
+
+
+def read_guard(path: Path) -> dict:
+    """Return what a checkpoint holds of the guard."""
+    try:
+        state = json.loads(path.read_text(encoding="utf-8"))
+        counts = [state[name] for name in ("left_out", "spikes", "in_a_row")]
+        if not all(type(count) is int for count in counts) or not all(type(loss) is float for loss in state["losses"]):
+            raise ValueError("numbers that are none")
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}). Remove its checkpoint, to continue from one before.") from None
+    return state
+
+
+def name_rows(rows: JoinedRows, indexes: list[int]) -> list[dict]:
+    """Return source, row and documents (counted in that source from 0) of every row that is not an ignored one."""
+    named = []
+    for index in indexes:
+        if index == IGNORED_ROW:
+            continue
+        source = int(np.searchsorted(rows.first_rows, index, side="right")) - 1
+        row = index - int(rows.first_rows[source])
+        packed = rows.sources[source]
+        named.append({"source": packed.source, "row": row, "documents": packed.documents_of(row)})
+    return named
+
+
+def shown(named: list[dict]) -> str:
+    """Return the first few of ``name_rows`` as text."""
+    some = "; ".join(f"row {row['row']} of {row['source']}, documents {row['documents']}" for row in named[:ROWS_SHOWN])
+    return f"Among {len(named)} rows: {some}" + (" ..." if len(named) > ROWS_SHOWN else "")

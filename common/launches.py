@@ -22,6 +22,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.messages import say
 from common.run_folder import differences
+from common.run_status import append_lines
 
 LAUNCHES_FILE = "launches.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "tokenizers")
@@ -61,10 +62,7 @@ def record_launch(folder: str | Path, launch: dict) -> None:
     changed = [change for change in differences(before, launch) if change[0] not in ALWAYS_DIFFERENT] if before else []
     for name, was, now in changed:
         say(f"note: {name} was {was!r} at the last launch, and is {now!r} now")
-    with open(path, "a+", encoding="utf-8") as file:
-        file.seek(0)
-        cut_off = not file.read().endswith("\n") and file.tell() > 0  # by a kill in the middle of the line
-        file.write("\n" * cut_off + json.dumps(launch, ensure_ascii=False) + "\n")
+    append_lines(path, [launch])
 
 
 def _last(path: Path) -> dict:

@@ -43,13 +43,15 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 class ReportCallback(TrainerCallback):
     """Write the page at every evaluation. Added behind the callback of the samples, so that it has the newest."""
 
-    def __init__(self, ledgers: dict):
+    def __init__(self, trainer, ledgers: dict):
         """``ledgers``: of each source, before training: common/ledger.py."""
+        self.trainer = trainer
         self.sources = {name: vars(ledger) for name, ledger in ledgers.items()}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
-            write_report(args.output_dir, state.log_history, {"sources": self.sources})
+            with self.trainer.safety.writing(REPORT_FILE):
+                write_report(args.output_dir, state.log_history, {"sources": self.sources})
 
 
 def write_report(folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> Path:

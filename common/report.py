@@ -44,11 +44,12 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
-    trainer.save_metrics("eval", held_out)
-    trainer.save_metrics("train", train)
-    trainer.save_state()
-    if trainer.is_world_process_zero():
-        plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
+    with trainer.safety.writing("the results", needed=True):
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
+        trainer.save_metrics("eval", held_out)
+        trainer.save_metrics("train", train)  # the last: all_results.json says that the run is finished
     trainer.safety.finish()
     results = {**held_out, **train}
     if trainer.is_world_process_zero():

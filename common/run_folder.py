@@ -11,7 +11,7 @@ from filelock import FileLock
 from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
-from common.checkpoints import checkpoints, newest_whole, remove_unfinished
+from common.checkpoints import checkpoints, newest_whole, no_space_left, remove_unfinished
 from common.messages import InputError, is_main_process, say
 from common.run_status import lock_folder, write_json
 
@@ -60,7 +60,7 @@ def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str
         for name, was, now in found:
             say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
         if found:
-            write_json(path, identity, durable=True)
+            _write_identity(path, identity)
     elif worth_keeping:
         raise InputError(
             f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another "
@@ -68,8 +68,17 @@ def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity, durable=True)
+        _write_identity(path, identity)
     return lock
+
+
+def _write_identity(path: Path, identity: dict) -> None:
+    try:
+        write_json(path, identity, durable=True)
+    except OSError as error:
+        if not no_space_left(error, path.parent):
+            raise
+        raise InputError(f"{path}: no space left ({error}). Make room, or choose another --output_dir.") from None
 
 
 def check_folder(folder: str, recipe: str, arguments: SharedArguments, training: TrainingArguments) -> str:

@@ -1,9 +1,10 @@
-"""Who trains into an output folder, and how far: a lock that dies with its owner, and ``status.json``."""
+"""Who trains into an output folder, and how far: a lock that dies with its owner, ``status.json``, small files."""
 
 import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -56,15 +57,15 @@ def write_status(folder: str | Path, state: str, step: int, max_steps: int, reas
     Args:
         state: running, interrupted (the same command continues), finished, or failed.
         reason: the signal or the error.
+
+    Raises:
+        OSError: the disk is full.
     """
     if not is_main_process():
         return
     status = {"state": state, "step": step, "max_steps": max_steps, "pid": os.getpid(), "host": socket.gethostname()}
     status |= {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | ({"reason": reason} if reason else {})
-    try:
-        write_json(Path(folder) / STATUS_FILE, status)
-    except OSError as error:  # a full disk: what is being done about it matters more than this file
-        say(f"note: {STATUS_FILE} cannot be written ({error})")
+    write_json(Path(folder) / STATUS_FILE, status)
 
 
 def read_status(folder: str | Path) -> dict | None:
@@ -79,9 +80,33 @@ def read_status(folder: str | Path) -> dict | None:
 def write_json(path: Path, content, durable: bool = False) -> None:
     """Write ``content`` so that ``path`` is always whole: the old one or the new one. ``durable``: through a crash."""
     partial = path.with_name(path.name + ".partial")
-    with open(partial, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    partial.replace(path)
+    try:
+        with open(partial, "w", encoding="utf-8") as file:
+            file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def append_lines(path: Path, entries: list[dict]) -> None:
+    """Add a line of JSON for each of ``entries``, all or none: where they do not fit the disk, ``path`` is as before.
+
+    Half a line, as a kill in the middle of this leaves, is ended first.
+    """
+    lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
+    with open(path, "a+b", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0))
+        cut_off = size > 0 and file.read(1) != b"\n"
+        left = memoryview(("\n" * cut_off + lines).encode(errors="backslashreplace"))
+        try:
+            while left:
+                left = left[file.write(left) :]
+        except OSError:
+            with suppress(OSError):
+                file.truncate(size)
+            raise

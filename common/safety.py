@@ -1,7 +1,7 @@
 """What PretrainingTrainer does so that nothing is lost: steps are checked, saves whole, and every end accounted for."""
 
-import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -13,18 +13,25 @@ from accelerate.utils import DistributedType, gather_object
 from transformers import TrainerCallback
 
 from common.arguments import SharedArguments
-from common.checkpoints import prune_checkpoints, read_manifest, unfinished, write_checkpoint
-from common.guard import StepGuard
-from common.launches import describe_launch, record_launch
+from common.checkpoints import (
+    UNFINISHED,
+    move_into,
+    no_space_left,
+    prune_checkpoints,
+    read_manifest,
+    unfinished,
+    write_checkpoint,
+)
+from common.guard import StepGuard, name_rows, read_guard, shown
+from common.launches import LAUNCHES_FILE, describe_launch, record_launch
 from common.messages import InputError, say
 from common.muon import whole
 from common.order import IGNORED_ROW
 from common.packing import JoinedRows
-from common.run_status import write_json, write_status
-from common.signals import Interruption
+from common.run_status import STATUS_FILE, append_lines, write_json, write_status
+from common.signals import EvaluationStopped, Interruption
 
 GUARD_FILE, BAD_STEPS_FILE = "guard.json", "bad_steps.jsonl"
-ROWS_SHOWN = 3
 
 
 class Safety(TrainerCallback):
@@ -41,7 +48,16 @@ class Safety(TrainerCallback):
         self.guard = StepGuard(arguments.on_loss_spike, arguments.max_bad_steps, scaled)
         self.interruption = Interruption(arguments.save_minutes)
         self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device
-        self.failed_saves = 0
+        self.failed_saves, self.unwritten = 0, set()  # names of files that a full disk had no room for
+
+    def check_evaluation(self) -> None:
+        """Raise EvaluationStopped, on all processes, if one of them was asked to end."""
+        wishes = torch.tensor(self.interruption.wishes(), device=self.trainer.args.device)
+        if self.trainer.args.world_size > 1:
+            torch.distributed.all_reduce(wishes)
+        self.interruption.agree(wishes.tolist())
+        if self.interruption.agreed is not None:
+            raise EvaluationStopped
 
     def check_step(self, model: torch.nn.Module, grad_norm: torch.Tensor | float, made: bool = False) -> None:
         """Take the gradients away from a step that must not be made: optimizers pass over parameters without any.
@@ -85,12 +101,12 @@ class Safety(TrainerCallback):
         chosen = rows[bad] if bad.any() else rows  # only the gradient is bad, or it is a spike: any may be the cause
         named = name_rows(trainer.train_dataset, chosen.ravel().tolist())
         action = "made" if make else "left out"
-        say(f"step {step} {action}: {problem}. {_shown(named)}; all in {BAD_STEPS_FILE}")
+        say(f"step {step} {action}: {problem}. {shown(named)}; all in {BAD_STEPS_FILE}")
         if trainer.is_world_process_zero():
             entry = {"step": step, "problem": problem, "loss": repr(loss), "grad_norm": repr(norm), "action": action}
             Path(trainer.args.output_dir).mkdir(parents=True, exist_ok=True)
-            with open(Path(trainer.args.output_dir) / BAD_STEPS_FILE, "a", encoding="utf-8") as file:
-                file.write(json.dumps(entry | {"rows": named}, ensure_ascii=False) + "\n")
+            with self.writing(BAD_STEPS_FILE):
+                append_lines(Path(trainer.args.output_dir) / BAD_STEPS_FILE, [entry | {"rows": named}])
 
     def report_evaluation(self, dataset: JoinedRows, batches: list[tuple[float, int]], prefix: str) -> int:
         """Say which rows of an evaluation have a loss that is not finite; return how many batches have.
@@ -103,7 +119,7 @@ class Safety(TrainerCallback):
         if bad.any():
             rows = np.arange(bad.size * size).reshape(*bad.shape, size)[bad].ravel()
             named = name_rows(dataset, [row for row in rows.tolist() if row < len(dataset)])
-            say(f"{prefix}: {bad.sum()} of {bad.size} batches have a loss that is not finite. {_shown(named)}")
+            say(f"{prefix}: {bad.sum()} of {bad.size} batches have a loss that is not finite. {shown(named)}")
         return int(bad.sum())
 
     def save(self, write: Callable[[], None]) -> None:
@@ -130,6 +146,42 @@ class Safety(TrainerCallback):
                 self.guard.state(),
             )
 
+    @contextmanager
+    def writing(self, what: str, needed: bool = False) -> Iterator[None]:
+        """Around writing ``what``: a full disk ends the run, or is said once and passed over, by ``--on_save_error``.
+
+        ``needed``: it is of the run's end, behind which there is nothing to go on with.
+        """
+        folder = self.trainer.args.output_dir
+        try:
+            yield
+        except Exception as error:  # any other than a full disk goes on up
+            if not no_space_left(error, folder):
+                raise
+            message = f"{folder}: no space left while writing {what} ({error}). The checkpoints before it are whole"
+            if needed or self.arguments.on_save_error == "stop":
+                raise InputError(
+                    f"{message}: make room, and the same command continues from the last of them."
+                ) from None
+            if what not in self.unwritten:
+                say(f"{message}. Training goes on without it, as --on_save_error says; make room before the next save.")
+            self.unwritten.add(what)
+
+    def save_model(self, write: Callable[[str], None]) -> None:
+        """Save the model of the run's end with all processes: written aside, then moved, file by file."""
+        folder = Path(self.trainer.args.output_dir)
+        aside = folder / UNFINISHED / "model"
+        try:
+            with self.writing("the model", needed=True):
+                write(str(aside))
+        except InputError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.is_world_process_zero():
+            move_into(aside, folder)
+        self.trainer.accelerator.wait_for_everyone()
+
     def resume(self, checkpoint: str) -> None:
         """Take over what the guard knew at ``checkpoint``."""
         processes, now = read_manifest(Path(checkpoint))["processes"], self.trainer.args.world_size
@@ -145,6 +197,8 @@ class Safety(TrainerCallback):
         """Around training: leave the process as whoever stopped it expects, and the state in ``status.json``."""
         try:
             yield
+        except EvaluationStopped:  # before the first step: there is nothing to save
+            pass
         except BaseException as error:
             self.status("failed", f"{type(error).__name__}: {error}")
             self.interruption.release()
@@ -171,13 +225,19 @@ class Safety(TrainerCallback):
     def status(self, state: str, reason: str | None = None) -> None:
         if self.trainer.folder_lock is None:  # not the main process, or a probe or benchmark, which claims no folder
             return
-        progress = self.trainer.state
-        write_status(self.trainer.args.output_dir, state, progress.global_step, progress.max_steps, reason)
+        progress, folder = self.trainer.state, self.trainer.args.output_dir
+        try:
+            write_status(folder, state, progress.global_step, progress.max_steps, reason)
+        except OSError as error:  # a full disk: what is being done about it matters more than this file
+            if STATUS_FILE not in self.unwritten:
+                say(f"note: {STATUS_FILE} cannot be written ({error})")
+            self.unwritten.add(STATUS_FILE)
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.status("running")
         if self.trainer.folder_lock is not None:
-            record_launch(args.output_dir, describe_launch(self.arguments, args))
+            with self.writing(LAUNCHES_FILE):
+                record_launch(args.output_dir, describe_launch(self.arguments, args))
 
     def on_log(self, args, state, control, **kwargs):
         if self.trainer.is_in_train:
@@ -187,33 +247,3 @@ class Safety(TrainerCallback):
         if self.guard.stop is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
-
-
-def read_guard(path: Path) -> dict:
-    """Return what a checkpoint holds of the guard."""
-    try:
-        state = json.loads(path.read_text(encoding="utf-8"))
-        counts = [state[name] for name in ("left_out", "spikes", "in_a_row")]
-        if not all(type(count) is int for count in counts) or not all(type(loss) is float for loss in state["losses"]):
-            raise ValueError("numbers that are none")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}). Remove its checkpoint, to continue from one before.") from None
-    return state
-
-
-def name_rows(rows: JoinedRows, indexes: list[int]) -> list[dict]:
-    """Return source, row and documents (counted in that source from 0) of every row that is not an ignored one."""
-    named = []
-    for index in indexes:
-        if index == IGNORED_ROW:
-            continue
-        source = int(np.searchsorted(rows.first_rows, index, side="right")) - 1
-        row = index - int(rows.first_rows[source])
-        packed = rows.sources[source]
-        named.append({"source": packed.source, "row": row, "documents": packed.documents_of(row)})
-    return named
-
-
-def _shown(named: list[dict]) -> str:
-    some = "; ".join(f"row {row['row']} of {row['source']}, documents {row['documents']}" for row in named[:ROWS_SHOWN])
-    return f"Among {len(named)} rows: {some}" + (" ..." if len(named) > ROWS_SHOWN else "")

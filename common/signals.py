@@ -21,6 +21,10 @@ ORPHANED = "its launcher died"
 ECHO_SECONDS = 2
 
 
+class EvaluationStopped(Exception):
+    """A signal came during an evaluation."""
+
+
 class Interruption(TrainerCallback):
     """Ends training after the current step, with a checkpoint, when any process was asked to; saves when it is time.
 

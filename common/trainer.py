@@ -30,6 +30,9 @@ from common.order import IGNORED_ROW, TrainingOrder
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
+from common.signals import EvaluationStopped
+
+EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
 
 
 class PretrainingTrainer(Trainer):
@@ -196,6 +199,8 @@ class PretrainingTrainer(Trainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add up nats and targets of a batch. Replaces: a mean per batch, which is NaN for ignored rows."""
+        if self.is_in_train and len(self.eval_sums) % EVALUATED_BETWEEN_SIGNALS == 0:
+            self.safety.check_evaluation()
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             nats = model(**inputs, num_items_in_batch=1).loss  # the sum over the targets, divided by 1
@@ -220,6 +225,14 @@ class PretrainingTrainer(Trainer):
         output.metrics[f"{metric_key_prefix}_tokens"] = targets
         return output
 
+    def _evaluate(self, *args, **kwargs) -> dict[str, float]:
+        """Save and end where a signal cuts the evaluation short. Replaces: going through all of it first."""
+        try:
+            return super()._evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.safety.interruption.on_step_end(self.args, self.state, self.control)
+            return {}
+
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Keep evaluation out of the training throughput."""
         with self.interval.paused():
@@ -229,6 +242,14 @@ class PretrainingTrainer(Trainer):
         """Keep saving out of the training throughput. Replaces: pruning before the new checkpoint is whole."""
         with self.interval.paused():
             self.safety.save(partial(super()._save_checkpoint, *args, **kwargs))
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model of the run's end, each file whole or not at all. Replaces: half of one on a full disk."""
+        if output_dir is not None or _internal_call:
+            return super().save_model(output_dir, _internal_call)
+        self.safety.save_model(partial(super().save_model, _internal_call=True))
+        if self.args.push_to_hub:
+            self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _get_output_dir(self, trial) -> str:
         """Return where a checkpoint is written until it is whole. Replaces: under its own name."""
@@ -240,7 +261,8 @@ class PretrainingTrainer(Trainer):
             logs.update(self._step_metrics(start_time) | self.safety.guard.logged())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
-        super().log(logs, start_time)
+        with self.safety.writing("what trackers keep"):
+            super().log(logs, start_time)
 
     def _step_metrics(self, start_time: float | None) -> dict[str, float]:
         seen = self.tokens_seen

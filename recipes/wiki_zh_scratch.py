@@ -176,8 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     if shared.probe:
         return probe(trainer)
-    trainer.add_callback(SampleCallback(tokenizer, PROMPTS, training.seed))
-    trainer.add_callback(ReportCallback(ledgers))
+    trainer.add_callback(SampleCallback(trainer, PROMPTS))
+    trainer.add_callback(ReportCallback(trainer, ledgers))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}

@@ -5,6 +5,7 @@ layers are compared in process (test_loss.py, test_recompute.py), and its runs b
 """
 
 import json
+import os
 import subprocess
 
 import pytest
@@ -12,6 +13,7 @@ from conftest import losses, small_run
 from test_distributed import RECIPE, launch
 
 from common.carry_over import check_resumable, writer_of
+from common.checkpoints import finish_checkpoint, unfinished
 from common.launch import set_batch
 from common.messages import InputError
 
@@ -168,3 +170,15 @@ def test_weights_of_another_model_are_refused(wiki, cache_dir, tmp_path):
         load_start(built(3), str(tmp_path))
     with pytest.raises(InputError, match="no model.*safetensors"):
         load_start(built(2), str(tmp_path / "nowhere"))
+
+    # A checkpoint is whole, or refused; and so are weights that were cut off.
+    built(2).save_pretrained(unfinished(tmp_path, 3))
+    finish_checkpoint(tmp_path, 3, processes=1)
+    whole = tmp_path / "checkpoint-3"
+    load_start(built(2), str(whole))
+    os.truncate(whole / "model.safetensors", 5000)
+    with pytest.raises(InputError, match="'model.safetensors' has 5,000 bytes, not .*Give a whole checkpoint"):
+        load_start(built(2), str(whole))
+    whole.rename(tmp_path / "other")
+    with pytest.raises(InputError, match="its weights cannot be read"):
+        load_start(built(2), str(tmp_path / "other"))

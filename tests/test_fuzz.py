@@ -19,11 +19,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from common.checkpoints import MANIFEST, problem_of, read_manifest
+from common.guard import read_guard
 from common.messages import InputError
 from common.readers import file_records
 from common.run_folder import finished_results
 from common.run_status import read_status
-from common.safety import read_guard
 from common.token_index import read_index, read_legacy_index
 from common.token_pair import read_sidecar
 from common.token_store import TokenStore

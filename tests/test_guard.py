@@ -11,12 +11,11 @@ import torch
 from conftest import losses, small_run, store_of_tokens
 from transformers import Trainer
 
-from common.guard import LEAST_STEPS, WINDOW_STEPS, StepGuard, robust_z_score
+from common.guard import LEAST_STEPS, WINDOW_STEPS, StepGuard, name_rows, robust_z_score
 from common.messages import InputError
 from common.order import TrainingOrder
 from common.packing import JoinedRows, PackedRows
 from common.run_status import read_status
-from common.safety import name_rows
 
 NAN, INF = math.nan, math.inf
 

@@ -12,6 +12,7 @@ from test_pretrained import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import low_memory
+from common.checkpoints import checkpoints, problem_of, read_manifest
 from common.messages import InputError
 from common.tokenizer_training import train_tokenizer
 from common.trainer import PretrainingTrainer
@@ -100,7 +101,10 @@ def test_it_learns_and_interrupted_and_resumed_equals_uninterrupted(
     if "lora" in name:
         with pytest.raises(InputError, match="no finished run of LoRA, only checkpoint-3"):
             recipe.main([*flags, "--merge_only"])
+        assert "adapter_model.safetensors" in read_manifest(tmp_path / "checkpoint-3")["files"]
     recipe.main(flags)
+    assert all(problem_of(path) is None for _, path in checkpoints(tmp_path)) and len(checkpoints(tmp_path)) == 1
+    assert not (tmp_path / "unfinished").exists()
     assert losses(tmp_path) == losses(alone)
     assert results_of(tmp_path)["eval_loss"] == results_of(alone)["eval_loss"]
     history = [

@@ -15,7 +15,7 @@ from common import run_status
 from common.launches import describe_launch, record_launch
 from common.messages import InputError
 from common.run_folder import claim_output_folder
-from common.run_status import lock_folder, read_status, write_json, write_status
+from common.run_status import append_lines, lock_folder, read_status, write_json, write_status
 
 OWNER = (
     "import sys, time\nfrom common.run_status import lock_folder, write_status\n"
@@ -103,6 +103,27 @@ def test_json_is_the_old_or_the_new(tmp_path, monkeypatch):
     with pytest.raises(TypeError):
         write_json(tmp_path / "a.json", {"a": 2})
     assert (tmp_path / "a.json").read_text() == '{\n "a": 1\n}\n'
+
+
+def test_lines_are_added_wholly_or_not_at_all(tmp_path):
+    resource = pytest.importorskip("resource")  # a limit on the size of files stands in for the full disk
+    path, limits = tmp_path / "a.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_lines(path, [{"a": 1}, {"b": "地球\ud800"}])
+    before = path.read_bytes()
+    assert [json.loads(line) for line in before.splitlines()] == [{"a": 1}, {"b": "地球\ud800"}]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            append_lines(path, [{"c": 1}, {"d": "x" * 100}])
+        assert path.read_bytes() == before
+        with pytest.raises(OSError, match="File too large"):
+            write_json(tmp_path / "b.json", {"b": "x" * 1000})
+        assert [file.name for file in tmp_path.iterdir()] == ["a.jsonl"]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    path.write_bytes(before + b'{"half')
+    append_lines(path, [{"e": 2}])
+    assert path.read_bytes() == before + b'{"half\n{"e": 2}\n'
 
 
 def test_every_launch_is_recorded_and_what_changed_is_said(tmp_path, capsys):

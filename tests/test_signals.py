@@ -65,6 +65,27 @@ def test_interrupted_and_continued_is_the_run_left_alone(cache_dir, tmp_path):
     assert len(launches) == 2 and {"commit", "versions", "arguments", "launcher"} <= json.loads(launches[0]).keys()
 
 
+def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(cache_dir, tmp_path):
+    """A checkpoint of that step, from which the run goes on to the bit."""
+    flags = "--max_steps 40 --logging_steps 7 --save_steps 1000 --held_out_fraction 0.5 --max_eval_rows 100000".split()
+    flags += ["--per_device_eval_batch_size", "1"]
+    logs = {}
+    for name in ("alone", "stopped", "continued"):
+        folder = tmp_path / name.replace("continued", "stopped")
+        folder.mkdir(exist_ok=True)
+        child = start(tiny_run(cache_dir, folder / "run", *flags), folder)
+        if name == "stopped":
+            assert wait_for(folder, "evaluate", child)
+            os.kill(child.pid, signal.SIGTERM)
+        child.join()
+        logs[name] = (folder / "log").read_text()
+        assert child.exitcode == (143 if name == "stopped" else 0), logs[name][-2000:]
+        if name == "stopped":
+            assert check_interrupted(folder / "run", "SIGTERM") == 25
+    assert "held out   step 25" in logs["alone"] and "held out   step 25" not in logs["stopped"]
+    assert losses(tmp_path / "stopped" / "run") == losses(tmp_path / "alone" / "run")
+
+
 def test_a_signal_to_all_does_not_kill_the_loaders_first(cache_dir, tmp_path):
     """As a terminal sends Ctrl-C, and Slurm SIGTERM: to every process of the group."""
     flags = tiny_run(cache_dir, tmp_path / "run", *LONG, "--dataloader_num_workers", "2")

@@ -1,10 +1,12 @@
 """Clocks, samples, and a disk that fills up while saving."""
 
 import errno
+import os
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import small_run
+from conftest import losses, small_run
 from transformers import Trainer
 
 import common.trainer as trainer
@@ -68,6 +70,57 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, t
     wiki.main(flags)
     assert (tmp_path / "all_results.json").exists()
     assert read_status(tmp_path) | {"state": "finished", "step": 6} == read_status(tmp_path)
+
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file for which there is no room")
+
+
+@needs_dev_full
+def test_small_files_that_do_not_fit_are_said_once(wiki, cache_dir, tmp_path, capsys):
+    """By default the run stops, without losing what is written; or it goes on and says so once."""
+    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+    flags = small_run(cache_dir, tmp_path)
+    with pytest.raises(InputError, match="no space left while writing samples.jsonl .*make room"):
+        wiki.main(flags)
+    assert read_status(tmp_path)["state"] == "failed"
+    wiki.main([*flags, "--on_save_error", "continue"])
+    assert capsys.readouterr().out.count("no space left while writing samples.jsonl") == 1
+    assert [*losses(tmp_path)] == [1, 2, 3, 4, 5, 6] and read_status(tmp_path)["state"] == "finished"
+
+
+@needs_dev_full
+def test_results_that_do_not_fit_are_written_by_the_same_command(wiki, cache_dir, tmp_path):
+    (tmp_path / "loss_curve.png").symlink_to("/dev/full")
+    flags = small_run(cache_dir, tmp_path, "--on_save_error", "continue")
+    with pytest.raises(InputError, match="no space left while writing the results"):
+        wiki.main(flags)
+    assert not (tmp_path / "all_results.json").exists() and (tmp_path / "checkpoint-6").exists()
+    (tmp_path / "loss_curve.png").unlink()
+    wiki.main(flags)
+    assert (tmp_path / "all_results.json").exists() and [*losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_model_that_does_not_fit_is_not_left_half_written(wiki, cache_dir, tmp_path, monkeypatch):
+    """One that was there before stays as it was, too."""
+    save, flags = Trainer._save, small_run(cache_dir, tmp_path)
+    wiki.main(flags)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full_at_the_end(self, output_dir=None, state_dict=None):
+        save(self, output_dir, state_dict)
+        if not Path(output_dir).name.startswith("checkpoint-"):
+            os.truncate(Path(output_dir) / "model.safetensors", 1000)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    longer = [*flags, "--max_steps", "8"]
+    monkeypatch.setattr(Trainer, "_save", full_at_the_end)
+    with pytest.raises(InputError, match="no space left while writing the model"):
+        wiki.main(longer)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert not [*(tmp_path / "unfinished").iterdir()]
+    monkeypatch.setattr(Trainer, "_save", save)
+    wiki.main(longer)
+    assert (tmp_path / "model.safetensors").read_bytes() != before and [*losses(tmp_path)] == [*range(1, 9)]
 
 
 def test_with_continue_a_full_disk_does_not_end_the_run(wiki, cache_dir, tmp_path, monkeypatch, capsys):
