@@ -155,7 +155,7 @@ def work(described: dict, capped: bool, folder: str) -> dict:
     if described["fused_head"]:
         use_fused_loss(model)
     if described["method"] != "full":
-        model = add_adapters(model, 16, 32, [ALL_LINEAR], train_embedding=False)
+        model = add_adapters(model, 16, [ALL_LINEAR], train_embedding=False)
     dtype = None if described["method"] != "full" else model.dtype
     own = optimizer_for(dtype, in_backward, training)
     timer = StepTimer(stop_after=STEPS)

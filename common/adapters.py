@@ -7,13 +7,16 @@ import json
 import shutil
 from pathlib import Path
 
+import psutil
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from common.checkpoints import UNFINISHED, move_into, no_space_left
+from common.memory import GIB
 from common.messages import InputError, say
-from common.pretrained import pretrained_model, weights_fingerprint
+from common.pretrained import model_without_memory, pretrained_model, weights_fingerprint
 from common.run_folder import RESULTS_FILE, RUN_FILE, last_checkpoint
 from common.run_status import lock_folder
 
@@ -31,35 +34,43 @@ def four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def add_adapters(
-    model: PreTrainedModel, rank: int, alpha: float, targets: list[str], train_embedding: bool
-) -> PeftModel:
+def check_adapters(model: PreTrainedModel, rank: int, targets: list[str]) -> list[str]:
+    """Return the last parts of the names of the layers ``targets``; the model may be on the meta device.
+
+    Raises:
+        InputError: a target is no linear layer of the model, or it is the head; or the rank is below 1.
+    """
+    if rank < 1:
+        raise InputError(f"--lora_rank {rank}: must be at least 1.")
+    kinds = (torch.nn.Linear, Conv1D)  # Conv1D: GPT-2's name for it
+    linear = {name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, kinds)}
+    known = sorted(name for name, module in linear.items() if module is not model.get_output_embeddings())
+    wanted = known if targets == [ALL_LINEAR] else targets
+    unknown = sorted(set(wanted) - set(known))
+    if unknown or not known:
+        raise InputError(
+            f"--lora_targets: {type(model).__name__} has no linear layers {' '.join(unknown)} beside its head. It has: "
+            f"{' '.join(known)}. Or leave the flag out for all of them."
+        )
+    return wanted
+
+
+def add_adapters(model: PreTrainedModel, rank: int, targets: list[str], train_embedding: bool) -> PeftModel:
     """Freeze ``model`` and put trained matrices of ``rank``, in fp32, beside its linear layers ``targets``.
 
     Args:
-        alpha: the product of the two matrices is scaled by alpha / rank.
         targets: last parts of the layers' names, or just ALL_LINEAR.
         train_embedding: also train the input embedding, all of it, in fp32. A tied head stays what it was.
 
     Raises:
-        InputError: a target is no linear layer of the model, or it is the head.
+        InputError: see ``check_adapters``.
     """
-    linear = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    head = next((name for name, module in model.named_modules() if module is model.get_output_embeddings()), None)
-    known = sorted(linear - {head and head.rpartition(".")[2]})
-    unknown = [target for target in targets if target not in known] if targets != [ALL_LINEAR] else []
-    if unknown or not known:
-        raise InputError(
-            f"--lora_targets {' '.join(unknown)}: {type(model).__name__} has no such linear layers beside its head. It "
-            f"has: {' '.join(known)}. Or leave the flag out for all of them."
-        )
-    if rank < 1:
-        raise InputError(f"--lora_rank {rank}: must be at least 1.")
+    wanted = check_adapters(model, rank, targets)
     embedding = next(name for name, module in model.named_modules() if module is model.get_input_embeddings())
     config = LoraConfig(
         task_type="CAUSAL_LM",
         r=rank,
-        lora_alpha=alpha,
+        lora_alpha=2 * rank,  # the product of the two matrices is scaled by alpha / rank
         target_modules=ALL_LINEAR if targets == [ALL_LINEAR] else targets,
         modules_to_save=[embedding.rpartition(".")[2]] if train_embedding else None,
     )
@@ -68,7 +79,7 @@ def add_adapters(
         if parameter.requires_grad:
             parameter.data = parameter.data.float()  # of the embedding; the optimizer's steps are too small for bf16
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
-    say(f"LoRA: {trained:,} parameters are trained, rank {rank} beside {', '.join(known if not unknown else targets)}")
+    say(f"LoRA: {trained:,} parameters are trained, rank {rank} beside {', '.join(wanted)}")
     return adapted
 
 
@@ -77,13 +88,15 @@ def unpacked_gguf(
 ) -> str:
     """Return a folder with the weights of a .gguf file in ``dtype``, made if it is not there.
 
-    transformers cannot quantize while it reads such a file.
+    transformers cannot quantize while it reads such a file. Another file of the same name gets another folder.
     """
-    unpacked = Path(folder) / f"{Path(place).stem}-{str(dtype).removeprefix('torch.')}"
+    file = Path(place).resolve().stat()
+    precision = str(dtype).removeprefix("torch.")
+    unpacked = Path(folder) / f"{Path(place).stem}-{file.st_size}-{file.st_mtime_ns}-{precision}"
     if not unpacked.exists():
         say(f"{place}: its weights are unpacked into {unpacked}")
         model = pretrained_model(place, tokenizer, context_length, dtype)
-        partial = unpacked.with_name(f"{unpacked.name}.partial")  # renamed when it is whole
+        partial = unpacked.with_name(f"{unpacked.name}.partial")  # an interrupted one must not be taken for whole
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
@@ -94,10 +107,10 @@ def unpacked_gguf(
 def save_merged(place: str, run_folder: str) -> str:
     """Add the adapter of the finished run in ``run_folder`` to the weights at ``place``; return the plain checkpoint.
 
-    They are loaded unquantized, on the CPU, in the dtype that the run had them in: their size in memory and a layer.
+    They are loaded unquantized, into main memory, in the dtype that the run had them in.
 
     Raises:
-        InputError: the run is not finished, or its adapter was trained beside other weights.
+        InputError: the run is not finished, main memory is too small, or the adapter was trained beside other weights.
     """
     run = Path(run_folder)
     if not ((run / RESULTS_FILE).exists() and (run / "adapter_config.json").exists()):
@@ -109,8 +122,17 @@ def save_merged(place: str, run_folder: str) -> str:
         )
     _lock = lock_folder(run_folder)  # until the end of this function, or of the run that calls it
     described = json.loads((run / RUN_FILE).read_text(encoding="utf-8"))["model"]
-    tokenizer = AutoTokenizer.from_pretrained(run_folder)
-    base = pretrained_model(place, tokenizer, 1, getattr(torch, described["dtype"]))
+    dtype, tokenizer = getattr(torch, described["dtype"]), AutoTokenizer.from_pretrained(run_folder)
+    needed = model_without_memory(place).num_parameters() * dtype.itemsize / GIB
+    free = psutil.virtual_memory().available / GIB
+    say(f"merging takes {needed:.1f} GiB of main memory, for all weights in {described['dtype']}; {free:.1f} are free")
+    if free < needed:
+        raise InputError(
+            f"{run_folder}: the adapter is there, but not merged: {needed:.1f} GiB of main memory are needed, "
+            f"{free:.1f} free. Make room, or copy the folder to a machine that has it; then the same command with "
+            "--merge_only"
+        )
+    base = pretrained_model(place, tokenizer, 1, dtype)
     if weights_fingerprint(base.get_input_embeddings()) != described["embedding"]:
         raise InputError(f"--model {place}: not the weights that the adapter in {run_folder} was trained beside.")
     adapted = PeftModel.from_pretrained(base, run_folder)
@@ -120,7 +142,7 @@ def save_merged(place: str, run_folder: str) -> str:
         head.weight = torch.nn.Parameter(head.weight.detach().clone())
         base.config.tie_word_embeddings = False
     merged = adapted.merge_and_unload()
-    merged.to(getattr(torch, described["dtype"]))  # a trained embedding is in fp32
+    merged.to(dtype)  # a trained embedding is in fp32
     aside = run / UNFINISHED / MERGED  # half of it never has the name of the whole
     shutil.rmtree(aside, ignore_errors=True)
     try:

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from common.messages import InputError
+
 
 @dataclass
 class SharedArguments:
@@ -139,3 +141,10 @@ class SharedArguments:
         default_factory=list,
         metadata={"help": "Continue a run although these differ, as its refusal names them: training.seed ..."},
     )
+
+    def __post_init__(self):
+        """Raise InputError for flags that would be ignored."""
+        for name in ("plan_config", "plan_processes", "plan_memory_gib"):
+            if getattr(self, name) is not None and (self.probe or not self.plan):
+                why = "the probe runs as it is launched" if self.probe else "it would be ignored"
+                raise InputError(f"--{name} {getattr(self, name)}: {why}. With --plan alone, or leave it out.")

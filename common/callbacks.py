@@ -1,5 +1,7 @@
 """What is seen while a run goes on: one readable line a log, and generated samples at every evaluation."""
 
+import os
+import sys
 import time
 from pathlib import Path
 
@@ -8,25 +10,32 @@ from tqdm.auto import tqdm
 from transformers import ProgressCallback, TrainerCallback
 
 from common.attention import generating
+from common.messages import say
+from common.quiet import no_bars_while_training
 from common.run_status import append_lines
 
 SAMPLES_FILE, SAMPLE_TOKENS = "samples.jsonl", 60
 
 
 class ScreenCallback(ProgressCallback):
-    """Trainer's progress bar, with a line for people in place of a printed dict. Plain lines without a bar."""
+    """In a terminal one bar with the newest figures, elsewhere (a file, a notebook's cell) one line a log."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.time(), state.global_step
-        if not args.disable_tqdm:
+        self.bar = sys.stderr.isatty() and not args.disable_tqdm
+        self.bits_per_byte = float("nan")
+        no_bars_while_training()
+        if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+            say(f"compiling the layers at the first step ({compiler}): about 15 s on a GPU, longer the first time")
+        if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
+        if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
+        if sys.stderr.isatty() and not args.disable_tqdm:
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -36,15 +45,27 @@ class ScreenCallback(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        if "loss" in logs:
-            steps = state.global_step - self.first_step
-            left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
-            tqdm.write(step_line(logs, state.global_step, state.max_steps, left))
-        elif "eval_loss" in logs:
+        if "eval_loss" in logs:
+            self.bits_per_byte = logs["eval_bits_per_byte"]
             tqdm.write(
                 f"held out   step {state.global_step}  loss {logs['eval_loss']:.4f}  perplexity "
-                f"{logs['eval_perplexity']:,.1f}  bits per byte {logs['eval_bits_per_byte']:.4f}"
+                f"{logs['eval_perplexity']:,.1f}  bits per byte {self.bits_per_byte:.4f}"
             )
+        elif "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(bar_text(logs, self.bits_per_byte))
+        elif "loss" in logs:
+            steps = state.global_step - self.first_step
+            left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
+            print(step_line(logs, state.global_step, state.max_steps, left), flush=True)
+
+
+def bar_text(logs: dict, bits_per_byte: float) -> str:
+    """Return what stands behind the bar, which itself has the step, the share done and the time left."""
+    parts = [f"loss {logs['loss']:.3f}"]
+    parts += [f"{bits_per_byte:.3f} bits/byte"] if bits_per_byte == bits_per_byte else []
+    parts += [f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device"]
+    parts += [f"{logs['mfu']:.0%} MFU"] if "mfu" in logs else []
+    return ", ".join([*parts, f"{logs['memory_peak_gib']:.1f} GiB"])
 
 
 def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str:

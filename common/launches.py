@@ -8,11 +8,15 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
+import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
 
+import psutil
+import torch
 from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
@@ -24,7 +28,7 @@ LAUNCHES_FILE = "launches.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "tokenizers")
 LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")  # what the YAML leaves in the environment
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-ALWAYS_DIFFERENT = {"time", "commit", "python"}
+ALWAYS_DIFFERENT = {"time", "commit", "python", "command"}
 
 
 def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dict:
@@ -39,6 +43,8 @@ def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dic
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": git_commit(),
+        "command": command_line(),
+        "device": device_name(training.device),
         "python": platform.python_version(),
         "versions": {name: version for name in PACKAGES if (version := installed(name))},
         "processes": training.world_size,
@@ -67,6 +73,24 @@ def _last(path: Path) -> dict:
         except (ValueError, TypeError):
             continue
     return {}
+
+
+def command_line() -> str:
+    """Return the command of this process, or of the launcher that started it; the YAML is named nowhere else."""
+    own = [Path(sys.argv[0]).name, *sys.argv[1:]] if len(sys.argv) > 1 else sys.argv
+    try:
+        started_by = psutil.Process().parent().cmdline()
+    except (psutil.Error, AttributeError):  # not allowed, or gone
+        started_by = []
+    names = [Path(word).name for word in started_by]
+    if "launch" in names and any(name.startswith("accelerate") for name in names[: names.index("launch")]):
+        return shlex.join(["accelerate", *started_by[names.index("launch") :]])
+    return shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else shlex.join(own)
+
+
+def device_name(device: torch.device) -> str:
+    """Return what the device is called, such as "NVIDIA H100 80GB HBM3"."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
 
 
 def installed(package: str) -> str | None:

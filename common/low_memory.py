@@ -3,12 +3,14 @@
 import importlib.util
 
 import torch
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
+from common.arguments import SharedArguments
 from common.low_memory_adamw import LowMemoryAdamW
 from common.messages import InputError, say
+from common.strategy import under_fsdp
 
+OLDEST_GPU = 6  # compute capability. Source: https://huggingface.co/docs/bitsandbytes/installation
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "no": torch.float32}
 
 
@@ -28,71 +30,86 @@ def trained_dtype(wanted: str, training: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and training.bf16) else torch.float32
 
 
-def check_method(method: str, from_scratch: bool, training: TrainingArguments) -> None:
+def check_method(method: str, weights: str, shared: SharedArguments, training: TrainingArguments) -> None:
     """Refuse combinations of ``--method`` that cannot work, cannot be saved, or cannot be merged.
 
     Raises:
         InputError: with the switch that works.
     """
-    if method != "full" and from_scratch:
+    optimizer = optimizer_name(training)
+    if shared.tokenizer == "train":
+        raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
+    if shared.optimizer != "adamw":
+        raise InputError(f"--optimizer {shared.optimizer}: here it is AdamW, as --optim says. Leave the flag out.")
+    if method != "full" and weights != "auto":
         raise InputError(
-            f"--from_scratch: --method {method} trains beside weights that know something. Use --method full."
+            f"--weights {weights}: with --method {method} they are frozen, and kept in what mixed_precision says; what "
+            "is trained is in fp32. Leave it out."
         )
-    if training.distributed_state.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        why = (
-            "weights in 4 bits cannot be gathered and saved"
-            if method == "qlora"
-            else "8-bit states are not saved rightly (bitsandbytes #1403)"
-            if "8bit" in optimizer_name(training)
-            else "this recipe keeps all of the model on one card"
-        )
+    if training.deepspeed_plugin is not None or under_fsdp():
+        why = "this recipe keeps all of the model on one card"
+        if "8bit" in optimizer:
+            why = "8-bit states are not saved rightly (bitsandbytes #1403)"
+        if method == "qlora":
+            why = "weights in 4 bits cannot be gathered and saved"
         raise InputError(
-            f"--method {method} --optim {optimizer_name(training)} under FSDP or DeepSpeed (ZeRO): {why}. Use "
+            f"--method {method} --optim {optimizer} under FSDP or DeepSpeed (ZeRO): {why}. Use "
             "accelerate_configs/single_gpu.yaml, several cards with ddp.yaml, or recipes/openwebtext_continue.py, "
             "whose weights and states can be sharded."
         )
     if method == "qlora":
-        check_bitsandbytes("--method qlora", "--method lora", training.device)
-    if "8bit" in optimizer_name(training):
-        check_bitsandbytes(f"--optim {optimizer_name(training)}", "--optim adamw_torch", training.device)
+        check_bitsandbytes("--method qlora", "--method lora --optim adamw_torch", training.device)
+    if "8bit" in optimizer:
+        check_bitsandbytes(f"--optim {optimizer}", "--optim adamw_torch", training.device)
 
 
 def check_bitsandbytes(flag: str, instead: str, device: torch.device) -> None:
-    """Raise InputError unless bitsandbytes is there and this device is one that it has fast kernels for."""
+    """Raise InputError unless bitsandbytes is there and works on ``device``: a block of numbers is quantized."""
+    without = f"Without bitsandbytes: {instead}"
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise InputError(f"{flag}: needs bitsandbytes: pip install 'bitsandbytes>=0.50,<0.51'. Without it: {instead}")
+        raise InputError(f"{flag} needs a package: pip install 'bitsandbytes>=0.50,<0.51'. {without}")
     if device.type not in ("cuda", "xpu"):
-        raise InputError(f"{flag}: bitsandbytes needs a GPU, and this runs on {device.type}. Without it: {instead}")
+        raise InputError(f"{flag}: bitsandbytes needs a GPU, and this runs on {device.type}. {without}")
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
-        if major < 6:
+        if major < OLDEST_GPU:
             raise InputError(
                 f"{flag}: bitsandbytes has no code for {torch.cuda.get_device_name(device)} (compute capability "
-                f"{major}.{minor}, at least 6.0 is needed). Without it: {instead}"
+                f"{major}.{minor}, at least {OLDEST_GPU}.0 is needed). {without}"
             )
+    try:
+        from bitsandbytes.functional import quantize_blockwise
+
+        quantize_blockwise(torch.zeros(256, device=device))[0].cpu()
+    except Exception as error:  # its library is not there for this CUDA version, or not for this card, or not loadable
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        found = f"{flag}: bitsandbytes does not work here ({reason}). What it needs: python -m bitsandbytes"
+        raise InputError(f"{found}. {without}") from None
 
 
-def check_step_in_backward(training: TrainingArguments, context_length: int, on_loss_spike: str) -> None:
-    """Refuse what needs all gradients at once. Call it after the batch is set.
+def check_step_in_backward(training: TrainingArguments, shared: SharedArguments) -> None:
+    """Refuse what needs all gradients at once: several processes or micro-batches, clipping, the fp16 scaler.
 
     Raises:
         InputError: naming the flags.
     """
     rows, accumulated = training.per_device_train_batch_size, training.gradient_accumulation_steps
+    tokens = rows * shared.context_length
+    accumulated = accumulated or max(1, shared.tokens_per_step // tokens)  # 0: the batch is not set yet, for --plan
     flag = "--step_in_backward: each gradient is used and dropped at once, so"
     if training.world_size > 1 or training.deepspeed_plugin is not None:
         raise InputError(f"{flag} it cannot be averaged over processes. Use one process, or leave the flag out.")
     if accumulated > 1:
         raise InputError(
-            f"{flag} {accumulated} micro-batches cannot be added up. Use --tokens_per_step {rows * context_length} "
-            "(one micro-batch a step), or leave the flag out."
+            f"{flag} {accumulated} micro-batches cannot be added up. Use --tokens_per_step {tokens} and "
+            "no --gradient_accumulation_steps (one micro-batch a step), or leave the flag out."
         )
     if training.max_grad_norm:
         raise InputError(
             f"{flag} --max_grad_norm {training.max_grad_norm:g} comes too late. Use --max_grad_norm 0, or leave the "
             "flag out."
         )
-    if on_loss_spike == "skip":
+    if shared.on_loss_spike == "skip":
         raise InputError(f"{flag} a step cannot be left out (--on_loss_spike skip). Use --on_loss_spike stop or warn.")
     if training.fp16:
         raise InputError(

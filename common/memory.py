@@ -26,9 +26,8 @@ CONTEXT_BYTES = 0.6 * GIB  # CUDA context and libraries, outside of torch's allo
 BUCKET_PARAMETERS = 5e8  # DeepSpeed's default reduce_bucket_size
 LIVE_PARAMETERS = 1e9  # DeepSpeed's default stage3_max_live_parameters
 EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)  # of both states: a byte a number, an fp32 scale for 256
-NF4_BYTES = (
-    1 / 2 + 1 / 64 + 4 / (64 * 256)
-)  # a number: half a byte, an 8-bit scale for 64, an fp32 one for 256 of these
+# Of a number: half a byte, an 8-bit scale for 64, an fp32 one for 256 of these.
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Setting:
     optimizer: str = "adamw"  # adamw, muon, adamw_8bit (Trainer's); rounding_32bit, rounding_8bit (LowMemoryAdamW)
     in_backward: bool = False  # the optimizer's step
     accumulated: bool = True  # several micro-batches a step
-    four_bits: bool = False  # QLoRA's base
+    method: str | None = None  # of recipes/low_memory_16gb.py: full, lora, qlora; None: another recipe
     offload_optimizer: bool = False
     offload_parameters: bool = False
 
@@ -74,56 +73,66 @@ class Need:
 
 def predict(model: PreTrainedModel, setting: Setting) -> Need:
     """Return what training ``model`` needs on each card. The model may be on the meta device."""
-    parameters = list(model.parameters())
-    count = sum(parameter.numel() for parameter in parameters)
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
-    held, gradients = parameter_bytes(model, setting.four_bits), sum(p.numel() * p.itemsize for p in trained)
     half = 4 if setting.precision == "no" else 2
-    states = optimizer_bytes(model, setting.optimizer)
-    n, zero = setting.processes, setting.strategy.startswith("zero")
-    if zero:  # parameters in the computation's precision, and masters in fp32, which count as optimizer states
-        masters = 4 * sum(parameter.numel() for parameter in trained)
-        held = half * count / (n if setting.strategy == "zero3" else 1)
-        gradients = masters / (1 if setting.strategy == "zero1" else n)
-        states = (states + (masters if half == 2 else 0)) / n
-        buffers = half * min(count, LIVE_PARAMETERS if setting.strategy == "zero3" else BUCKET_PARAMETERS)
-        buffers *= n > 1 or setting.strategy == "zero3"
-    elif setting.strategy == "fsdp2":
-        held, gradients, states = held / n, gradients / n, states / n
-        buffers = half * (_ends(model) + 2 * (count - _ends(model)) / _layers(model))  # gathered: ends, two layers
-    else:
-        buffers = gradients if setting.strategy == "ddp" else 0.0  # its buckets
-    if setting.offload_parameters:
-        held = 0.0
-    if setting.offload_optimizer:
-        states = gradients = 0.0
-    embedding = model.get_input_embeddings().weight
-    residual = half if zero or setting.strategy == "fsdp2" else min(4, embedding.itemsize)
+    divided = setting.strategy.startswith("zero") or setting.strategy == "fsdp2"
+    residual = half if divided else min(4, model.get_input_embeddings().weight.itemsize)
+    parameters, gradients, states, buffers = bytes_by_strategy(model, setting, half)
+    framework = buffers + CONTEXT_BYTES
     activations = activation_bytes(model, setting, residual, half)
     logits = logit_bytes(model, setting, half, copied=residual == 4 and half == 2)
     layer = 0.0  # what one layer's activations take, which come back when the logits are gone
     if setting.recompute:
         layer = activation_bytes(model, replace(setting, recompute=False), residual, half) / _layers(model)
-    framework = buffers + CONTEXT_BYTES
     if setting.accumulated and not setting.in_backward:
-        return Need(held, gradients, states, activations + max(0.0, layer - logits), logits, framework)
-    head = model.get_output_embeddings().weight
-    waiting = (
-        head.numel() * head.itemsize * head.requires_grad
-    )  # the head's gradient, all through backward if it is tied
-    at_the_end = gradients
-    if setting.in_backward:
-        at_the_end = embedding.numel() * embedding.itemsize * embedding.requires_grad
-    if head is embedding:
-        at_the_end += waiting  # that of the other end, before the two are added up
-    elif setting.in_backward:
-        waiting = 0.0
+        return Need(parameters, gradients, states, activations + max(0.0, layer - logits), logits, framework)
+    first, last = gradients_in_backward(model, gradients, setting.in_backward)
     moments = [
-        Need(held, 0.0, states, activations, logits, framework),
-        Need(held, waiting, states, activations + layer, 0.0, framework),
-        Need(held, at_the_end, states, layer, 0.0, framework),
+        Need(parameters, 0.0, states, activations, logits, framework),
+        Need(parameters, first, states, activations + layer, 0.0, framework),
+        Need(parameters, last, states, layer, 0.0, framework),
     ]
     return max(moments, key=lambda need: need.total)
+
+
+def bytes_by_strategy(model: PreTrainedModel, setting: Setting, half: int) -> tuple[float, float, float, float]:
+    """Return the bytes on each card of parameters, gradients, optimizer states, and of buffers to exchange them.
+
+    Args:
+        half: bytes a number of the computation. Under ZeRO the parameters are in it, and their masters in fp32 count as
+            optimizer states.
+    """
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters, states = parameter_bytes(model, setting.method == "qlora"), optimizer_bytes(model, setting.optimizer)
+    gradients, n = sum(parameter.numel() * parameter.itemsize for parameter in trained), setting.processes
+    buffers = gradients if setting.strategy == "ddp" else 0.0
+    if setting.strategy.startswith("zero"):
+        stage, count = int(setting.strategy[-1]), sum(parameter.numel() for parameter in model.parameters())
+        masters = 4 * sum(parameter.numel() for parameter in trained)
+        parameters = half * count / (n if stage == 3 else 1)
+        gradients = masters / (1 if stage == 1 else n)
+        states = (states + (masters if half == 2 else 0)) / n
+        exchanged = half * min(count, LIVE_PARAMETERS if stage == 3 else BUCKET_PARAMETERS)
+        buffers = exchanged if n > 1 or stage == 3 else 0.0
+    elif setting.strategy == "fsdp2":
+        parameters, gradients, states = parameters / n, gradients / n, states / n
+        ends, count = _ends(model), sum(parameter.numel() for parameter in model.parameters())
+        buffers = half * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
+    if setting.offload_optimizer:
+        gradients = states = 0.0
+    return 0.0 if setting.offload_parameters else parameters, gradients, states, buffers
+
+
+def gradients_in_backward(model: PreTrainedModel, gradients: float, in_backward: bool) -> tuple[float, float]:
+    """Return the bytes of gradients at the beginning and at the end of the only backward of a step.
+
+    At the beginning there is the head's: tied, it waits for the embedding's, and the two are there before they are
+    added up; untied, and used ``in_backward``, it goes at once. At the end there are all, or the embedding's alone.
+    """
+    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    of_head, of_embedding = (p.numel() * p.itemsize * p.requires_grad for p in (head, embedding))
+    tied = head is embedding
+    last = (of_embedding if in_backward else gradients) + (of_head if tied else 0.0)
+    return of_head if tied or not in_backward else 0.0, last
 
 
 def parameter_bytes(model: PreTrainedModel, four_bits: bool) -> float:

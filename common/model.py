@@ -14,6 +14,7 @@ VOCABULARY_MULTIPLE = 128
 def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> PreTrainedModel:
     """Build what model_from_config would, without memory (on torch's meta device) and without a tokenizer."""
     settings = {"vocab_size": padded_vocabulary(vocabulary_size), "max_position_embeddings": context_length, **shape}
+    build_whole()
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
 

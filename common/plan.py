@@ -11,14 +11,13 @@ import torch
 import yaml
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from common.advice import advised, described
 from common.arguments import SharedArguments
 from common.clock import synchronize
 from common.loss import DeferringHead
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
 from common.strategy import offloads, recompute_owner, strategy_of
-
-BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
 
 
 def print_plan(
@@ -27,11 +26,12 @@ def print_plan(
     training: TrainingArguments,
     optimizer: str,
     own_optimizer: tuple[type, dict] | None = None,
-    four_bits: bool = False,
+    method: str | None = None,
 ) -> None:
     """Print what training ``model`` (on the meta device) needs on each card; the last line is JSON.
 
     The strategy is that of ``--plan_config``, an accelerate YAML; without it, one card as the environment describes it.
+    ``own_optimizer`` and ``method`` are those of recipes/low_memory_16gb.py.
     """
     processes, limit = shared.plan_processes, shared.plan_memory_gib
     for flag, value in (
@@ -44,7 +44,7 @@ def print_plan(
     if limit is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / GIB
     setting = setting_of_run(model, training, shared.context_length, optimizer, own_optimizer)
-    setting = replace(setting, four_bits=four_bits)
+    setting = replace(setting, method=method)
     if shared.plan_config is not None:
         setting = setting_of_yaml(shared.plan_config, setting, processes)
     elif processes is not None:
@@ -110,67 +110,6 @@ class StepTimer(TrainerCallback):
         control.should_training_stop |= len(self.seconds) == self.stop_after
 
 
-def described(setting: Setting) -> str:
-    """Return a setting in words."""
-    extras = [
-        word for word in ("compiled", "recompute", "offload_optimizer", "offload_parameters") if getattr(setting, word)
-    ]
-    return (
-        f"{setting.strategy} on {setting.processes} card(s), {setting.rows} rows of {setting.context_length} tokens at "
-        f"once on each, {setting.optimizer}, mixed precision {setting.precision}, {', '.join(extras) or 'not compiled'}"
-    )
-
-
-def advised(model: PreTrainedModel, setting: Setting, limit_gib: float) -> str:
-    """Return, for people, what would make ``setting`` fit into ``limit_gib``."""
-    switches = advice(model, setting, limit_gib)
-    if not switches:
-        return "Nothing known here makes it fit: take more or larger cards, a smaller model, or shorter rows."
-    return "What makes it fit, the cheapest first:\n" + "\n".join(f"  {switch}" for switch in switches)
-
-
-def switches(setting: Setting) -> list[tuple[str, Setting]]:
-    """Return what saves memory, each on top of those before it, the cheapest first."""
-    found, now = [], setting
-
-    def switch(name: str, **changes) -> None:
-        nonlocal now
-        now = replace(now, **changes)
-        found.append((name, now))
-
-    if not now.fused_loss:
-        switch("use_fused_loss: the logits are never held", fused_loss=True)
-    if not now.compiled:
-        switch("a YAML with dynamo_config: compiled layers keep less", compiled=True)
-    while now.rows > 1 and now.rows * now.context_length > BUSY_TOKENS:
-        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
-    if now.processes > 1 and now.strategy in ("single", "ddp", "zero1"):
-        switch("accelerate_configs/zero2.yaml", strategy="zero2")
-    if now.processes > 1 and now.strategy not in ("fsdp2", "zero3"):
-        switch("accelerate_configs/fsdp2.yaml", strategy="fsdp2")
-    while now.rows > 1:
-        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
-    if not now.recompute:
-        switch("--gradient_checkpointing true: activations are computed twice", recompute=True)
-    if now.optimizer != "adamw_8bit" and now.strategy in ("single", "ddp"):
-        switch("--optimizer adamw --optim adamw_8bit", optimizer="adamw_8bit")
-    return found
-
-
-def advice(model: PreTrainedModel, setting: Setting, limit_gib: float) -> list[str]:
-    """Return the switches that make ``setting`` fit into ``limit_gib``, the cheapest first; empty if none do.
-
-    Of several micro-batches, and of several YAMLs, only the last is named.
-    """
-    tried: list[str] = []
-    for name, changed in switches(setting):
-        kind = name.split()[0].split("/")[0]
-        tried = [earlier for earlier in tried if not earlier.startswith(kind)] + [name]
-        if predict(model, changed).total <= limit_gib * GIB:
-            return tried
-    return []
-
-
 def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -> Setting:
     """Return ``setting`` under the strategy, precision and compile of an accelerate configuration.
 
@@ -220,6 +159,12 @@ def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
     return config | {"mixed_precision": (precision or ["no"])[0]}, zero
 
 
+def take_precision_of_yaml(path: str, training: TrainingArguments) -> None:
+    """Set the precision that the launcher would bring; --plan has none."""
+    precision = setting_of_yaml(path, Setting(rows=1, context_length=1)).precision
+    training.bf16, training.fp16 = precision == "bf16", precision == "fp16"
+
+
 def setting_of_run(
     model: PreTrainedModel,
     training: TrainingArguments,
@@ -248,8 +193,16 @@ def setting_of_run(
         offload_parameters=moved and strategy_of(training) in ("fsdp2", "zero3"),
         in_backward=own_optimizer is not None and own_optimizer[1]["in_backward"],
         accumulated=training.gradient_accumulation_steps != 1,
-        four_bits=any(hasattr(parameter, "quant_state") for parameter in model.parameters()),
+        method=method_of(model, own_optimizer),
     )
+
+
+def method_of(model: PreTrainedModel, own_optimizer: tuple[type, dict] | None) -> str | None:
+    """Return the ``--method`` of recipes/low_memory_16gb.py, as a model shows it; None: it shows none."""
+    if hasattr(model, "peft_config"):
+        packed = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+        return "qlora" if packed else "lora"
+    return "full" if own_optimizer is not None else None
 
 
 def setting_of_trainer(trainer) -> Setting:

@@ -5,6 +5,7 @@ Whatever would fail late, or train something else than asked, is refused here wi
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel, TrainingArguments
@@ -36,7 +37,7 @@ KNOWN_BAD = [
         ("zero3", "fsdp2"),
         # https://github.com/huggingface/accelerate/issues/3983: a crash, or loss 0 and gradients of NaN, without a word
         "4-bit weights are packed bytes: divided among processes they are no longer those numbers",
-        "ddp.yaml or zero2.yaml, which leave the weights whole, or --method lora",
+        "ddp.yaml, which leaves the weights whole, or --method lora",
     ),
     (
         "Muon for LoRA's factors",
@@ -105,7 +106,7 @@ def preflight(
         check_disk_space(training.output_dir, model.num_parameters(), training)
         say(f"disk: checkpoints of {model.num_parameters():,} parameters fit {training.output_dir}")
     say(f"folder: {check_folder(training.output_dir, recipe, shared, training)}")
-    if not shared.probe and (lock := lock_folder(training.output_dir)) is not None:
+    if not shared.probe and Path(training.output_dir).exists() and (lock := lock_folder(training.output_dir)):
         lock.release()  # taken for good when the folder is claimed
     return rows_per_step, optimizer
 
@@ -133,7 +134,7 @@ def precision(training: TrainingArguments) -> str:
     names = torch.get_device_module(training.device)
     where = names.get_device_name() if hasattr(names, "get_device_name") else training.device.type.upper()
     scaled = ", with a loss scaler" if training.fp16 else ""
-    return f"{kind} on {where}{scaled} (the YAML's mixed_precision); parameters and optimizer in fp32"
+    return f"{kind} on {where}{scaled} (the YAML's mixed_precision)"
 
 
 def memory(model: PreTrainedModel, training: TrainingArguments, context_length: int, optimizer: str) -> str:

@@ -50,6 +50,11 @@ def find_model(name: str, weights: bool) -> str:
     return name
 
 
+def check_fit(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    """Raise the InputErrors of a model's config now, before its text is tokenized for nothing."""
+    _config_for(place, tokenizer, context_length)
+
+
 def pretrained_model(
     place: str,
     tokenizer: PreTrainedTokenizerBase,
@@ -123,6 +128,7 @@ def model_without_memory(place: str) -> PreTrainedModel:
     """Build the model whose config lies at ``place`` on torch's meta device, for --plan."""
     folder, in_file = _as_transformers_asks(place)
     try:
+        build_whole()
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **in_file), dtype=torch.float32)
     except Exception as error:
@@ -138,7 +144,7 @@ def check_start(loss: float, vocabulary_rows: int) -> None:
             f"alike costs ln({vocabulary_rows:,}) = {chance:.2f}; above {NEAR_RANDOM:.0%} of that they know next to "
             "nothing of this text. Either its ids are of another tokenizer: give the one that the weights were trained "
             "with, and tokenize the text with it. Or the checkpoint is damaged: fetch it again. To start at random on "
-            "purpose: --from_scratch"
+            "purpose: recipes/openwebtext_continue.py --from_scratch"
         )
 
 

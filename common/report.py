@@ -5,11 +5,15 @@ from pathlib import Path
 
 from common.guard import mean_logged_loss
 from common.ledger import Ledger
+from common.model_card import write_card
+from common.page import write_report
+from common.run_record import Run
+from common.tracking import finish_tracking
 from common.trainer import PretrainingTrainer
 
 
 def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:
-    """Write train_results.json, eval_results.json, all_results.json, trainer_state.json and loss_curve.png.
+    """Write the results as .json files, trainer_state.json, loss_curve.png, report.html and the model card.
 
     Args:
         ledgers: of each source.
@@ -47,7 +51,20 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
         trainer.save_metrics("eval", held_out)
         trainer.save_metrics("train", train)  # the last: all_results.json says that the run is finished
     trainer.safety.finish()
-    return {**held_out, **train}
+    results = {**held_out, **train}
+    if trainer.is_world_process_zero():
+        with trainer.safety.writing("report.html and the model card"):
+            write_report(trainer.args.output_dir, history, results)
+            _write_card(trainer, results)
+        finish_tracking(results, trainer.state.global_step)
+    return results
+
+
+def _write_card(trainer: PretrainingTrainer, results: dict) -> None:
+    run = Run.of(trainer.args.output_dir)
+    command = run.launches[-1].get("command", "") if run.launches else ""
+    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
+    write_card(trainer.args.output_dir, str(run.identity.get("recipe", "")), results, [text], command)
 
 
 def summary(results: dict) -> str:

@@ -4,7 +4,6 @@ import json
 import os
 from pathlib import Path
 
-from accelerate.utils import DistributedType
 from transformers import TrainingArguments
 
 from common.messages import InputError
@@ -84,11 +83,16 @@ def take_over_recompute(training: TrainingArguments) -> None:
             setattr(training, name, True)
 
 
+def under_fsdp() -> bool:
+    """Whether the YAML says FSDP. Until a Trainer is made, accelerate's state calls that MULTI_GPU, as it does DDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def strategy_of(training: TrainingArguments) -> str:
     """Return how this launch divides the work: single, ddp, zero1, zero2, zero3, fsdp1 or fsdp2."""
     if training.deepspeed_plugin is not None:
         return f"zero{training.deepspeed_plugin.zero_stage}"
-    if training.distributed_state.distributed_type == DistributedType.FSDP:
+    if under_fsdp():
         return f"fsdp{os.environ.get('FSDP_VERSION', '1')}"
     return "ddp" if training.world_size > 1 else "single"
 

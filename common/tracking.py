@@ -1,14 +1,24 @@
-"""SwanLab, without ever asking, waiting or failing: online when logged in, otherwise offline."""
+"""SwanLab, without ever asking, waiting or failing: online when logged in, otherwise offline.
 
+Which SwanLab run an output folder is stands in its ``tracking.json``: a continued run continues its curves. Other
+trackers come with ``--report_to`` and have the same names, train/loss, eval/bits_per_byte and so on.
+"""
+
+import json
+import secrets
 from pathlib import Path
 
 from transformers import TrainerCallback
 
 from common.messages import InputError, is_main_process, say
+from common.run_record import read_lines
+from common.run_status import write_json
+
+TRACKING_FILE = "tracking.json"
 
 
 def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerCallback]:
-    """Start a SwanLab run on the main process and return the callback that logs to it (none when off).
+    """Start a SwanLab run on the main process and return the callbacks that log to it (none when off).
 
     Args:
         mode: auto, online, local, offline or off. Only an explicit ``online`` may fail.
@@ -24,7 +34,8 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
     log_dir = Path(output_dir) / "swanlog"
     log_dir.mkdir(parents=True, exist_ok=True)
     never_ask = swanlab.Settings(interactive=False)
-    run = {"project": project, "name": Path(output_dir).name, "log_dir": str(log_dir), "settings": never_ask}
+    run = {"name": Path(output_dir).name, "log_dir": str(log_dir), "settings": never_ask, "resume": "allow"}
+    run |= swanlab_identity(output_dir, project)
     attempts = [mode] if mode != "auto" else ["online", "offline"] if never_ask.api_key else ["offline"]
     for attempt in attempts:
         try:
@@ -38,5 +49,47 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
             say(f"note: SwanLab {attempt} does not work ({reason})")
             continue
         say(f"SwanLab: {attempt}, in {log_dir}")
-        return [SwanLabCallback()]
+        return [SwanLabCallback(), TextCallback()]
     return []
+
+
+def swanlab_identity(output_dir: str, project: str) -> dict[str, str]:
+    """Return id and project of this folder's SwanLab run; a new id, which is kept, where it has none."""
+    path = Path(output_dir) / TRACKING_FILE
+    try:
+        known = json.loads(path.read_text(encoding="utf-8"))["swanlab"]
+        return {"id": str(known["id"]), "project": str(known["project"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        identity = {"id": secrets.token_hex(11)[:21], "project": project}
+        try:
+            write_json(path, {"swanlab": identity})
+        except OSError as error:  # a full disk; a continued run has other curves then
+            say(f"note: {TRACKING_FILE} cannot be written ({error})")
+        return identity
+
+
+class TextCallback(TrainerCallback):
+    """Log the samples of every evaluation as texts. Added behind the callback that writes them."""
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        import swanlab
+
+        samples = read_lines(Path(args.output_dir) / "samples.jsonl")
+        latest = {sample["prompt"]: sample["text"] for sample in samples if sample["step"] == state.global_step}
+        if latest and "eval_loss" in metrics and swanlab.has_run():
+            texts = [swanlab.Text(prompt + text, caption=prompt) for prompt, text in latest.items()]
+            swanlab.log({"samples": texts}, step=state.global_step)
+
+
+def finish_tracking(results: dict, step: int) -> None:
+    """Log ledger and final figures as tables, and close the SwanLab run, if there is one."""
+    import swanlab
+
+    if not (is_main_process() and swanlab.has_run()):
+        return
+    final = {name: value for name, value in results.items() if isinstance(value, int | float)}
+    for name, rows in (("ledger", results["ledger"]), ("results", final)):
+        table = swanlab.echarts.Table()
+        table.add(["", "value"], [[key, f"{value:,}"] for key, value in rows.items()])
+        swanlab.log({name: table}, step=step)
+    swanlab.finish()

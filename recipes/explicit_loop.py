@@ -6,6 +6,9 @@ Same flags, YAMLs and numbers, explained there; no trackers, samples or test at 
 signals, bad numbers, a full disk. Not yet run on a GPU.
 """
 
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 import json
 import math
 from pathlib import Path

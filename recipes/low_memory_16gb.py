@@ -8,7 +8,7 @@ is rounded stochastically, because bf16 loses small ones (common/stochastic_roun
 too: the optimizer steps inside backward, at the price of one micro-batch a step and no clipping:
 
     ... recipes/low_memory_16gb.py --model Qwen/Qwen2.5-3B --data my-text.jsonl \
-        --step_in_backward --per_device_train_batch_size 1 --tokens_per_step 2048 --max_grad_norm 0 --learning_rate 5e-6
+        --step_in_backward --tokens_per_step 2048 --max_grad_norm 0 --learning_rate 5e-6
 
 Adapters (LoRA) beside frozen weights, which QLoRA keeps in 4 bits; merged at the end into a plain checkpoint:
 
@@ -16,32 +16,34 @@ Adapters (LoRA) beside frozen weights, which QLoRA keeps in 4 bits; merged at th
 
 T4 and V100 have no bf16: add --mixed_precision fp16 before the recipe. Its scaler needs weights in fp32, so all
 parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, to try it out: --optim adamw_torch.
-
 --plan says what fits. Any flag of transformers.TrainingArguments overrides what stands below, --help lists them all.
-The same command again continues where the run stopped. Memory and speed: benchmarks/low_memory.py; results there.
+The same command again continues where the run stopped. Memory and speed: not yet measured (benchmarks/low_memory.py).
 """
 
-import sys
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from common.adapters import ALL_LINEAR, add_adapters, four_bits, save_merged, unpacked_gguf
+from common.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, save_merged, unpacked_gguf
 from common.arguments import SharedArguments
 from common.attention import choose_attention
 from common.callbacks import SampleCallback
 from common.download import download
-from common.launch import check_launch, launch_defaults, set_batch
+from common.launch import launch_defaults
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
-from common.memory import Setting
-from common.messages import InputError, say
+from common.messages import say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
-from common.plan import print_plan, probe, setting_of_yaml
-from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
+from common.page import ReportCallback
+from common.plan import print_plan, probe, take_precision_of_yaml
+from common.preflight import preflight
+from common.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
@@ -49,7 +51,6 @@ from common.sizes import PRESETS
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tokenizer_training import tokenizer_trained_on
 from common.tracking import swanlab_callbacks
 from common.trainer import PretrainingTrainer
 
@@ -58,7 +59,7 @@ ROOT = Path(__file__).resolve().parent.parent
 MODEL = dict(model="Qwen/Qwen2.5-1.5B")
 
 DATA = dict(
-    data=None,  # None: OpenWebText in data/, downloaded if it is not there
+    data=None,  # None: OpenWebText in data/, downloaded if it is not there: 80 files in one folder
     tokenizer=None,  # None: the model's own
     context_length=2048,
     held_out_fraction=0.0005,  # of the documents: of OpenWebText's 8 million, some 4,000, 4.5M tokens
@@ -95,116 +96,74 @@ TRAINING = dict(
     report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
 )
 
-# --method lora and qlora: adapters start at nothing and learn best at about ten times the rate of all parameters.
-# Source: https://thinkingmachines.ai/blog/lora/
+# --method lora, qlora: they learn best at about ten times the rate. Source: https://thinkingmachines.ai/blog/lora/
 ADAPTERS = dict(output_dir=str(ROOT / "outputs" / "low_memory_lora"), learning_rate=2e-4, weight_decay=0.0)
 
 VOCABULARY = 151_936  # rows of Qwen2.5-1.5B's embedding, for --plan, which loads nothing
 PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
 
 
+# fmt: off
 @dataclass
 class RecipeArguments:
     """Flags of this recipe alone."""
 
-    model: str = field(
-        default=MODEL["model"],
-        metadata={"help": "Weights to continue from: a local folder, a .gguf file, a ModelScope or Hugging Face id."},
-    )
-    method: str = field(
-        default="full",
-        metadata={
-            "help": "full: train all parameters. lora: adapters beside them. qlora: adapters, the rest in 4 bits.",
-            "choices": ["full", "lora", "qlora"],
-        },
-    )
-    weights: str = field(
-        default="auto",
-        metadata={
-            "help": "With --method full, the weights' dtype. auto: bf16, rounded stochastically, where the YAML says "
-            "bf16, else fp32.",
-            "choices": ["auto", "bf16", "fp32"],
-        },
-    )
-    step_in_backward: bool = field(
-        default=False,
-        metadata={"help": "Step the optimizer inside backward, so that gradients are never all held. See above."},
-    )
-    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters."})
-    lora_alpha: float = field(default=32, metadata={"help": "Their product is scaled by lora_alpha / lora_rank."})
-    lora_targets: list[str] = field(
-        default_factory=lambda: [ALL_LINEAR],
-        metadata={"help": "Layers that get adapters, such as q_proj v_proj; left out: all linear layers but the head."},
-    )
-    train_embedding: bool = field(
-        default=False, metadata={"help": "With adapters: train all of the input embedding, too, in fp32."}
-    )
-    merge_only: bool = field(
-        default=False,
-        metadata={"help": "Only merge the finished adapter of --output_dir, as is done at the end of a run anyway."},
-    )
-    from_scratch: bool = field(
-        default=False, metadata={"help": "Take only the config of --model, and start at random. With --method full."}
-    )
-
-
-def plan(recipe: RecipeArguments, shared: SharedArguments, training: TrainingArguments) -> None:
-    """Print what the run needs. Without --plan_config: under single_gpu.yaml. Its precision decides the dtypes."""
-    shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / "single_gpu.yaml")
-    precision = setting_of_yaml(shared.plan_config, Setting(rows=1, context_length=1)).precision
-    training.bf16, training.fp16 = precision == "bf16", precision == "fp16"
-    if recipe.model == MODEL["model"]:
-        model = planned_model(PRESETS["qwen2.5-1.5b"], VOCABULARY, shared.context_length)
-    else:
-        model = model_without_memory(find_model(recipe.model, weights=False))
-    adapters = recipe.method != "full"
-    dtype = compute_dtype(training) if adapters else trained_dtype(recipe.weights, training)
-    own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
-    model = model.to(dtype)
-    if adapters:
-        model = add_adapters(model, recipe.lora_rank, recipe.lora_alpha, recipe.lora_targets, recipe.train_embedding)
-    print_plan(model, shared, training, "adamw", own_optimizer, four_bits=recipe.method == "qlora")
+    model: str = field(default=MODEL["model"], metadata={
+        "help": "Weights to continue from: a local folder, a .gguf file, a ModelScope or Hugging Face id."})
+    method: str = field(default="full", metadata={"choices": ["full", "lora", "qlora"],
+        "help": "full: train all parameters. lora: adapters beside them. qlora: adapters, the rest in 4 bits."})
+    weights: str = field(default="auto", metadata={"choices": ["auto", "bf16", "fp32"],
+        "help": "Dtype of the weights of --method full. auto: bf16 where the YAML says bf16, else fp32."})
+    step_in_backward: bool = field(default=False, metadata={"help": "Step the optimizer inside backward: see above."})
+    lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters; their product is scaled by 2."})
+    lora_targets: list[str] = field(default_factory=lambda: [ALL_LINEAR], metadata={
+        "help": "Layers that get adapters, such as q_proj v_proj; left out: all linear layers but the head."})
+    train_embedding: bool = field(default=False, metadata={"help": "With adapters: train the input embedding, too."})
+    merge_only: bool = field(default=False, metadata={"help": "Only merge the finished adapter of --output_dir."})
+# fmt: on
 
 
 def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
-    argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
     parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
-    recipe_parser = HfArgumentParser(RecipeArguments, allow_abbrev=False, add_help=False)
-    if recipe_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].method != "full":
+    if parser.parse_known_args(argv)[0].method != "full":
         parser.set_defaults(**ADAPTERS)
     recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    adapters = recipe.method != "full"
     if recipe.merge_only:
         return say(f"merged: {save_merged(find_model(recipe.model, weights=True), training.output_dir)}")
-    if shared.plan and not shared.probe:
-        return plan(recipe, shared, training)
-    check_launch(training)
-    check_method(recipe.method, recipe.from_scratch, training)
-    if shared.tokenizer == "train" and not recipe.from_scratch:
-        raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
-    if shared.optimizer != "adamw":
-        raise InputError(f"--optimizer {shared.optimizer}: here it is AdamW, as --optim says. Leave the flag out.")
-    rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
+    planning, adapters = shared.plan and not shared.probe, recipe.method != "full"
+    if planning:  # without a launcher, so the YAML's precision has not come yet
+        shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / "single_gpu.yaml")
+        take_precision_of_yaml(shared.plan_config, training)
+    else:
+        check_method(recipe.method, recipe.weights, shared, training)
+        rows_per_step, _ = preflight(Path(__file__).name, shared, training, method=recipe.method)
     if recipe.step_in_backward:
-        check_step_in_backward(training, shared.context_length, shared.on_loss_spike)
+        check_step_in_backward(training, shared)
     # Frozen weights need no more than what is computed in; trained ones in bf16 need the rounding of LowMemoryAdamW.
     dtype = compute_dtype(training) if adapters else trained_dtype(recipe.weights, training)
     own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
+    adapter = dict(rank=recipe.lora_rank, targets=recipe.lora_targets, train_embedding=recipe.train_embedding)
+    if planning:
+        if recipe.model == MODEL["model"]:
+            model = planned_model(PRESETS["qwen2.5-1.5b"], VOCABULARY, shared.context_length).to(dtype)
+        else:
+            model = model_without_memory(find_model(recipe.model, weights=False)).to(dtype)
+        model = add_adapters(model, **adapter) if adapters else model
+        return print_plan(model, shared, training, "adamw", own_optimizer, recipe.method)
     set_seed(training.seed)
 
     # Weights, tokenizer and data: the first process of each machine prepares them, the others wait and find them.
     with training.main_process_first(desc="tokenizing"):
-        place = find_model(recipe.model, weights=not recipe.from_scratch)
-        # OpenWebText is 80 files in one folder.
+        place = find_model(recipe.model, weights=True)
+        tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
+        check_fit(place, tokenizer, shared.context_length)
+        if adapters:
+            check_adapters(model_without_memory(place), recipe.lora_rank, recipe.lora_targets)
         sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
-        if shared.tokenizer == "train":
-            tokenizer = tokenizer_trained_on(sources, shared)
-        else:
-            tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
         if recipe.method == "qlora" and place.endswith(".gguf"):
             place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)
@@ -213,19 +172,13 @@ def main(argv: list[str] | None = None) -> None:
         say(f"ledger of {name}: {ledger}")
 
     # Model, straight onto the card, in 4 bits for QLoRA; the head is exchanged before peft wraps the model.
-    if recipe.from_scratch:
-        model = random_model(place, tokenizer, shared.context_length, dtype, training.device)
-    else:
-        quantization = four_bits(dtype) if recipe.method == "qlora" else None
-        model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
+    quantization = four_bits(dtype) if recipe.method == "qlora" else None
+    model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    if adapters:
-        targets, with_embedding = recipe.lora_targets, recipe.train_embedding
-        model = add_adapters(model, recipe.lora_rank, recipe.lora_alpha, targets, with_embedding)
-        start |= {"rank": recipe.lora_rank, "alpha": recipe.lora_alpha, "targets": targets, "trained": with_embedding}
+    model = add_adapters(model, **adapter) if adapters else model
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
     trainer = PretrainingTrainer(
@@ -235,12 +188,13 @@ def main(argv: list[str] | None = None) -> None:
     if shared.probe:
         return probe(trainer)
     trainer.add_callback(SampleCallback(trainer, PROMPTS))
-    trainer.add_callback(MeasureBefore(trainer, None, pretrained=not recipe.from_scratch))
+    trainer.add_callback(ReportCallback(trainer, ledgers))
+    trainer.add_callback(MeasureBefore(trainer, None, pretrained=True))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()]}
     data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
-    start |= {"method": recipe.method, "from_scratch": recipe.from_scratch, "dtype": str(dtype).removeprefix("torch.")}
+    start |= {"method": recipe.method, "dtype": str(dtype).removeprefix("torch."), "adapter": adapters and adapter}
     start |= {"step_in_backward": recipe.step_in_backward, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(Path(__file__).name, start, data, shared, training)
     with training.main_process_first(desc="run folder"):
@@ -267,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     results = save_results(trainer, ledgers, held_out)
     say(f"{summary(results)}\n\n{before_and_after(results)}")
-    say(f"model, results and loss_curve.png are in {training.output_dir}")
+    say(f"model, results and report.html are in {training.output_dir}")
     if adapters and training.process_index == 0:
         say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, training.output_dir)}")
 

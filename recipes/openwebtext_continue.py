@@ -25,6 +25,9 @@ loss 2.901 before, 2.688 after (0.969 and 0.897 bits per byte); retained, 40 Chi
 same from scratch, at 1e-3, had come down to 7.84 in training after 20 of its 40 steps (continued: 2.63).
 """
 
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,9 +45,17 @@ from common.loss import use_fused_loss
 from common.messages import InputError, say
 from common.model import parameter_report, planned_model
 from common.packing import unigram_loss
+from common.page import ReportCallback
 from common.plan import print_plan, probe
 from common.preflight import preflight
-from common.pretrained import find_model, model_without_memory, pretrained_model, random_model, weights_fingerprint
+from common.pretrained import (
+    check_fit,
+    find_model,
+    model_without_memory,
+    pretrained_model,
+    random_model,
+    weights_fingerprint,
+)
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before, retained_rows
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
@@ -173,6 +184,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
             tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
+        check_fit(place, tokenizer, shared.context_length)
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
         retained_stores = {source.name: token_store_of(source, tokenizer, shared) for source in retained_sources}
     train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
@@ -199,6 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     if shared.probe:
         return probe(trainer)
     trainer.add_callback(SampleCallback(trainer, PROMPTS))
+    trainer.add_callback(ReportCallback(trainer, ledgers))
     trainer.add_callback(MeasureBefore(trainer, retained, pretrained=not recipe.from_scratch))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
@@ -233,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     results = save_results(trainer, ledgers, held_out)
     say(f"{summary(results)}\n\n{before_and_after(results)}")
-    say(f"model, results and loss_curve.png are in {training.output_dir}")
+    say(f"model, results and report.html are in {training.output_dir}")
 
 
 if __name__ == "__main__":

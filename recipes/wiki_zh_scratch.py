@@ -16,6 +16,9 @@ Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0
 Held-out loss 3.824 (7.298 by token frequency alone), 1.911 bits per byte. Wikipedia itself: not yet measured.
 """
 
+import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+
+# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +36,7 @@ from common.loss import use_fused_loss
 from common.messages import say
 from common.model import model_from_config, parameter_report, planned_model
 from common.packing import unigram_loss
+from common.page import ReportCallback
 from common.plan import print_plan, probe
 from common.preflight import preflight
 from common.report import save_results, summary
@@ -173,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     if shared.probe:
         return probe(trainer)
     trainer.add_callback(SampleCallback(trainer, PROMPTS))
+    trainer.add_callback(ReportCallback(trainer, ledgers))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
@@ -202,7 +207,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.save_model()
     results = save_results(trainer, ledgers, held_out)
     say(summary(results))
-    say(f"model, results and loss_curve.png are in {training.output_dir}")
+    say(f"model, results and report.html are in {training.output_dir}")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,38 @@ def cache_dir(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("cache")
 
 
+def texts_of(path: Path) -> list[str]:
+    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory) -> Path:
+    """A model of 512 ids that has read the English articles: about 4 nats a token, by chance 6.2."""
+    import torch
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    from common.tokenizer_training import train_tokenizer
+
+    torch.manual_seed(0)
+    texts = texts_of(ROOT / "data" / "sample_en.jsonl")
+    tokenizer = train_tokenizer(texts, 512)
+    ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
+    rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
+    shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
+    config = Qwen2Config(vocab_size=512, max_position_embeddings=128, num_key_value_heads=1, **shape)
+    model = Qwen2ForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
+    for _ in range(150):
+        batch = rows[torch.randint(len(rows), (16,))]
+        model(batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    folder = tmp_path_factory.mktemp("weights") / "small"
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def small_run(cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:
     """Return the flags of a run of a few seconds: 6 steps of 4 rows of 64 tokens."""
     return [

@@ -5,17 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load_recipe, losses
+from conftest import ROOT, load_recipe, losses, texts_of
 from peft import PeftModel
-from test_openwebtext_continue import changed_weights, results_of, weights  # noqa: F401  (a fixture)
-from transformers import AutoModelForCausalLM
+from test_openwebtext_continue import changed_weights, results_of
+from test_pretrained import write_gguf
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common import low_memory
 from common.checkpoints import checkpoints, problem_of, read_manifest
 from common.messages import InputError
+from common.tokenizer_training import train_tokenizer
 from common.trainer import PretrainingTrainer
 
 ENGLISH = ROOT / "data" / "sample_en.jsonl"
+CHECK_BITSANDBYTES = low_memory.check_bitsandbytes  # of which slow_kernels takes the place
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def recipe():
     return module
 
 
-def run(weights: Path, cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:  # noqa: F811
+def run(weights: Path, cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:
     """Return the flags of a run of a few seconds: 6 steps of 4 rows of 64 tokens."""
     return [
         *("--model", str(weights), "--data", str(ENGLISH), "--held_out_fraction", "0.1", "--max_steps", "6"),
@@ -52,25 +55,30 @@ HEAVY = {
 }
 
 
+@pytest.fixture(scope="module")
+def slow_kernels():
+    """bitsandbytes' for the CPU, in place of the card's."""
+    modules = pytest.importorskip("bitsandbytes.nn.modules")
+    with pytest.MonkeyPatch.context() as patch:
+        # With it, one evaluation spoils the weights for training.
+        patch.setattr(modules, "has_avx512bf16", lambda: False)
+        patch.setattr(low_memory, "check_bitsandbytes", lambda *_: None)
+        yield
+
+
 @pytest.fixture(scope="module", params=[*METHODS, *(pytest.param(name, marks=pytest.mark.heavy) for name in HEAVY)])
-def finished(request, recipe, weights, cache_dir, tmp_path_factory):  # noqa: F811
-    """A run left alone. bitsandbytes' slow kernels for the CPU stand in for the card's."""
-    patch = pytest.MonkeyPatch()
+def finished(request, recipe, weights, cache_dir, tmp_path_factory):
+    """A run left alone."""
     if request.param == "qlora" or "8 bits" in request.param:
-        modules = pytest.importorskip("bitsandbytes.nn.modules")
-        patch.setattr(
-            modules, "has_avx512bf16", lambda: False
-        )  # with it, one evaluation spoils the weights for training
-    patch.setattr(low_memory, "check_bitsandbytes", lambda *_: None)
+        request.getfixturevalue("slow_kernels")
     folder = tmp_path_factory.mktemp("run") / "alone"
     recipe.main(run(weights, cache_dir, folder, *(METHODS | HEAVY)[request.param]))
-    yield request.param, folder
-    patch.undo()
+    return request.param, folder
 
 
 def test_it_learns_and_interrupted_and_resumed_equals_uninterrupted(
     recipe,
-    weights,  # noqa: F811
+    weights,
     cache_dir,
     finished,
     tmp_path,
@@ -114,7 +122,7 @@ def logits_of(model) -> torch.Tensor:
         return model.eval()(ids).logits.float()
 
 
-def test_the_checkpoint_loads_with_plain_transformers_and_merging_changes_nothing(finished, weights):  # noqa: F811
+def test_the_checkpoint_loads_with_plain_transformers_and_merging_changes_nothing(finished, weights):
     name, folder = finished
     if "lora" not in name:
         model = AutoModelForCausalLM.from_pretrained(folder)
@@ -131,7 +139,7 @@ def test_the_checkpoint_loads_with_plain_transformers_and_merging_changes_nothin
     assert (adapted - plain).abs().max() > 0.01
 
 
-def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights, cache_dir, tmp_path):  # noqa: F811
+def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights, cache_dir, tmp_path):
     name, folder = finished
     if name != "lora":
         pytest.skip("once is enough")
@@ -141,3 +149,47 @@ def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights
     other = changed_weights(weights, tmp_path / "other", lambda name, tensor: tensor * 1.01)
     with pytest.raises(InputError, match="not the weights that the adapter"):
         recipe.main(["--merge_only", "--model", str(other), "--output_dir", str(folder)])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--optim", "adamw_8bit"], "bitsandbytes needs a GPU.* --optim adamw_torch"),
+        (["--method", "qlora"], "bitsandbytes needs a GPU.* --method lora --optim adamw_torch"),
+        (["--method", "lora", "--lora_targets", "query"], "no linear layers query beside its head. It has: down_proj"),
+        (["--method", "lora", "--weights", "bf16"], "--weights bf16: with --method lora"),
+        (["--context_length", "256"], "the model knows 128 positions"),
+        (["--tokenizer", "LARGER"], r"512 rows, the tokenizer 513 ids.*resize_token_embeddings\(513\)"),
+        (["--tokenizer", "train"], "--tokenizer train: the weights know the ids"),
+        (["--step_in_backward"], "--step_in_backward: .* --max_grad_norm 1 comes too late"),
+        ([*IN_BACKWARD, "--tokens_per_step", "512"], "--step_in_backward: .*2 micro-batches.* --tokens_per_step 256"),
+        (["--merge_only"], "no finished run of LoRA, only part of one, or nothing"),
+    ],
+)
+def test_it_is_refused_before_any_text_is_tokenized(recipe, weights, tmp_path, flags, message, monkeypatch):
+    monkeypatch.setattr(low_memory, "check_bitsandbytes", CHECK_BITSANDBYTES)
+    larger = train_tokenizer(texts_of(ENGLISH), 513)
+    larger.save_pretrained(tmp_path / "larger")
+    flags = [str(tmp_path / "larger") if flag == "LARGER" else flag for flag in flags]
+    with pytest.raises(InputError, match=message):
+        recipe.main(run(weights, tmp_path / "cache", tmp_path / "run", *flags))
+    assert not (tmp_path / "cache").exists() and not (tmp_path / "run").exists()
+
+
+def test_qlora_on_a_gguf_file(recipe, weights, cache_dir, tmp_path, slow_kernels):
+    """Its weights in float32: the run, and what is merged, are those of the folder's."""
+    gguf = pytest.importorskip("gguf")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(weights), AutoTokenizer.from_pretrained(weights)
+    write_gguf(gguf, tmp_path / "small.gguf", model, tokenizer)
+    flags = run(tmp_path / "small.gguf", cache_dir, tmp_path / "run", *METHODS["qlora"], "--max_steps", "3")
+    recipe.main(flags)
+    results = results_of(tmp_path / "run")
+    assert results["eval_loss"] < results["before_eval_loss"]
+    merged = tmp_path / "run" / "merged" / "model.safetensors"
+    adapted = PeftModel.from_pretrained(model, tmp_path / "run")
+    found = AutoModelForCausalLM.from_pretrained(merged.parent)
+    torch.testing.assert_close(logits_of(found), logits_of(adapted), rtol=1e-4, atol=1e-4)
+    content = merged.read_bytes()
+    merged.unlink()
+    recipe.main([*flags, "--merge_only"])
+    assert merged.read_bytes() == content

@@ -57,7 +57,10 @@ def test_with_8_bits_and_fp32_weights_it_is_that_of_bitsandbytes(device):
         state, reference = optimizers[0].state[one], optimizers[1].state[other]
         assert state["exp_avg"].dtype == torch.uint8 and torch.equal(state["exp_avg"], reference["state1"])
         assert torch.equal(state["exp_avg_sq_scale"], reference["absmax2"])
-    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-5, atol=1e-6)  # fp32 states
+    # fp32 states: torch's arithmetic here. bitsandbytes' CUDA kernel decays after the update, not before it as torch
+    # (and bitsandbytes elsewhere) does: lr x decay of each update, itself at most about lr, in 10 steps.
+    late_decay = 10 * SETTINGS["lr"] * SETTINGS["weight_decay"] * SETTINGS["lr"] if device == "cuda" else 0.0
+    torch.testing.assert_close(ours[2], theirs[2], rtol=1e-5, atol=1e-6 + late_decay)
 
 
 @pytest.mark.parametrize("device", DEVICES)

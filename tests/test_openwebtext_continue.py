@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, load_recipe, losses, store_of_tokens
+from conftest import ROOT, load_recipe, losses, store_of_tokens, texts_of
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.messages import InputError
 from common.tokenizer_training import train_tokenizer
@@ -20,10 +20,6 @@ from common.trainer import PretrainingTrainer
 ENGLISH, CHINESE = (ROOT / "data" / f"sample_{language}.jsonl" for language in ("en", "zh"))
 IDS, ROW = 512, 64  # of the tokenizer; tokens
 CHINESE_RETAINED = 5  # articles
-
-
-def texts_of(path: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def held_out(texts: list[str], fraction: float = 0.1) -> list[bool]:
@@ -36,28 +32,6 @@ def recipe():
     module = load_recipe("openwebtext_continue")
     module.PROMPTS = module.PROMPTS[:1]  # generating takes longer than these runs' training
     return module
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A model of 512 ids that has read the English articles: about 4 nats a token, by chance 6.2."""
-    torch.manual_seed(0)
-    tokenizer = train_tokenizer(texts_of(ENGLISH), IDS)
-    ids = [i for text in texts_of(ENGLISH) for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
-    rows = torch.tensor(ids[: len(ids) // ROW * ROW]).view(-1, ROW)
-    shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
-    config = Qwen2Config(vocab_size=IDS, max_position_embeddings=128, num_key_value_heads=1, **shape)
-    model = Qwen2ForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
-    for _ in range(150):
-        batch = rows[torch.randint(len(rows), (16,))]
-        model(batch, labels=batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("weights") / "small"
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

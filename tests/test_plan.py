@@ -3,16 +3,18 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, small_run
+from conftest import ROOT, load_recipe, small_run
 from test_memory import model_of
-from transformers import Trainer
+from transformers import AutoConfig, Trainer, TrainingArguments
 
+from common.advice import advice
 from common.memory import Setting
 from common.messages import InputError
-from common.plan import advice, setting_of_yaml
+from common.plan import setting_of_run, setting_of_yaml
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -60,6 +62,139 @@ def test_the_advice_is_the_cheapest_that_fits(name, processes, limit, expected):
     assert all(switch.startswith(start) for switch, start in zip(found, expected, strict=True))
 
 
+QWEN = dict(model_type="qwen2", max_position_embeddings=32_768)
+SIZES = {
+    "3B": QWEN
+    | dict(hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16)
+    | dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True),
+    "7B": QWEN
+    | dict(hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28)
+    | dict(num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False),
+}
+ZERO_3 = "{distributed_type: DEEPSPEED, deepspeed_config: {zero_stage: 3}, mixed_precision: bf16, num_processes: 1}"
+# Qwen2.5-7B. A layer: queries and their output with one bias, keys and values with biases, the MLP, two norms.
+END = 152_064 * 3584
+LAYER = (2 * 3584 * 3584 + 3584) + 2 * (3584 * 512 + 512) + 3 * 3584 * 18_944 + 2 * 3584
+ALL = 2 * END + 28 * LAYER + 3584
+# A token in a layer, in bf16: the residual stream twice, two norms' results, queries and the attention's result, keys
+# and values, three tensors of the MLP.
+SAVED = 2 * (2 * 3584 + 2 * 3584 + 2 * 3584 + 2 * 512 + 3 * 18_944)
+NOT_COMPILED = 17 * 3584  # the factor that memory.py says is fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gradients", "optimizer", "exchanged", "saved"),
+    [
+        # All in bf16; an eighth of fp32 gradients, masters and two moments; a bucket of 500M numbers in bf16.
+        ("zero2", 2 * ALL, 4 * ALL / 8, 12 * ALL / 8, 2 * 5e8, SAVED),
+        # The parameters divided, too, and 1e9 of them gathered.
+        ("zero3", 2 * ALL / 8, 4 * ALL / 8, 12 * ALL / 8, 2 * 1e9, SAVED + NOT_COMPILED),
+        # The parameters are the masters, in fp32; gathered in bf16: embedding, head and two layers.
+        ("fsdp2", 4 * ALL / 8, 4 * ALL / 8, 8 * ALL / 8, 2 * (2 * END + 2 * LAYER), SAVED),
+    ],
+)
+def test_7b_on_eight_cards_by_hand(
+    name, parameters, gradients, optimizer, exchanged, saved, config_of, tmp_path, capsys
+):
+    path = CONFIGS / f"{name}.yaml"
+    if name == "zero3":
+        path = tmp_path / "zero3.yaml"
+        path.write_text(ZERO_3)
+    load_recipe("openwebtext_continue").main(
+        [
+            *("--plan", "--model", config_of("7B"), "--plan_config", str(path)),
+            *"--plan_processes 8 --plan_memory_gib 80 --context_length 2048 --per_device_train_batch_size 1".split(),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "7,615,616,512 parameters" in printed and ALL == 7_615_616_512  # as its model card says: 7.61B
+    found = json.loads(printed.splitlines()[-1])
+    by_hand = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": 28 * 2048 * saved,
+        "logits": 2 * 2048 * 152_064 + 4 * END + 4 * 2048 * 3584,  # bf16; fp32 gradients of head and input
+        "framework": exchanged + 0.6 * 2**30,
+    }
+    for part, expected in by_hand.items():
+        assert found[f"{part}_gib"] == pytest.approx(expected / 2**30, abs=0.001), part
+    assert found["total_gib"] == pytest.approx(sum(by_hand.values()) / 2**30, abs=0.002) and found["fits"] is True
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """Return a function that returns a folder with the config of a size, and nothing else."""
+
+    def folder(size: str) -> str:
+        AutoConfig.for_model(**SIZES[size]).save_pretrained(tmp_path / size)
+        return str(tmp_path / size)
+
+    return folder
+
+
+IN_BACKWARD = "--step_in_backward --max_grad_norm 0 --tokens_per_step 2048"
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "limit", "expected"),
+    [
+        ("3B", "", 15.5, [IN_BACKWARD]),
+        ("3B", "", 10, ["--method lora"]),
+        ("3B", "", 5, ["--method qlora"]),
+        ("3B", "--plan_processes 2", 15.5, ["--method lora"]),
+        ("3B", "--gradient_checkpointing false --optim adamw_torch", 15.5, [
+            "--gradient_checkpointing true", "--optimizer adamw --optim adamw_8bit", IN_BACKWARD]),
+        ("7B", "--method lora", 15.5, ["--method qlora"]),
+        ("7B", "--method qlora", 15.5, []),
+    ],
+)  # fmt: skip
+def test_the_16_gb_recipe_is_told_its_own_switches(size, flags, limit, expected, config_of, capsys):
+    """And not YAMLs that it refuses. Without --plan_config it is single_gpu.yaml, in bf16."""
+    recipe = load_recipe("low_memory_16gb")
+    recipe.main(["--plan", "--model", config_of(size), "--plan_memory_gib", str(limit), *flags.split()])
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.strip() for line in lines if line.startswith("  --") or line.startswith("  accelerate_configs")]
+    assert [name.startswith(start) for name, start in zip(named, expected, strict=True)] == [True] * len(expected)
+    assert json.loads(lines[-1])["fits"] is (not expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters", "gradients", "optimizer"),
+    [
+        ("", 2 * 1_543_714_304, 2 * 1_543_714_304, "8 bits"),
+        ("--step_in_backward --tokens_per_step 2048 --max_grad_norm 0", 2 * 1_543_714_304, 0, "8 bits"),
+        ("--weights fp32 --optim adamw_torch", 4 * 1_543_714_304, 4 * 1_543_714_304, 8 * 1_543_714_304),
+        ("--method lora", 2 * 1_543_714_304 + 4 * 18_464_768, 4 * 18_464_768, 2 * (1 + 4 / 256) * 18_464_768),
+        ("--method qlora", "4 bits", 4 * 18_464_768, 2 * (1 + 4 / 256) * 18_464_768),
+    ],
+)
+def test_the_16_gb_recipes_default_by_hand(flags, parameters, gradients, optimizer, capsys):
+    """Qwen2.5-1.5B: 1,543,714,304 parameters; adapters of rank 16: 28 x 16 x 41,216 (in and out of seven matrices)."""
+    small = 28 * (1536 + 2 * 256 + 2 * 1536) + 1536  # biases and norms: below 4,096 numbers each, states in fp32
+    if optimizer == "8 bits":
+        optimizer = 2 * (1 + 4 / 256) * (1_543_714_304 - small) + 8 * small
+    if parameters == "4 bits":
+        ends = 151_936 * 1536
+        packed = (1_543_714_304 - ends - small) * (4 + 8 / 64 + 32 / (64 * 256)) / 8
+        parameters = 2 * (ends + small) + packed + 4 * 18_464_768
+    load_recipe("low_memory_16gb").main(["--plan", *flags.split()])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["parameters_gib"] == pytest.approx(parameters / 2**30, abs=0.001)
+    assert found["gradients_gib"] == pytest.approx(gradients / 2**30, abs=0.001)
+    assert found["optimizer_gib"] == pytest.approx(optimizer / 2**30, abs=0.001)
+
+
+@pytest.mark.parametrize("flag", ["--plan_config x.yaml", "--plan_processes 8", "--plan_memory_gib 80"])
+@pytest.mark.parametrize("recipe", ["wiki_zh_scratch", "low_memory_16gb", "openwebtext_continue", "explicit_loop"])
+def test_what_only_a_plan_reads_is_refused_without_it(recipe, flag):
+    with pytest.raises(InputError, match=f"{flag.split()[0]} .*: it would be ignored. With --plan"):
+        load_recipe(recipe).main(flag.split())
+    if recipe != "explicit_loop":  # which has no --plan
+        with pytest.raises(InputError, match="the probe runs as it is launched"):
+            load_recipe(recipe).main(["--plan", "--probe", *flag.split()])
+
+
 def test_a_trained_tokenizer_has_the_vocabulary_that_was_asked_for(wiki, capsys):
     wiki.main(["--sample", "--plan"])
     assert "vocabulary of 4,096 rows" in capsys.readouterr().out
@@ -83,6 +218,22 @@ def test_every_yaml_is_understood(config, strategy):
     assert setting.strategy == strategy
     assert setting.compiled == (config != "cpu")
     assert setting.optimizer == ("adamw" if config == "zero2" else "muon")
+
+
+@pytest.mark.parametrize(
+    ("sharded", "zero", "expected"), [("true", None, "fsdp2"), ("false", 3, "zero3"), ("", None, "ddp")]
+)
+def test_the_strategy_of_a_run_on_two_cards(sharded, zero, expected, monkeypatch):
+    """As at run time, for --probe and for the advice when memory runs out."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    training = TrainingArguments(use_cpu=True)
+    launched = SimpleNamespace(
+        **{name: getattr(training, name) for name in ("optim", "bf16", "fp16", "gradient_checkpointing")},
+        **dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2),
+        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero, deepspeed_config={}),
+    )
+    assert setting_of_run(model_of("0.5B"), launched, 2048, "adamw").strategy == expected
 
 
 @pytest.mark.parametrize("content", [None, "just text", "a: [", "distributed_type: TPU"])

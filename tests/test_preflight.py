@@ -60,7 +60,7 @@ LOW_BIT = dict(optim=OptimizerNames("adamw_8bit"))
 WRONG = {
     "8-bit AdamW under ZeRO-2": (zero(2) | LOW_BIT, {}, {}, r"8-bit.*under zero2: .*ddp.yaml, or --optim adamw_torch"),
     "8-bit AdamW under FSDP2": (fsdp() | LOW_BIT, {}, {}, "8-bit.*under fsdp2: .*single_gpu.yaml"),
-    "QLoRA under FSDP2": (fsdp(), {}, dict(method="qlora"), "QLoRA under fsdp2: .*zero2.yaml"),
+    "QLoRA under FSDP2": (fsdp(), {}, dict(method="qlora"), "QLoRA under fsdp2: .*ddp.yaml"),
     "QLoRA under ZeRO-3": (zero(3), {}, dict(method="qlora"), "QLoRA under zero3: .*ddp.yaml"),
     "Muon under ZeRO": (zero(1), dict(optimizer="muon"), {}, "cuts up the matrices.*Use --optimizer adamw"),
     "Muon, offloaded": (fsdp(FSDP_OFFLOAD_PARAMS="true"), dict(optimizer="muon"), {}, "the CPU's.*--optimizer adamw"),

@@ -17,7 +17,7 @@ def code_blocks(name: str) -> list[str]:
 @pytest.mark.parametrize("name", READMES)
 def test_it_is_short_and_every_path_exists(name):
     text = (ROOT / name).read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 210
+    assert len(text.splitlines()) <= 150
     made_by_users = {"recipes/mine.py", "data/cache", "data/wikipedia-zh-cn-20240820.json"}
     for path in {match.rstrip("./") for match in PATH.findall(text)} - made_by_users:
         assert (ROOT / path).exists(), path
@@ -42,6 +42,8 @@ def test_every_launch_line_is_understood_by_the_recipe(name, monkeypatch):
         # recipes/mine.py is the reader's copy, made by the line above it.
         module = load_recipe(recipe.removeprefix("recipes/").removesuffix(".py").replace("mine", "wiki_zh_scratch"))
         monkeypatch.setattr(module, "preflight", stop)
+        if hasattr(module, "check_method"):  # it wants a GPU for some lines
+            monkeypatch.setattr(module, "check_method", lambda *_: None)
         with pytest.raises(Understood):
             module.main(words[words.index(recipe) + 1 :])
 

@@ -1,0 +1,67 @@
+"""Compare two or more runs by their output folders: a table, and their curves in one picture each.
+
+    python benchmarks/compare.py outputs/wiki_zh_sample outputs/other --output compare.html
+
+A run that is not finished is compared up to its newest checkpoint, and the table says so.
+"""
+
+import argparse
+from html import escape
+from pathlib import Path
+
+from common.messages import InputError, say
+from common.page import COLOURS, document, figures
+from common.run_folder import differences
+from common.run_record import Run
+from common.svg import line_plot
+
+PLOTS = [
+    ("held-out bits per byte", "eval_bits_per_byte", "tokens_seen", True),
+    ("held-out bits per byte", "eval_bits_per_byte", "train_seconds", True),
+    ("held-out loss, nats a token", "eval_loss", "tokens_seen", True),
+    ("training loss, nats a token", "loss", "tokens_seen", False),
+    ("gradient norm", "grad_norm", "tokens_seen", False),
+    ("tokens a second and device", "tokens_per_second_per_device", "tokens_seen", False),
+]
+
+
+def compared(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+    """Return names and figures of ``runs`` as a table: header and rows, one a figure."""
+    columns = [{"state": run.status.get("state", "unknown")} | figures(run) for run in runs]
+    names = [*dict.fromkeys(name for column in columns for name in column)]
+    return ["", *(run.name for run in runs)], [[name, *(column.get(name, "-") for column in columns)] for name in names]
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", help="output folders of runs")
+    parser.add_argument("--output", help="also write the page with the curves to this file")
+    arguments = parser.parse_args(argv)
+    if not 2 <= len(arguments.folders) <= COLOURS:
+        raise InputError(f"{len(arguments.folders)} folders: give 2 to {COLOURS} to compare.")
+    runs = [Run.of(folder) for folder in arguments.folders]
+    for folder, run in zip(arguments.folders, runs, strict=True):
+        if not run.history:
+            raise InputError(f"{folder}: no log of a run (trainer_state.json, there or in a checkpoint).")
+    header, rows = compared(runs)
+    say("| " + " | ".join(header) + " |\n|" + "---|" * len(header))
+    say("\n".join("| " + " | ".join(row) + " |" for row in rows))
+    unlike = [difference for run in runs[1:] for difference in differences(runs[0].identity, run.identity)]
+    changed = [*dict.fromkeys(name for name, _, _ in unlike)]
+    say(f"what differs of what decides the losses: {', '.join(changed) or 'nothing'}")
+    if arguments.output:
+        cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in [header, *rows])
+        drawn = [
+            line_plot(title, "time of training" if seconds else "tokens seen", lines, seconds)
+            for title, name, axis, dots in PLOTS
+            for seconds in [axis == "train_seconds"]
+            for lines in [[run.line(run.name, name, axis, dots) for run in runs]]
+        ]
+        body = f"<h1>{escape(' and '.join(header[1:]))}</h1><div class=wide><table>{cells}</table></div>"
+        body += f"<p>Different: {escape(', '.join(changed) or 'nothing')}</p><div class=plots>{''.join(drawn)}</div>"
+        Path(arguments.output).write_text(document("Comparison of runs", body), encoding="utf-8")
+        say(f"curves: {arguments.output}")
+
+
+if __name__ == "__main__":
+    main()
