@@ -58,8 +58,12 @@ def write_report(folder: str | Path, history: list[dict] | None = None, results:
     """Write ``report.html`` into ``folder``, whole or not at all, and return its path."""
     path = Path(folder) / REPORT_FILE
     partial = path.with_name(f"{REPORT_FILE}.partial")
-    partial.write_text(page(Run.of(folder, history, results)), encoding="utf-8")
-    partial.replace(path)
+    try:
+        partial.write_text(page(Run.of(folder, history, results)), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     return path
 
 

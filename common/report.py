@@ -53,8 +53,9 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
     trainer.safety.finish()
     results = {**held_out, **train}
     if trainer.is_world_process_zero():
-        write_report(trainer.args.output_dir, history, results)
-        _write_card(trainer, results)
+        with trainer.safety.writing("report.html and the model card"):
+            write_report(trainer.args.output_dir, history, results)
+            _write_card(trainer, results)
         finish_tracking(results, trainer.state.global_step)
     return results
 

@@ -61,7 +61,10 @@ def swanlab_identity(output_dir: str, project: str) -> dict[str, str]:
         return {"id": str(known["id"]), "project": str(known["project"])}
     except (OSError, ValueError, KeyError, TypeError):
         identity = {"id": secrets.token_hex(11)[:21], "project": project}
-        write_json(path, {"swanlab": identity})
+        try:
+            write_json(path, {"swanlab": identity})
+        except OSError as error:  # a full disk; a continued run has other curves then
+            say(f"note: {TRACKING_FILE} cannot be written ({error})")
         return identity
 
 

@@ -75,10 +75,13 @@ def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, t
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file for which there is no room")
 
 
-@needs_dev_full
-def test_small_files_that_do_not_fit_are_said_once(wiki, cache_dir, tmp_path, capsys):
+def test_small_files_that_do_not_fit_are_said_once(wiki, cache_dir, tmp_path, monkeypatch, capsys):
     """By default the run stops, without losing what is written; or it goes on and says so once."""
-    (tmp_path / "samples.jsonl").symlink_to("/dev/full")
+
+    def full(path, entries):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("common.callbacks.append_lines", full)
     flags = small_run(cache_dir, tmp_path)
     with pytest.raises(InputError, match="no space left while writing samples.jsonl .*make room"):
         wiki.main(flags)
