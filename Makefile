@@ -22,7 +22,7 @@ demo: .venv/ready
 	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml recipes/wiki_zh_scratch.py --sample
 	@echo
 	@echo "Next:"
-	@echo "  look      outputs/wiki_zh_sample/loss_curve.png, all_results.json, samples.jsonl"
+	@echo "  look      outputs/wiki_zh_sample/report.html"
 	@echo "  generate  $(BIN)/python -c \"from transformers import pipeline; print(pipeline('text-generation', 'outputs/wiki_zh_sample')('地球是')[0]['generated_text'])\""
 	@echo "  a GPU     $(BIN)/accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/wiki_zh_scratch.py"
 	@echo "  your own  cp recipes/wiki_zh_scratch.py recipes/mine.py, then edit its three dicts"

@@ -14,7 +14,7 @@ def write_card(folder: str | Path, recipe: str, results: dict, texts: list[str],
 
     Args:
         results: all_results.json.
-        texts: some of the text trained on, by which the language is guessed.
+        texts: in the language of the text trained on, by which it is guessed.
         command: that trained it.
     """
     path = Path(folder) / CARD_FILE

@@ -63,8 +63,8 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
 def _write_card(trainer: PretrainingTrainer, results: dict) -> None:
     run = Run.of(trainer.args.output_dir)
     command = run.launches[-1].get("command", "") if run.launches else ""
-    text = trainer.processing_class.decode(trainer.train_dataset[0]["input_ids"])
-    write_card(trainer.args.output_dir, str(run.identity.get("recipe", "")), results, [text], command)
+    prompts = [sample["prompt"] for sample in run.samples]  # in the language of the text
+    write_card(trainer.args.output_dir, str(run.identity.get("recipe", "")), results, prompts, command)
 
 
 def summary(results: dict) -> str:
