@@ -5,9 +5,8 @@
 A run that is not finished is compared up to its newest checkpoint, and the table says so.
 """
 
-import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
-# isort: split
 import argparse
 from html import escape
 from pathlib import Path

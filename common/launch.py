@@ -9,6 +9,7 @@ import sys
 import torch
 from transformers import TrainingArguments
 
+from common.dead_locks import remove_dead_locks
 from common.messages import InputError, say
 from common.strategy import launched_precision, offloads, take_over_recompute
 
@@ -16,6 +17,7 @@ from common.strategy import launched_precision, offloads, take_over_recompute
 def launch_defaults() -> dict:
     """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator."""
     check_devices()
+    remove_dead_locks()
     precision = launched_precision()
     return {
         "bf16": precision == "bf16",

@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import numpy as np
 from torch.utils.data import Sampler
+from transformers import TrainingArguments
 
 from common.messages import InputError, say
 
@@ -43,6 +44,11 @@ class TrainingOrder(Sampler):
         self.start = self.real = self.total = self.length = 0
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
+    def lay_out(self, start: int, real: int, total: int, length: int | None = None) -> None:
+        """Set the attributes of these names; ``length`` is what lies ahead by default."""
+        self.start, self.real, self.total = start, real, total
+        self.length = total - start if length is None else length
+
     def __len__(self) -> int:
         return self.length
 
@@ -79,6 +85,23 @@ class TrainingOrder(Sampler):
             permutation = np.random.default_rng(key).permutation(self.set_rows[source])
             self._permutations[source] = epoch, permutation
         return permutation
+
+
+def rows_asked_for(training: TrainingArguments, rows_per_step: int, rows: int) -> int:
+    """Return how many rows ``--max_steps`` or, without it, ``--num_train_epochs`` passes over ``rows`` are.
+
+    Raises:
+        InputError: none.
+    """
+    asked = training.max_steps * rows_per_step
+    if training.max_steps < 0:
+        asked = round(training.num_train_epochs * rows)
+    if asked < 1:
+        raise InputError(
+            f"--max_steps {training.max_steps} with --num_train_epochs {training.num_train_epochs} trains on no row of "
+            f"{rows:,}. Ask for at least one."
+        )
+    return asked
 
 
 def whole_parts(weights: list[float], sources: int) -> list[int]:

@@ -26,7 +26,7 @@ from common.low_memory_adamw import LowMemoryAdamW
 from common.memory import memory_gib
 from common.messages import InputError, say
 from common.muon import MuonWithAdamW
-from common.order import IGNORED_ROW, TrainingOrder
+from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
@@ -60,12 +60,8 @@ class PretrainingTrainer(Trainer):
         """
         self.optimizer_name = optimizer
         self.rows_per_step = rows_per_step
-        if args.max_steps == 0 or (args.max_steps < 0 and round(args.num_train_epochs * len(train_rows)) < 1):
-            raise InputError(
-                f"--max_steps {args.max_steps} with --num_train_epochs {args.num_train_epochs} trains on no row of "
-                f"{len(train_rows):,}. Ask for at least one."
-            )
-        self.rows_wanted = None if args.max_steps > 0 else round(args.num_train_epochs * len(train_rows))
+        asked = rows_asked_for(args, rows_per_step, len(train_rows))
+        self.rows_wanted = None if args.max_steps > 0 else asked
         self.order = TrainingOrder(
             [len(rows) for rows in train_rows.sources],
             args.seed if args.data_seed is None else args.data_seed,
@@ -118,19 +114,20 @@ class PretrainingTrainer(Trainer):
 
         The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
         """
-        if self.rows_wanted is None:
-            self.order.real = first_position + (args.max_steps - first_step) * self.rows_per_step
+        real = self.rows_wanted
+        if real is None:
+            real = first_position + (args.max_steps - first_step) * self.rows_per_step
         else:
-            self.order.real = self.rows_wanted
-            args.max_steps = first_step + math.ceil((self.rows_wanted - first_position) / self.rows_per_step)
-        if args.max_steps < first_step or self.order.real < first_position:
+            args.max_steps = first_step + math.ceil((real - first_position) / self.rows_per_step)
+        if args.max_steps < first_step or real < first_position:
             raise InputError(
                 f"the run in {args.output_dir} has made {first_step} steps = {first_position} rows, more than is asked "
                 f"for now. Ask for at least as many, or choose another --output_dir."
             )
-        self.first_step, self.order.start = first_step, first_position
-        self.order.total = first_position + (args.max_steps - first_step) * self.rows_per_step
-        self.order.length = args.max_steps * self.rows_per_step  # Trainer counts the steps of the whole run
+        total = first_position + (args.max_steps - first_step) * self.rows_per_step
+        # Trainer counts the steps of the whole run, those before the checkpoint included.
+        self.order.lay_out(first_position, real, total, length=args.max_steps * self.rows_per_step)
+        self.first_step = first_step
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""

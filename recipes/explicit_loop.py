@@ -2,13 +2,11 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, YAMLs and numbers, explained there; no trackers, samples or test at the end, and without common/safety.py:
-signals, bad numbers, a full disk. Not yet run on a GPU.
+Same flags, YAMLs and numbers; without trackers, samples, test rows and common/safety.py. Not yet run on a GPU.
 """
 
-import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
-# isort: split
 import json
 import math
 from pathlib import Path
@@ -27,10 +25,10 @@ from common.download import download
 from common.launch import launch_defaults
 from common.ledger import Ledger, split_rows
 from common.loss import use_fused_loss
-from common.messages import InputError, say
+from common.messages import say
 from common.model import model_from_config
 from common.muon import MuonWithAdamW
-from common.order import IGNORED_ROW, TrainingOrder
+from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
 from common.packing import collate_rows
 from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
@@ -52,10 +50,10 @@ TRAINING = dict(output_dir=str(ROOT / "outputs" / "explicit_loop"), num_train_ep
                 weight_decay=0.1, max_grad_norm=1.0, logging_steps=10, logging_first_step=True, eval_steps=200,
                 per_device_eval_batch_size=64, save_steps=200, save_total_limit=2, ddp_timeout=6 * 3600)  # fmt: skip
 SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
-SAMPLE = dict(data=[str(ROOT / "data" / "sample_zh.jsonl")], tokenizer="train", vocabulary_size=4096,
-              context_length=128, held_out_fraction=0.05, output_dir=str(ROOT / "outputs" / "explicit_loop_sample"),
-              optimizer="adamw", tokens_per_step=512, per_device_train_batch_size=4, max_steps=900,
-              learning_rate=1e-3, logging_steps=50, eval_steps=300, save_steps=300)  # fmt: skip
+SAMPLE = dict(data=[str(ROOT / "data" / "sample_zh.jsonl")], tokenizer="train", vocabulary_size=4096, eval_steps=300,
+              context_length=128, held_out_fraction=0.05, tokens_per_step=512, per_device_train_batch_size=4,
+              output_dir=str(ROOT / "outputs" / "explicit_loop_sample"), optimizer="adamw", learning_rate=1e-3,
+              max_steps=900, logging_steps=50, save_steps=300)  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,10 +89,7 @@ def main(argv: list[str] | None = None) -> None:
         stores = [token_store_of(source, tokenizer, shared) for source in sources]
     train_rows, eval_rows, _, ledgers = split_rows(dict(enumerate(stores)), shared)
     say(f"ledger: {sum(ledgers.values(), Ledger())}")
-    by_steps = training.max_steps >= 0
-    rows = training.max_steps * rows_per_step if by_steps else round(training.num_train_epochs * len(train_rows))
-    if rows < 1:
-        raise InputError(f"--max_steps {training.max_steps}, --num_train_epochs {training.num_train_epochs}: no row.")
+    rows = rows_asked_for(training, rows_per_step, len(train_rows))
     steps = math.ceil(rows / rows_per_step)
 
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
@@ -126,8 +121,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Batches: training starts at the checkpoint's row. Ignored rows complete the last step and the evaluation.
     order = TrainingOrder([len(source) for source in train_rows.sources], training.seed, train_rows.weights)
-    order.start, order.real, order.total = first_step * rows_per_step, rows, steps * rows_per_step
-    order.length = order.total - order.start
+    order.lay_out(first_step * rows_per_step, rows, steps * rows_per_step)
     eval_batch, eval_targets = training.per_device_eval_batch_size, len(eval_rows.targets())
     ignored = [IGNORED_ROW] * (-len(eval_rows) % (eval_batch * accelerator.num_processes))
     loading = dict(collate_fn=collate_rows, pin_memory=accelerator.device.type == "cuda", generator=torch.Generator())

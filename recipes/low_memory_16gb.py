@@ -20,9 +20,8 @@ parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, t
 The same command again continues where the run stopped. Memory and speed: not yet measured (benchmarks/low_memory.py).
 """
 
-import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
-# isort: split
 from dataclasses import dataclass, field
 from pathlib import Path
 

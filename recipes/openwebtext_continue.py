@@ -25,9 +25,8 @@ loss 2.901 before, 2.688 after (0.969 and 0.897 bits per byte); retained, 40 Chi
 same from scratch, at 1e-3, had come down to 7.84 in training after 20 of its 40 steps (continued: 2.63).
 """
 
-import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
-# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -16,9 +16,8 @@ Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0
 Held-out loss 3.824 (7.298 by token frequency alone), 1.911 bits per byte. Wikipedia itself: not yet measured.
 """
 
-import common.quiet  # noqa: F401  before the libraries that it keeps quiet
+import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
-# isort: split
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
