@@ -82,7 +82,13 @@ def pretrained_model(
     build_whole()
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype, output_loading_info=True, **in_file, **where
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,  # None, the default, would ask at the terminal
+            **in_file,
+            **where,
         )
     except Exception as error:  # of safetensors, gguf, torch or transformers: whatever it stumbled over
         raise _cannot_load(place, error) from None
@@ -130,7 +136,9 @@ def model_without_memory(place: str) -> PreTrainedModel:
     try:
         build_whole()
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, **in_file), dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file), dtype=torch.float32
+            )
     except Exception as error:
         raise _cannot_load(place, error) from None
 
@@ -161,7 +169,7 @@ def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: 
     """Return the config at ``place``, if the tokenizer and rows of ``context_length`` fit it."""
     folder, in_file = _as_transformers_asks(place)
     try:
-        config = AutoConfig.from_pretrained(folder, **in_file)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file)
     except Exception as error:  # as many kinds as there are of damaged files
         raise _cannot_load(place, error) from None
     method = getattr(config, "quantization_config", None)

@@ -65,7 +65,7 @@ def shape_of(model: str | None, target_parameters: str | None, default: dict, vo
             )
         folder = fetch_model(model, weights=False)
         try:
-            return shape_of_config(AutoConfig.from_pretrained(folder))
+            return shape_of_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
         except (ValueError, OSError, KeyError) as error:
             reason = (str(error).splitlines() or [""])[0]
             raise InputError(

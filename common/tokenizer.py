@@ -24,7 +24,7 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     else:
         folder, in_file = fetch_tokenizer(name), {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **in_file)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **in_file)
     except Exception as error:  # whatever transformers or the Rust tokenizer stumbled over
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}).") from None

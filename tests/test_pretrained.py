@@ -11,7 +11,15 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.messages import InputError
-from common.pretrained import check_start, find_model, pretrained_model, random_model, weights_fingerprint
+from common.pretrained import (
+    check_start,
+    find_model,
+    model_without_memory,
+    pretrained_model,
+    random_model,
+    weights_fingerprint,
+)
+from common.sizes import shape_of
 from common.tokenizer import load_tokenizer
 from common.tokenizer_training import train_tokenizer
 
@@ -241,3 +249,28 @@ def write_gguf(gguf, path: Path, model, tokenizer) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of a family that transformers has", "of none"])
+def test_no_code_of_a_checkpoint_runs_nor_is_asked_about(folder, tokenizer, monkeypatch, known):
+    """A checkpoint may bring its own Python files; transformers would ask at the terminal whether to run them."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    ran = folder / "ran"
+    code = f"open({str(ran)!r}, 'w')\nraise RuntimeError('the checkpoint ran its code')\n"
+    (folder / "own.py").write_text(code, encoding="utf-8")
+    names = {"AutoConfig": "own.Config", "AutoModelForCausalLM": "own.Model", "AutoTokenizer": ["own.Tokenizer", None]}
+    edit(folder / "config.json", auto_map=names, model_type="qwen2" if known else "strangers")
+    edit(folder / "tokenizer_config.json", auto_map=names)
+    if known:  # transformers' own classes are taken
+        pretrained_model(str(folder), tokenizer, 64)
+        shape_of(str(folder), None, {}, 384)
+        assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
+    else:
+        for load in (
+            lambda: pretrained_model(str(folder), tokenizer, 64),
+            lambda: model_without_memory(str(folder)),
+            lambda: shape_of(str(folder), None, {}, 384),
+        ):
+            with pytest.raises(InputError, match="custom code"):
+                load()
+    assert not ran.exists()
