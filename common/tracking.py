@@ -68,6 +68,38 @@ def swanlab_identity(output_dir: str, project: str) -> dict[str, str]:
         return identity
 
 
+class MayFail:
+    """A tracker whose failure is said once and does not stop training, for Trainer's list of callbacks.
+
+    It is left out for the rest of the launch: on a full disk every call of some trackers waits for seconds.
+    """
+
+    def __init__(self, tracker: TrainerCallback):
+        self.tracker, self.failed = tracker, False
+
+    def __getattr__(self, event: str):
+        def call(args, state, control, **kwargs):
+            if self.failed:
+                return None
+            try:
+                return getattr(self.tracker, event)(args, state, control, **kwargs)
+            except Exception as error:
+                self.failed, name = True, type(self.tracker).__name__.removesuffix("Callback")
+                reason = f"{type(error).__name__}: {error}".splitlines()[0]
+                if event == "on_train_begin":  # as without a login: nothing is lost by saying so now
+                    raise InputError(f"{name} cannot be used ({reason}). Mend it, or train without it.") from None
+                say(f"note: {name} failed and gets no more of this launch ({reason}). log.jsonl has everything.")
+
+        return call
+
+
+def trackers_may_fail(callbacks: list[TrainerCallback]) -> list:
+    """Return ``callbacks`` with those that send numbers elsewhere wrapped in MayFail."""
+    modules = ("swanlab.", "transformers.integrations.")
+    trackers = [isinstance(one, TextCallback) or type(one).__module__.startswith(modules) for one in callbacks]
+    return [MayFail(one) if tracker else one for one, tracker in zip(callbacks, trackers, strict=True)]
+
+
 class TextCallback(TrainerCallback):
     """Log the samples of every evaluation as texts. Added behind the callback that writes them."""
 
@@ -88,8 +120,11 @@ def finish_tracking(results: dict, step: int) -> None:
     if not (is_main_process() and swanlab.has_run()):
         return
     final = {name: value for name, value in results.items() if isinstance(value, int | float)}
-    for name, rows in (("ledger", results["ledger"]), ("results", final)):
-        table = swanlab.echarts.Table()
-        table.add(["", "value"], [[key, f"{value:,}"] for key, value in rows.items()])
-        swanlab.log({name: table}, step=step)
-    swanlab.finish()
+    try:
+        for name, rows in (("ledger", results["ledger"]), ("results", final)):
+            table = swanlab.echarts.Table()
+            table.add(["", "value"], [[key, f"{value:,}"] for key, value in rows.items()])
+            swanlab.log({name: table}, step=step)
+        swanlab.finish()
+    except Exception as error:  # as on a full disk; the files of the run are complete
+        say(f"note: SwanLab's run could not be completed ({type(error).__name__}: {error})")

@@ -31,6 +31,7 @@ from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
 from common.signals import EvaluationStopped
+from common.tracking import trackers_may_fail
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
 
@@ -140,6 +141,7 @@ class PretrainingTrainer(Trainer):
                 planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
                 say(f"note: {planned}: the learning-rate schedule moves with it")
             self.safety.resume(resume_from_checkpoint)
+        self.callback_handler.callbacks = trackers_may_fail(self.callback_handler.callbacks)
         with self.safety.session():
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)

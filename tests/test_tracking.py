@@ -3,8 +3,10 @@
 import json
 
 import pytest
-from conftest import small_run
+from conftest import losses, small_run
+from transformers import TrainerCallback
 
+from common.messages import InputError
 from common.tracking import swanlab_identity
 
 
@@ -50,3 +52,32 @@ def test_other_trackers_get_the_same_names(wiki, cache_dir, tmp_path):
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
     logged = {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
     assert {event.step: event.value for event in events.Scalars("train/loss")} == pytest.approx(logged, rel=1e-5)
+
+
+class Refusing(TrainerCallback):
+    """As a tracker on a full disk, or at a server that is gone."""
+
+    def __init__(self, event: str):
+        self.calls = 0
+        setattr(self, event, self.refuse)
+
+    def refuse(self, *args, **kwargs):
+        self.calls += 1
+        raise OSError(28, "No space left on device")
+
+
+Refusing.__module__ = "swanlab.integration.transformers"
+
+
+def test_a_tracker_that_fails_is_left_out_and_training_goes_on(wiki, cache_dir, tmp_path, monkeypatch, capsys):
+    tracker = Refusing("on_log")
+    monkeypatch.setattr(wiki, "swanlab_callbacks", lambda *_: [tracker])
+    wiki.main(small_run(cache_dir, tmp_path))
+    assert [*losses(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert tracker.calls == 1 and capsys.readouterr().out.count("Refusing failed and gets no more of this launch") == 1
+
+
+def test_one_that_fails_at_the_start_is_an_error(wiki, cache_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(wiki, "swanlab_callbacks", lambda *_: [Refusing("on_train_begin")])
+    with pytest.raises(InputError, match="Refusing cannot be used .*No space left"):
+        wiki.main(small_run(cache_dir, tmp_path))
