@@ -16,6 +16,10 @@ setup: .venv/ready
 	$(BIN)/python -m pip install -e '.[test]'
 	touch $@
 
+.venv/ready-to-test-all: .venv/ready-to-test
+	$(BIN)/python -m pip install -e '.[test,test-all]'
+	touch $@
+
 # Starts afresh each time: the last demo's results, tokens and tokenizer go first.
 demo: .venv/ready
 	rm -rf outputs/wiki_zh_sample data/cache/sample_zh-*
@@ -31,7 +35,7 @@ test: .venv/ready-to-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not heavy'
 
-test-all: .venv/ready-to-test
+test-all: .venv/ready-to-test-all
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 

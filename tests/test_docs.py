@@ -1,11 +1,19 @@
 """What the pages in docs/ say exists, runs, and is complete."""
 
+import json
+import math
+import os
 import re
 import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT, load_recipe, small_run
 from test_readme import MADE_BY_USERS, PATH, Understood, stop
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
 MADE_HERE = MADE_BY_USERS | {"recipes/essays_en.py", "data/openwebtext", "recipes/x.py"}
@@ -86,3 +94,35 @@ def test_the_worked_example_applies_and_trains(cache_dir, tmp_path):
     module.main([*flags, "--optimizer", "adamw"])
     samples = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
     assert "The earth is" in samples and "language: en" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.heavy
+def test_lm_eval_measures_a_run_on_the_task_of_the_page(wiki, cache_dir, tmp_path):
+    """Its bits per byte are those that plain transformers computes; offline, by the commands of the page."""
+    wiki.main(small_run(cache_dir, tmp_path / "run", "--context_length", "128"))
+    page = (ROOT / "docs" / "next_steps.md").read_text(encoding="utf-8")
+    [task] = re.findall(r"```yaml\n(task: my_task\n.*?)```", page, re.DOTALL)
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "my_task.yaml").write_text(task, encoding="utf-8")
+    texts = ["地球是太阳系的行星。", "The earth is round.", "计算机科学"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "my_texts.jsonl").write_text(lines, encoding="utf-8")
+    [command] = re.findall(r"`(lm_eval .*?)`", page)
+    command = command.replace("OUT", "run").replace("TASKS", "tasks").split()
+    flags = ["--output_path", "measured", "--batch_size", "1"]
+    program = str(Path(sys.executable).parent / command[0])
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "datasets")}
+    done = subprocess.run(
+        [program, *command[1:], *flags], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    [results] = (tmp_path / "measured").rglob("results*.json")
+    measured = json.loads(results.read_text(encoding="utf-8"))["results"]["my_task"]["bits_per_byte,none"]
+
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run")
+    nats = 0.0
+    for text in texts:
+        ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    assert measured == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)

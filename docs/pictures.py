@@ -1,0 +1,132 @@
+"""The pictures of the docs: the bundled sample run in a terminal, its report, and SwanLab's dashboard of it.
+
+    pip install -e '.[test-all]'
+    python docs/pictures.py
+
+The first line brings the dashboard; Chromium comes from your system. The second trains the sample, three minutes on two
+cores, and writes docs/pictures/.
+"""
+
+import contextlib
+import html
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PICTURES, RUN = ROOT / "docs" / "pictures", ROOT / "outputs" / "pictures"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+COLUMNS = 120
+TERMINAL = (
+    "<body style='margin:0;background:#1d1f21;color:#d7d7d7'>"
+    "<pre style='padding:12px;font:13px/1.45 monospace;white-space:pre-wrap'>"
+)
+
+
+def main() -> None:
+    shutil.rmtree(RUN, ignore_errors=True)
+    PICTURES.mkdir(exist_ok=True)
+    flags = ["--sample", "--swanlab", "local", "--logging_steps", "10", "--output_dir", str(RUN.relative_to(ROOT))]
+    seen = seen_in_terminal([sys.executable, "recipes/wiki_zh_scratch.py", *flags])
+    command = f"$ python recipes/wiki_zh_scratch.py {' '.join(flags)}\n"
+    with tempfile.TemporaryDirectory() as folder:
+        for name, text in (("terminal", until_second_evaluation(seen)), ("terminal_end", seen)):
+            page = Path(folder, f"{name}.html")
+            lines = (command + shown(text)).splitlines()
+            page.write_text(TERMINAL + html.escape("\n".join(lines[-34:])), encoding="utf-8")
+            photograph(page.as_uri(), PICTURES / f"{name}.png", 1000, 720)
+    report = (RUN / "report.html").as_uri()
+    photograph(report, PICTURES / "report.png", 1280, 1600)
+    photograph(report, PICTURES / "report_phone.png", 390, 1700)
+    with dashboard(RUN / "swanlog") as address:
+        photograph(f"{address}/experiment/1/chart", PICTURES / "dashboard.png", 1280, 900)
+
+
+def browse(url: str, *flags: str) -> str:
+    """Open ``url`` in Chromium without a window, give its scripts 20 s of their time, and return what it prints."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        sys.exit(f"None of {', '.join(BROWSERS)} is installed. Debian, Ubuntu: apt install chromium")
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command += ["--virtual-time-budget=20000", *flags, url]
+    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=180).stdout
+
+
+def photograph(url: str, picture: Path, width: int, height: int) -> None:
+    browse(url, f"--window-size={width},{height}", f"--screenshot={picture}")
+    print(f"{picture}: {picture.stat().st_size / 1e3:,.0f} kB")
+
+
+@contextlib.contextmanager
+def dashboard(log_dir: Path) -> Iterator[str]:
+    """Serve the runs in ``log_dir`` by ``swanlab watch`` and yield the address."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(Path(sys.executable).parent / "swanlab"), "watch", str(log_dir), "--port", str(port)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+            while not answers(address):
+                if server.poll() is not None or time.monotonic() > deadline:
+                    server.kill()
+                    sys.exit(f"swanlab watch does not answer:\n{server.stdout.read()}")
+                time.sleep(0.5)
+            yield address
+        finally:
+            server.kill()
+
+
+def answers(address: str) -> bool:
+    try:
+        with urllib.request.urlopen(address, timeout=5):
+            return True
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def seen_in_terminal(command: list[str]) -> str:
+    """Run ``command`` in a pseudo-terminal of COLUMNS columns and return all that it printed there."""
+    import fcntl
+    import pty
+    import struct
+    import termios
+
+    leader, follower = pty.openpty()
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    process = subprocess.Popen(command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower)
+    os.close(follower)
+    printed = b""
+    with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+        while piece := os.read(leader, 65536):
+            printed += piece
+    os.close(leader)
+    if process.wait() != 0:
+        sys.exit(printed.decode("utf-8", "replace"))
+    return printed.decode("utf-8", "replace").replace("\r\n", "\n")
+
+
+def until_second_evaluation(printed: str) -> str:
+    """Return what had been printed when the bar had gone on for a while behind the second evaluation."""
+    second = [found.end() for found in re.finditer("held out   step", printed)][1]
+    bars = [found.start() for found in re.finditer("\r", printed[second:])]
+    return printed[: second + bars[min(150, len(bars) - 1)]]
+
+
+def shown(printed: str) -> str:
+    """Return what a terminal shows of ``printed``: without control sequences, of each line what was written last."""
+    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07", "", printed)
+    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in plain.split("\n"))
+
+
+if __name__ == "__main__":
+    main()
