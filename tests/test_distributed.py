@@ -30,12 +30,19 @@ def one_process(wiki, cache_dir, tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml"])
-def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, config):
+# aot_eager compiles as the YAMLs' inductor does, up to the last step, which takes a C++ compiler and a minute.
+@pytest.mark.parametrize(
+    ("config", "compiler"),
+    [
+        ("ddp.yaml", "aot_eager"),
+        ("zero2.yaml", "no"),
+        pytest.param("zero2.yaml", "aot_eager", marks=pytest.mark.heavy),
+    ],
+)
+def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, config, compiler):
     flags = small_run(cache_dir, tmp_path, *ODD, "--per_device_train_batch_size", "2")
-    # aot_eager compiles as the YAMLs' inductor does, up to the last step, which takes a C++ compiler and a minute.
     done = launch(
-        config, "--mixed_precision", "no", "--dynamo_backend", "aot_eager", "--num_processes", "2", RECIPE, *flags
+        config, "--mixed_precision", "no", "--dynamo_backend", compiler, "--num_processes", "2", RECIPE, *flags
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rows x 2 processes" in done.stdout

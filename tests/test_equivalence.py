@@ -55,12 +55,6 @@ def assert_same_run(found, expected) -> None:
         assert entry["tokens_seen"] == expected[step]["tokens_seen"], step
 
 
-def test_zero3_is_the_run_of_one_process(alone, cache_dir, tmp_path):
-    """The strategy with the most machinery; DDP and ZeRO-2 run in test_distributed.py, compiled."""
-    launched("zero3.yaml", tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", "1")
-    assert_same_run(tmp_path, alone)
-
-
 @pytest.mark.heavy
 @pytest.mark.parametrize("rows", ["1", "2"], ids=["accumulated", "at once"])
 @pytest.mark.parametrize("config", ["cpu_2proc.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml"])
