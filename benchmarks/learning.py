@@ -155,6 +155,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
             wanted["lr_scheduler_kwargs"] = {"num_decay_steps": round(0.3 * wanted["max_steps"])}
         training = TrainingArguments(**wanted)
         optimizer = choose_optimizer(optimizer, training)
+        training.learning_rate = training.learning_rate or recipe.LEARNING_RATES[optimizer]
         rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
         model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH)
         choose_attention(model, "auto", False, training.device)

@@ -1,6 +1,9 @@
 """How the recipes talk: one line on the main process, one clear error without a traceback."""
 
 import os
+import sys
+
+from tqdm.auto import tqdm
 
 
 class InputError(SystemExit):
@@ -17,6 +20,7 @@ def is_main_process() -> bool:
 
 
 def say(message: str) -> None:
-    """Print on the main process only."""
+    """Print on the main process only, above a bar if there is one."""
     if is_main_process():
-        print(message, flush=True)
+        tqdm.write(message)
+        sys.stdout.flush()

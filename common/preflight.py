@@ -61,6 +61,7 @@ def preflight(
     training: TrainingArguments,
     model: PreTrainedModel | None = None,
     method: str = "full",
+    learning_rates: dict[str, float] | None = None,
 ) -> tuple[int, str]:
     """Say what is going to happen, refuse what cannot; return rows a step over all processes, and the optimizer.
 
@@ -69,6 +70,7 @@ def preflight(
         model: of the size to come, on the meta device; None if it is not known yet: then neither memory nor disk is
             looked at here.
         method: "full", "lora" or "qlora".
+        learning_rates: of "muon" and of "adamw", one of which ``training`` gets if its own is 0.
 
     Raises:
         InputError: with what works.
@@ -90,7 +92,10 @@ def preflight(
     optimizer = choose_optimizer(shared.optimizer, training)
     low_bit = optimizer != "muon" and any(bits in optimizer_name(training) for bits in LOW_BIT)
     by_muon = "Muon for the layers' matrices, AdamW for the rest"
-    say(f"optimizer: {by_muon if optimizer == 'muon' else optimizer_name(training)}")
+    if learning_rates is not None and training.learning_rate == 0:
+        training.learning_rate = learning_rates[optimizer]
+    name = by_muon if optimizer == "muon" else optimizer_name(training)
+    say(f"optimizer: {name}; learning rate: {training.learning_rate:g}")
     check_pairs(
         strategy,
         {

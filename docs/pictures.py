@@ -22,10 +22,13 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
+import pyte
+from PIL import Image
+
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES, RUN = ROOT / "docs" / "pictures", ROOT / "outputs" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-COLUMNS = 120
+COLUMNS, LINES = 120, 40
 TERMINAL = (
     "<body style='margin:0;background:#1d1f21;color:#d7d7d7'>"
     "<pre style='padding:12px;font:13px/1.45 monospace;white-space:pre-wrap'>"
@@ -36,19 +39,25 @@ def main() -> None:
     shutil.rmtree(RUN, ignore_errors=True)
     PICTURES.mkdir(exist_ok=True)
     flags = ["--sample", "--swanlab", "local", "--logging_steps", "10", "--output_dir", str(RUN.relative_to(ROOT))]
-    seen = seen_in_terminal([sys.executable, "recipes/wiki_zh_scratch.py", *flags])
-    command = f"$ python recipes/wiki_zh_scratch.py {' '.join(flags)}\n"
+    screen = []
     with tempfile.TemporaryDirectory() as folder:
-        for name, text in (("terminal", until_second_evaluation(seen)), ("terminal_end", seen)):
-            page = Path(folder, f"{name}.html")
-            lines = (command + shown(text)).splitlines()
-            page.write_text(TERMINAL + html.escape("\n".join(lines[-34:])), encoding="utf-8")
-            photograph(page.as_uri(), PICTURES / f"{name}.png", 1000, 720)
+        page = Path(folder, "terminal.html")
+        for screen in seen_in_terminal([sys.executable, "recipes/wiki_zh_scratch.py", *flags]):
+            if not page.exists() and re.search(r" 6[5-9]\d/900", " ".join(screen)):
+                page.write_text(as_page(screen), encoding="utf-8")
+        photograph(page.as_uri(), PICTURES / "terminal.png", 1000, 780)
+        page.write_text(as_page(screen), encoding="utf-8")
+        photograph(page.as_uri(), PICTURES / "terminal_end.png", 1000, 780)
     report = (RUN / "report.html").as_uri()
     photograph(report, PICTURES / "report.png", 1280, 1600)
     photograph(report, PICTURES / "report_phone.png", 390, 1700)
     with dashboard(RUN / "swanlog") as address:
         photograph(f"{address}/experiment/1/chart", PICTURES / "dashboard.png", 1280, 900)
+
+
+def as_page(screen: list[str]) -> str:
+    """Return a page that looks like the terminal, without the folders of this machine."""
+    return TERMINAL + html.escape("\n".join(screen).replace(f"{ROOT}/", ""))
 
 
 def browse(url: str, *flags: str) -> str:
@@ -63,6 +72,7 @@ def browse(url: str, *flags: str) -> str:
 
 def photograph(url: str, picture: Path, width: int, height: int) -> None:
     browse(url, f"--window-size={width},{height}", f"--screenshot={picture}")
+    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # a third of the size
     print(f"{picture}: {picture.stat().st_size / 1e3:,.0f} kB")
 
 
@@ -94,38 +104,26 @@ def answers(address: str) -> bool:
         return False
 
 
-def seen_in_terminal(command: list[str]) -> str:
-    """Run ``command`` in a pseudo-terminal of COLUMNS columns and return all that it printed there."""
+def seen_in_terminal(command: list[str]) -> Iterator[list[str]]:
+    """Run ``command`` in a pseudo-terminal and yield what its screen shows, line by line, whenever that changes."""
     import fcntl
     import pty
     import struct
     import termios
 
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, COLUMNS, 0, 0))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
     process = subprocess.Popen(command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
-    printed = b""
+    screen = pyte.Screen(COLUMNS, LINES)
+    stream = pyte.ByteStream(screen)
     with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
         while piece := os.read(leader, 65536):
-            printed += piece
+            stream.feed(piece)
+            yield list(screen.display)
     os.close(leader)
     if process.wait() != 0:
-        sys.exit(printed.decode("utf-8", "replace"))
-    return printed.decode("utf-8", "replace").replace("\r\n", "\n")
-
-
-def until_second_evaluation(printed: str) -> str:
-    """Return what had been printed when the bar had gone on for a while behind the second evaluation."""
-    second = [found.end() for found in re.finditer("held out   step", printed)][1]
-    bars = [found.start() for found in re.finditer("\r", printed[second:])]
-    return printed[: second + bars[min(150, len(bars) - 1)]]
-
-
-def shown(printed: str) -> str:
-    """Return what a terminal shows of ``printed``: without control sequences, of each line what was written last."""
-    plain = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b\][^\x07]*\x07", "", printed)
-    return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in plain.split("\n"))
+        sys.exit("\n".join(screen.display))
 
 
 if __name__ == "__main__":

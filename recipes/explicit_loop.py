@@ -2,8 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, YAMLs and numbers; without trackers, samples, test rows and common/safety.py. Not yet run on a GPU.
-"""
+Same flags, YAMLs and numbers; without trackers, samples, test rows and common/safety.py. Not yet run on a GPU."""
 
 import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
@@ -45,10 +44,11 @@ DATA = dict(data=None, tokenizer="Qwen/Qwen2-0.5B", context_length=512, held_out
             cache_dir=str(ROOT / "data" / "cache"), swanlab="off")  # fmt: skip
 TRAINING = dict(output_dir=str(ROOT / "outputs" / "explicit_loop"), num_train_epochs=2, max_steps=-1, seed=42,
                 tokens_per_step=65_536, per_device_train_batch_size=64, gradient_accumulation_steps=0,  # 0: derived
-                optimizer="auto", learning_rate=4e-3, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
+                optimizer="auto", learning_rate=0.0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
                 lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=0.03,
                 weight_decay=0.1, max_grad_norm=1.0, logging_steps=10, logging_first_step=True, eval_steps=200,
                 per_device_eval_batch_size=64, save_steps=200, save_total_limit=2, ddp_timeout=6 * 3600)  # fmt: skip
+LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}
 SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
 SAMPLE = dict(data=[str(ROOT / "data" / "sample_zh.jsonl")], tokenizer="train", vocabulary_size=4096, eval_steps=300,
               context_length=128, held_out_fraction=0.05, tokens_per_step=512, per_device_train_batch_size=4,
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
         if getattr(given, name) != getattr(defaults, name):
             parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
     shared, training, _ = parser.parse_args_into_dataclasses(argv)
-    rows_per_step, optimizer_name = preflight(Path(__file__).name, shared, training)
+    rows_per_step, optimizer_name = preflight(Path(__file__).name, shared, training, learning_rates=LEARNING_RATES)
     set_seed(training.seed)
 
     # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.

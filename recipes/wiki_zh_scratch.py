@@ -73,7 +73,7 @@ TRAINING = dict(
     num_train_epochs=2,
     tokens_per_step=65_536,  # 64 rows x 1 process x 512 x 2 accumulated; benchmarks/README.md has the search for this,
     optimizer="auto",  # for Muon (under DeepSpeed AdamW: the matrices are cut up there), and for
-    learning_rate=4e-3,  # Muon's; AdamW alone does best with 1e-3 to 2e-3
+    learning_rate=0.0,  # 0: that of the optimizer in LEARNING_RATES
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
     per_device_train_batch_size=64,  # at most; 11.1 GiB on an H100
     per_device_eval_batch_size=64,
@@ -94,6 +94,7 @@ TRAINING = dict(
     ddp_timeout=6 * 3600,  # seconds: the first process downloads and tokenizes while the others wait
     report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
 )
+LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}  # the best of each at this batch: benchmarks/README.md
 
 # --sample: the bundled articles, and what two CPU cores train on them in three minutes.
 SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
@@ -145,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     planned = planned_model(planned_shape, vocabulary, shared.context_length)
     if shared.plan and not shared.probe:
         return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
-    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned)
+    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned, learning_rates=LEARNING_RATES)
     set_seed(training.seed)
 
     # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.

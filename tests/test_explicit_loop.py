@@ -248,6 +248,7 @@ def test_it_is_short_and_without_trainer():
 
 def test_its_numbers_are_those_of_the_other_recipe(loop, wiki):
     assert (loop.MODEL, loop.SAMPLE_MODEL) == (wiki.MODEL, wiki.SAMPLE_MODEL)
+    assert loop.LEARNING_RATES == wiki.LEARNING_RATES
     defaults = TrainingArguments(output_dir="unused")
     for name in ("DATA", "TRAINING", "SAMPLE"):
         ours, theirs = getattr(loop, name), getattr(wiki, name)

@@ -32,7 +32,3 @@ def test_the_dashboard_draws_the_loss(pictures, wiki, cache_dir, tmp_path):
     pixels = np.asarray(Image.open(tmp_path / "dashboard.png").convert("RGB")).astype(int)[325:545, 365:600]
     green = (pixels[..., 1] > pixels[..., 0] + 20) & (pixels[..., 1] > pixels[..., 2] + 20)
     assert green.any(axis=0).sum() >= 200
-
-
-def test_what_a_terminal_shows(pictures):
-    assert pictures.shown("a\n\x1b[1mb\x1b[0m\r1%\r2%\nend\r\n") == "a\n2%\nend\n"

@@ -159,3 +159,15 @@ def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path, monkeypatch):
     other.wait()
     run(monkeypatch, tmp_path, {})
     assert run(monkeypatch, tmp_path, {}) == (8, "adamw")  # the same process, as in a notebook
+
+
+@pytest.mark.parametrize(("wanted", "given", "expected"), [("muon", 0, 4), ("adamw", 0, 1), ("muon", 0.5, 0.5)])
+def test_the_learning_rate_is_that_of_the_optimizer_unless_one_is_given(
+    monkeypatch, tmp_path, capsys, wanted, given, expected
+):
+    """As for zero2.yaml, under which the recipe's optimizer is AdamW."""
+    training = training_of(tmp_path, learning_rate=given)
+    shared = SharedArguments(context_length=64, tokens_per_step=512, optimizer=wanted)
+    preflight("a.py", shared, training, learning_rates={"muon": 4, "adamw": 1})
+    assert training.learning_rate == expected
+    assert f"learning rate: {expected}" in capsys.readouterr().out
