@@ -74,6 +74,8 @@ class PretrainingTrainer(Trainer):
         args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
+        if args.ddp_find_unused_parameters is None:  # Trainer would have DDP look for them in every step
+            args.ddp_find_unused_parameters = False
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
         if args.deepspeed_plugin is not None:
             # DeepSpeed adds micro-batches up in bf16 by default; DDP and FSDP2 do so in fp32.
