@@ -57,6 +57,7 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
             write_report(trainer.args.output_dir, history, results)
             _write_card(trainer, results)
         finish_tracking(results, trainer.state.global_step)
+    trainer.safety.release()
     return results
 
 

@@ -201,15 +201,15 @@ class Safety(TrainerCallback):
             pass
         except BaseException as error:
             self.status("failed", f"{type(error).__name__}: {error}")
-            self.interruption.release()
+            self.release()
             raise
         if self.interruption.agreed is not None:
             self.status("interrupted", self.interruption.agreed)
-            self.interruption.release()
+            self.release()
             raise SystemExit(self.interruption.exit_status)
         if self.guard.stop is not None:
             self.status("failed", self.guard.stop)
-            self.interruption.release()
+            self.release()
             raise InputError(
                 f"stopped at step {self.trainer.state.global_step}: {self.guard.stop}.\nThe bad steps were left out, "
                 f"the rest is saved; {self.trainer.args.output_dir}/{BAD_STEPS_FILE} has their rows. The same command "
@@ -221,6 +221,12 @@ class Safety(TrainerCallback):
         """Say that the run has all its results."""
         self.status("finished")
         self.interruption.release()
+
+    def release(self) -> None:
+        """Give back the signals and the folder: the process may live on, as a notebook's does."""
+        self.interruption.release()
+        if self.trainer.folder_lock is not None:
+            self.trainer.folder_lock.release()
 
     def status(self, state: str, reason: str | None = None) -> None:
         if self.trainer.folder_lock is None:  # not the main process, or a probe or benchmark, which claims no folder
