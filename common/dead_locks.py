@@ -11,13 +11,11 @@ from pathlib import Path
 
 import psutil
 
-from common.messages import say
-
 FOREIGN_SECONDS = 180  # nothing in the folder has changed for so long: no other machine compiles there either
 
 
 def remove_dead_locks() -> None:
-    """Remove the locks of compilations that have died, and say so; wait for those that may be another machine's."""
+    """Remove the locks of dead compilations, and say so, on every machine; wait for what may be another machine's."""
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true" or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     from torch.utils.cpp_extension import get_default_build_root
@@ -29,10 +27,13 @@ def remove_dead_locks() -> None:
             idle = time.time() - last_change(lock.parent)
             if idle >= FOREIGN_SECONDS:
                 lock.unlink(missing_ok=True)
-                say(f"removed {lock}: its compilation was killed, and DeepSpeed would wait for it without end")
+                print(
+                    f"removed {lock}: its compilation was killed, DeepSpeed would wait for it without end", flush=True
+                )
             elif not said:
                 said = True
-                say(f"waiting up to {FOREIGN_SECONDS - idle:.0f} s for {lock}: another machine may be compiling there")
+                wait = f"waiting up to {FOREIGN_SECONDS - idle:.0f} s for {lock}"
+                print(f"{wait}: another machine may be compiling there", flush=True)
             else:
                 time.sleep(0.5)
 

@@ -88,7 +88,7 @@ class MayFail:
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 if event == "on_train_begin":  # as without a login: nothing is lost by saying so now
                     raise InputError(f"{name} cannot be used ({reason}). Mend it, or train without it.") from None
-                say(f"note: {name} failed and gets no more of this launch ({reason}). log.jsonl has everything.")
+                say(f"note: {name} failed and gets no more of this launch ({reason}). report.html has all curves.")
 
         return call
 
