@@ -10,7 +10,7 @@
 #SBATCH --exclusive
 #SBATCH --requeue
 #SBATCH --signal TERM@120
-#SBATCH --output outputs/slurm-%j.log
+#SBATCH --output slurm-%j.log
 # --requeue: a job that loses a machine starts again, and the recipe continues from its last checkpoint.
 # The recipe's own end is the job's: a machine that fails ends the others within NCCL's timeout (--ddp_timeout).
 # Not yet run under Slurm; tests/test_configs.py runs it with stand-ins for Slurm's commands.
@@ -24,6 +24,7 @@ shift
 export MAIN_PROCESS_IP MAIN_PROCESS_PORT YAML=$yaml GPUS=${SLURM_GPUS_ON_NODE:-8}
 MAIN_PROCESS_IP=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
 MAIN_PROCESS_PORT=$((20000 + SLURM_JOB_ID % 10000)) # two jobs may share a machine
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110 # seconds for the last save, of the 120 that --signal gives
 export PATH=$PWD/.venv/bin:$PATH
 # Single quotes: SLURM_NODEID is each machine's own.
 srun --kill-on-bad-exit=1 bash -c 'exec accelerate launch --config_file "$YAML" \

@@ -39,6 +39,8 @@ def check_method(method: str, weights: str, shared: SharedArguments, training: T
     optimizer = optimizer_name(training)
     if shared.tokenizer == "train":
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
+    if shared.init_from:
+        raise InputError("--init_from: not in this recipe. Give the checkpoint or the output folder as --model.")
     if shared.optimizer != "adamw":
         raise InputError(f"--optimizer {shared.optimizer}: here it is AdamW, as --optim says. Leave the flag out.")
     if method != "full" and weights != "auto":

@@ -19,6 +19,11 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def is_local_main_process() -> bool:
+    """Whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
 def say(message: str) -> None:
     """Print on the main process only, above a bar if there is one."""
     if is_main_process():

@@ -108,6 +108,7 @@ class StepTimer(TrainerCallback):
         synchronize()
         self.seconds.append(time.perf_counter() - self.began)
         control.should_training_stop |= len(self.seconds) == self.stop_after
+        control.should_save = False  # not even when a signal asks for it: nothing is kept
 
 
 def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -> Setting:

@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
 from common.checkpoints import checkpoints, newest_whole, no_space_left, remove_unfinished
-from common.messages import InputError, is_main_process, say
+from common.messages import InputError, is_local_main_process, is_main_process, say
 from common.run_status import lock_folder, write_json
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
@@ -59,7 +59,7 @@ def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str
         found = _check_changes(folder, _read_json(path), identity, allow_changes)
         for name, was, now in found:
             say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
-        if found:
+        if found and is_local_main_process():
             _write_identity(path, identity)
     elif worth_keeping:
         raise InputError(
@@ -68,7 +68,8 @@ def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str
         )
     else:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_identity(path, identity)
+        if is_local_main_process():  # the folder may be each machine's own
+            _write_identity(path, identity)
     return lock
 
 
@@ -113,10 +114,11 @@ def _check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[st
     return found
 
 
-def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8) -> None:
+def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8, merged=0) -> None:
     """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
 
-    A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), the final model ``weight``.
+    A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), the final model ``weight``;
+    ``merged`` bytes more are written at the end.
     Without a limit on checkpoints, and with steps that are not counted yet (max_steps -1), it is asked again later.
     """
     if training.save_strategy == "no":
@@ -129,7 +131,7 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
     else:
         kept = training.save_total_limit + 1
     a_checkpoint = parameters * (weight + states)
-    needed, free = a_checkpoint * kept + parameters * weight, shutil.disk_usage(_existing(folder)).free
+    needed, free = a_checkpoint * kept + parameters * weight + merged, shutil.disk_usage(_existing(folder)).free
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:

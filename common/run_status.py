@@ -79,7 +79,7 @@ def read_status(folder: str | Path) -> dict | None:
 
 def write_json(path: Path, content, durable: bool = False) -> None:
     """Write ``content`` so that ``path`` is always whole: the old one or the new one. ``durable``: through a crash."""
-    partial = path.with_name(path.name + ".partial")
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")  # machines may write at once
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -147,7 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
     adapter = dict(rank=recipe.lora_rank, targets=recipe.lora_targets, train_embedding=recipe.train_embedding)
     if planning:
-        if recipe.model == MODEL["model"]:
+        if recipe.model == "Qwen/Qwen2.5-1.5B":
             model = planned_model(PRESETS["qwen2.5-1.5b"], VOCABULARY, shared.context_length).to(dtype)
         else:
             model = model_without_memory(find_model(recipe.model, weights=False)).to(dtype)
@@ -204,7 +204,10 @@ def main(argv: list[str] | None = None) -> None:
         return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     states = 3 if "8bit" in training.optim else 8  # bytes a number; Trainer's own keep the embedding's in fp32
-    check_disk_space(training.output_dir, sum(p.numel() for p in trained), training, trained[0].itemsize, states)
+    merged = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0
+    check_disk_space(
+        training.output_dir, sum(p.numel() for p in trained), training, trained[0].itemsize, states, merged
+    )
     for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
         trainer.add_callback(callback)
 

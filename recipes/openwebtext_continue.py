@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     if shared.plan and not shared.probe:
-        if recipe.model == MODEL["model"]:
+        if recipe.model == "Qwen/Qwen2.5-0.5B":
             model = planned_model(PRESETS["qwen2.5-0.5b"], VOCABULARY, shared.context_length)
         else:
             model = model_without_memory(find_model(recipe.model, weights=False))

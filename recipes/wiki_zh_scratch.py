@@ -141,10 +141,16 @@ def main(argv: list[str] | None = None) -> None:
     own, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    vocabulary = shared.vocabulary_size if shared.tokenizer == "train" else VOCABULARY
-    planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
-    planned = planned_model(planned_shape, vocabulary, shared.context_length)
-    if shared.plan and not shared.probe:
+    # Of another tokenizer, which is not loaded yet, the model is not known.
+    planned, planning = None, shared.plan and not shared.probe
+    vocabulary = {DATA["tokenizer"]: VOCABULARY, "train": shared.vocabulary_size}.get(shared.tokenizer)
+    if vocabulary is None and planning:
+        say(f"note: planned for a vocabulary of {VOCABULARY:,}; {shared.tokenizer} is not loaded for a plan")
+        vocabulary = VOCABULARY
+    if vocabulary is not None:
+        planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
+        planned = planned_model(planned_shape, vocabulary, shared.context_length)
+    if planning:
         return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
     rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned, learning_rates=LEARNING_RATES)
     set_seed(training.seed)

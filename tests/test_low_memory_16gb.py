@@ -161,6 +161,7 @@ def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights
         (["--context_length", "256"], "the model knows 128 positions"),
         (["--tokenizer", "LARGER"], r"512 rows, the tokenizer 513 ids.*resize_token_embeddings\(513\)"),
         (["--tokenizer", "train"], "--tokenizer train: the weights know the ids"),
+        (["--init_from", "outputs/run"], "--init_from: not in this recipe"),
         (["--step_in_backward"], "--step_in_backward: .* --max_grad_norm 1 comes too late"),
         ([*IN_BACKWARD, "--tokens_per_step", "512"], "--step_in_backward: .*2 micro-batches.* --tokens_per_step 256"),
         (["--merge_only"], "no finished run of LoRA, only part of one, or nothing"),

@@ -34,6 +34,7 @@ def test_the_last_line_is_json_and_nothing_is_loaded(tmp_path):
     assert planned["parameters_gib"] == pytest.approx(2 * 123_295_232 / 2**30, abs=0.001)
     assert "zero2 on 8 card(s), 16 rows of 512 tokens" in done.stdout
     assert not (tmp_path / "out").exists()
+    assert "planned for a vocabulary of 151,646; no/such is not loaded for a plan" in done.stdout
 
 
 def test_what_does_not_fit_gets_switches_that_make_it_fit(wiki, capsys):

@@ -1,7 +1,10 @@
 """One folder, one run."""
 
 import json
+import multiprocessing
+import os
 import shutil
+import socket
 from types import SimpleNamespace
 
 import pytest
@@ -111,3 +114,24 @@ def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit,
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=f"needed for {checkpoints} checkpoints"):
         check_disk_space(tmp_path, 1000, training)
+
+
+def claim_as(rank: int, folder, others) -> None:
+    """Be process ``rank`` of four, each the first of its machine, all at once behind the main one's barrier."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0"}
+    socket.gethostname = lambda: f"machine{rank}"
+    others.wait()
+    claim_output_folder(folder, RUN)
+
+
+def test_all_processes_claim_a_new_folder_at_once(tmp_path):
+    context = multiprocessing.get_context("fork")
+    others = context.Barrier(4)
+    processes = [context.Process(target=claim_as, args=(rank, tmp_path / "run", others)) for rank in range(4)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0] * 4
+    assert json.loads((tmp_path / "run" / "run.json").read_text()) == RUN
+    assert not list((tmp_path / "run").glob("*.partial"))

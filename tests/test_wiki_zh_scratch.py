@@ -15,6 +15,7 @@ import torch
 import torch._dynamo
 from conftest import ROOT, losses, small_run
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from common.arguments import SharedArguments
@@ -349,3 +350,12 @@ def test_a_compiled_run_has_the_losses_and_the_names_of_any_other(wiki, finished
     assert len(compiled) == 2 and compiled[0] == compiled[1] > 0, "nothing is compiled after the first evaluation"
     with safe_open(tmp_path / "checkpoint-6" / "model.safetensors", "pt") as file:
         assert not [name for name in file.keys() if "_orig_mod" in name]  # noqa: SIM118
+
+
+def test_a_size_is_worked_out_for_the_tokenizer_that_is_given(wiki, finished, cache_dir, tmp_path, capsys):
+    """With Qwen2's 151,646 ids there is no model of this size: the embedding alone is larger."""
+    flags = ["--tokenizer", str(finished), "--target_parameters", "5M", "--max_steps", "1", "--save_strategy", "no"]
+    wiki.main([*small_run(cache_dir, tmp_path, *flags), "--eval_strategy", "no"])
+    assert capsys.readouterr().out.count("size: ") == 1
+    parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
+    assert parameters == pytest.approx(5e6, rel=0.05)
