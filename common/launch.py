@@ -15,7 +15,10 @@ from common.strategy import launched_precision, offloads, take_over_recompute
 
 
 def launch_defaults() -> dict:
-    """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator."""
+    """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator.
+
+    This comes before any process group, so it also removes what would hang one, and refuses what would break it.
+    """
     check_devices()
     remove_dead_locks()
     precision = launched_precision()

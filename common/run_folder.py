@@ -135,9 +135,10 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
+        merging = f", merged {merged / 2**30:.2f}" if merged else ""
         raise InputError(
             f"{folder}: {free / 2**30:.2f} GiB to be had, {needed / 2**30:.2f} needed for {kept} checkpoints of "
-            f"{a_checkpoint / 2**30:.2f} and the model. Make room, choose another --output_dir, or keep fewer "
+            f"{a_checkpoint / 2**30:.2f} and the model{merging}. Make room, choose another --output_dir, or keep fewer "
             "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
 

@@ -83,7 +83,7 @@ class MayFail:
                 return None
             try:
                 return getattr(self.tracker, event)(args, state, control, **kwargs)
-            except Exception as error:
+            except Exception as error:  # of any kind: a tracker may not stop a training run
                 self.failed, name = True, type(self.tracker).__name__.removesuffix("Callback")
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 if event == "on_train_begin":  # as without a login: nothing is lost by saying so now

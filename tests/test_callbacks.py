@@ -59,5 +59,6 @@ def test_a_pipe_gets_plain_lines_and_no_bars_of_training(cache_dir, tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
 def test_a_terminal_gets_one_bar_with_the_figures(cache_dir, tmp_path):
     text = shown(cache_dir, tmp_path, 160)
+    assert "]the first step took" not in text, "messages stand above the bar"
     assert "6/6" in text and "bits/byte" in text and "tokens/s/device" in text
     assert "\nstep " not in text and "Writing model shards" not in text and "held out   step 3" in text

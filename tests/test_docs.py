@@ -17,7 +17,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
 MADE_HERE = MADE_BY_USERS | {"recipes/essays_en.py", "data/openwebtext", "recipes/x.py"}
-FOREIGN = {"config/train_gpt2.py", "config/qwen/pretrain_argument.json"}
 
 
 @pytest.mark.parametrize("name", PAGES)

@@ -1,6 +1,8 @@
 """--plan: what it prints, what it advises, and that it loads nothing."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,7 +16,7 @@ from transformers import AutoConfig, Trainer, TrainingArguments
 from common.advice import advice
 from common.memory import Setting
 from common.messages import InputError
-from common.plan import setting_of_run, setting_of_yaml
+from common.plan import StepTimer, setting_of_run, setting_of_yaml
 
 CONFIGS = ROOT / "accelerate_configs"
 
@@ -254,6 +256,21 @@ def test_the_probe_trains_three_steps_and_keeps_nothing(wiki, cache_dir, tmp_pat
     assert "step 3/100" in printed and "step 4/100" not in printed
     assert found["hours"] == pytest.approx(100 * 256 / found["tokens_per_second"] / 3600, rel=0.05, abs=1e-4)
     assert 0 < found["passes"] < 1 and found["peak_gib"] > 0 and found["predicted_gib"] > 0
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_probe_that_is_stopped_keeps_nothing_either(wiki, cache_dir, tmp_path, monkeypatch):
+    """A signal asks for a checkpoint, whatever the save strategy is."""
+    begin = StepTimer.on_step_begin
+
+    def signalled(*args, **more) -> None:
+        begin(*args)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StepTimer, "on_step_begin", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        wiki.main(small_run(cache_dir, tmp_path / "out", "--plan", "--probe", "--max_steps", "100"))
+    assert stopped.value.code == 143
     assert not list((tmp_path / "out").glob("*"))
 
 

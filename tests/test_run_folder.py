@@ -116,6 +116,15 @@ def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit,
         check_disk_space(tmp_path, 1000, training)
 
 
+def test_room_for_merged_weights_is_asked_for_before_the_run(tmp_path, monkeypatch):
+    """Of 1,000 trained parameters: no checkpoint, 4 bytes each at the end, and 2 GiB of the base."""
+    training = SimpleNamespace(save_strategy="no", save_total_limit=None, max_steps=10)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4000 + 2 * 2**30))
+    check_disk_space(tmp_path, 1000, training, merged=2 * 2**30)
+    with pytest.raises(InputError, match="and the model, merged 2.00. Make room"):
+        check_disk_space(tmp_path, 1000, training, merged=2 * 2**30 + 1)
+
+
 def claim_as(rank: int, folder, others) -> None:
     """Be process ``rank`` of four, each the first of its machine, all at once behind the main one's barrier."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0"}
