@@ -3,6 +3,8 @@
     python benchmarks/strategies.py --data zh.jsonl --tokenizer qwen2.5-tokenizer
     python benchmarks/strategies.py --data zh.jsonl --tokenizer qwen2.5-tokenizer --yamls 'zero*' --num_processes 2
 
+With --folder the runs are kept: those that are there already are read, not run again.
+
 Each YAML is launched once, in a process of its own, with recipes/wiki_zh_scratch.py (123M parameters, AdamW for all) on
 all visible GPUs; those for one GPU on the first. Its row is printed when it is done; a failed one shows the end of its
 log, and the rest goes on. Tokens a second and MFU are medians over the steps after the fifth; the loss is read at every
@@ -17,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ HEADS = [
     "first loss",
     "last loss",
     "deviation",
-    "seconds in all",
+    "s to first step",
 ]
 
 
@@ -50,6 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--rows", type=int, default=32, help="of a micro-batch")
     parser.add_argument("--limit", type=float, default=240, help="seconds a YAML may take")
+    parser.add_argument("--folder", help="keep the runs here, and read those that are there")
     parser.add_argument("--launcher", default="", help="more flags of accelerate launch, such as '--dynamo_backend no'")
     parser.add_argument("--recipe", default="", help="more flags of the recipe")
     arguments = parser.parse_args(argv)
@@ -60,13 +62,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"--yamls {arguments.yamls}: none of {', '.join(chosen(['*']))}")
     print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|", flush=True)
     baseline: dict[int, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as temporary:
         for name in names:
-            history, seconds, end = run(name, arguments, Path(folder) / name)
+            history, end = run(name, arguments, Path(arguments.folder or temporary) / name)
             if name == names[0]:  # single_gpu.yaml, where it is among them
                 baseline = losses(history)
             gpus = 1 if name in ONE_GPU else arguments.num_processes
-            print(row(name, gpus, history, baseline, seconds), flush=True)
+            print(row(name, gpus, history, baseline), flush=True)
             if end:
                 print(end, file=sys.stderr, flush=True)
     about = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
@@ -84,8 +86,11 @@ def chosen(patterns: list[str]) -> list[str]:
     return sorted(found, key=lambda name: name != BASELINE)
 
 
-def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], float, str]:
-    """Launch the recipe with a YAML; return its logs, its seconds, and the end of what it printed if it failed."""
+def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], str]:
+    """Launch the recipe with a YAML; return its logs, and the end of what it printed if it failed."""
+    state = folder / "trainer_state.json"
+    if state.exists():
+        return json.loads(state.read_text(encoding="utf-8"))["log_history"], ""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", f"accelerate_configs/{name}.yaml"]
     command += ["--num_processes", str(1 if name in ONE_GPU else arguments.num_processes), *arguments.launcher.split()]
@@ -98,7 +103,6 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[di
     environment = dict(os.environ)
     if name in ONE_GPU:  # with several visible, Trainer would take them all, the slow way
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    began = time.time()
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=arguments.limit,
@@ -107,18 +111,18 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[di
         output, failed = done.stdout, done.returncode != 0
     except subprocess.TimeoutExpired as error:
         output, failed = (error.stdout or b"").decode(errors="replace") + "\nnot done in time", True
-    state = folder / "trainer_state.json"
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.exists() else []
-    return history, time.time() - began, f"{name}:\n{output[-3000:]}" if failed or not history else ""
+    return history, f"{name}:\n{output[-3000:]}" if failed or not history else ""
 
 
 def losses(history: list[dict]) -> dict[int, float]:
     return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
-def row(name: str, gpus: int, history: list[dict], baseline: dict[int, float], seconds: float) -> str:
+def row(name: str, gpus: int, history: list[dict], baseline: dict[int, float]) -> str:
     """Return a line of the table."""
     found = losses(history)
+    first = next((entry for entry in history if "loss" in entry), None)
     warm = [entry for entry in history if "loss" in entry and entry["step"] > WARM_STEPS]
     if not warm:
         return f"| {name} | {gpus} | failed" + " |" * (len(HEADS) - 2)
@@ -133,7 +137,7 @@ def row(name: str, gpus: int, history: list[dict], baseline: dict[int, float], s
         f"{found[min(found)]:.4f}",
         f"{found[max(found)]:.4f}",
         f"{max(shared):.4%}" if shared else "-",
-        f"{seconds:.0f}",
+        f"{first['train_seconds']:.1f}",
     ]
     return "| " + " | ".join(map(str, cells)) + " |"
 
