@@ -23,6 +23,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.context_parallel import parallel_size
 from common.messages import InputError, say
 
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
@@ -87,6 +88,8 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     AttentionInterface.register(CAUSAL, causal_attention)
     AttentionInterface.register(DOCUMENTS, document_attention)
     default, no_documents = model.config._attn_implementation, why_not_documents(model, device)
+    if parallel_size("cp") > 1 and wanted not in ("auto", "sdpa"):
+        raise InputError(f"--attn_implementation {wanted}: context parallelism is torch's sdpa's. Leave the flag out.")
     if wanted in (CAUSAL, DOCUMENTS):
         raise InputError(f"--attn_implementation {wanted}: used by itself where it fits. Leave the flag out.")
     if wanted == "auto" and isolated:

@@ -9,6 +9,7 @@ import sys
 import torch
 from transformers import TrainingArguments
 
+from common.context_parallel import row_readers
 from common.dead_locks import remove_dead_locks
 from common.messages import InputError, say
 from common.strategy import launched_precision, offloads, take_over_recompute
@@ -197,7 +198,7 @@ def set_batch(training: TrainingArguments, tokens_per_step: int, context_length:
     ):
         if value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
-    most, processes = training.per_device_train_batch_size, training.world_size
+    most, processes = training.per_device_train_batch_size, row_readers(training)
     if training.gradient_accumulation_steps > 0:
         rows_per_step = most * processes * training.gradient_accumulation_steps
         say(

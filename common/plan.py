@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from common.advice import advised, described
 from common.arguments import SharedArguments
 from common.clock import synchronize
+from common.context_parallel import parallel_size
 from common.loss import DeferringHead
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
@@ -49,7 +50,7 @@ def print_plan(
         setting = setting_of_yaml(shared.plan_config, setting, processes)
     elif processes is not None:
         setting = replace(setting, strategy="ddp" if processes > 1 else "single", processes=processes)
-    rows_a_step = shared.tokens_per_step // (shared.context_length * setting.processes)
+    rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
     rows = max(1, min(setting.rows, rows_a_step))
     setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
     need = predict(model, setting)
@@ -129,9 +130,10 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     strategy = f"zero{zero.get('zero_stage', 2)}" if kind == "DEEPSPEED" else strategies.get(kind)
     if strategy is None:
         raise InputError(f"--plan_config {path}: distributed_type {kind} is not known to the planner.")
-    moved = ("cpu", "nvme")
+    moved, parallelism = ("cpu", "nvme"), config.get("parallelism_config") or {}
     return replace(
         setting,
+        context_length=setting.context_length // int(parallelism.get("parallelism_config_cp_size", 1)),
         strategy=strategy,
         processes=processes or int(config.get("num_processes", 1)),
         precision=str(config.get("mixed_precision", "no")),
@@ -182,7 +184,7 @@ def setting_of_run(
     head = model.get_output_embeddings()
     return Setting(
         rows=training.per_device_train_batch_size,
-        context_length=context_length,
+        context_length=context_length // parallel_size("cp"),
         strategy=strategy_of(training),
         processes=training.world_size,
         precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",

@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.arguments import SharedArguments
+from common.context_parallel import check_parallelism
 from common.launch import check_launch, choose_optimizer, set_batch
 from common.memory import GIB, predict
 from common.messages import InputError, say
@@ -87,6 +88,7 @@ def preflight(
     say(f"compile: {compiled} (the YAML's dynamo_config); recompute: {f'yes ({owner})' if owner else 'no'}")
     if compiled != "no" and strategy == "zero3":  # https://github.com/pytorch/pytorch/issues/115484
         say("note: compiled under ZeRO-3: not yet measured on GPUs, and known to have failed. --dynamo_backend no")
+    check_parallelism(training, shared.context_length, shared.packing == "isolated")
     rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
     check_accumulation(training)
     optimizer = choose_optimizer(shared.optimizer, training)

@@ -22,6 +22,7 @@ from common.checkpoints import (
     unfinished,
     write_checkpoint,
 )
+from common.context_parallel import row_readers
 from common.guard import StepGuard, name_rows, read_guard, shown
 from common.launches import LAUNCHES_FILE, describe_launch, record_launch
 from common.messages import InputError, say
@@ -93,7 +94,8 @@ class Safety(TrainerCallback):
         """Say which rows a bad step had, and keep all of them in ``bad_steps.jsonl``; called by all processes."""
         trainer, step = self.trainer, self.trainer.state.global_step + 1
         own = [not math.isfinite(micro) for micro in torch.stack(self.micro_losses).tolist()]
-        bad = np.array(gather_object([own])).T  # (micro-batches, processes)
+        of_all = np.array(gather_object([own]))  # (processes, micro-batches)
+        bad = of_all.reshape(row_readers(trainer.args), -1, len(own)).any(axis=1).T  # (micro-batches, readers)
         first = trainer.order.start + (step - 1 - trainer.first_step) * trainer.rows_per_step
         rows = trainer.order.rows_at(np.arange(first, min(first + trainer.rows_per_step, trainer.order.real)))
         ignored = np.full(trainer.rows_per_step - len(rows), IGNORED_ROW)
@@ -112,9 +114,9 @@ class Safety(TrainerCallback):
         """Say which rows of an evaluation have a loss that is not finite; return how many batches have.
 
         Args:
-            batches: (nats, targets) of the batches of all processes, one process after the other.
+            batches: (nats, targets) of the batches of all readers of rows, one after the other.
         """
-        world, size = self.trainer.args.world_size, self.trainer.args.eval_batch_size
+        world, size = row_readers(self.trainer.args), self.trainer.args.eval_batch_size
         bad = np.array([not math.isfinite(nats) for nats, _ in batches]).reshape(world, -1).T  # (batches, processes)
         if bad.any():
             rows = np.arange(bad.size * size).reshape(*bad.shape, size)[bad].ravel()

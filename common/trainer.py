@@ -3,6 +3,7 @@
 import json
 import math
 import time
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from common.callbacks import ScreenCallback
 from common.carry_over import check_resumable
 from common.checkpoints import unfinished
 from common.clock import RunClock, Stopwatch
+from common.context_parallel import divided_rows, parallel_size, reads_first, row_readers
 from common.flops import flops_per_token, peak_tflops
 from common.guard import mean_logged_loss
 from common.launch import lost_process
@@ -188,7 +190,7 @@ class PretrainingTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset) -> list[int]:
         """Complete the last global batch with ignored rows. Replaces: repeating rows to complete it."""
-        global_batch = self.args.eval_batch_size * self.args.world_size
+        global_batch = self.args.eval_batch_size * row_readers(self.args)
         return [*range(len(eval_dataset)), *[IGNORED_ROW] * (-len(eval_dataset) % global_batch)]
 
     def _prepare_inputs(self, inputs: dict) -> dict:
@@ -197,6 +199,12 @@ class PretrainingTrainer(Trainer):
         if self.model.config._attn_implementation == DOCUMENTS:
             inputs["document_mask"] = block_mask(inputs["position_ids"])
         return inputs
+
+    def _prepare_context_parallel_inputs(self, model, inputs: dict) -> tuple:
+        """Replaces: asking for the attention named sdpa, and cutting up ``labels``, which nobody reads."""
+        if parallel_size("cp") == 1:
+            return nullcontext, inputs
+        return divided_rows(self.accelerator, inputs), inputs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add up nats and targets of a batch. Replaces: a mean per batch, which is NaN for ignored rows."""
@@ -213,7 +221,8 @@ class PretrainingTrainer(Trainer):
         """Return the exact mean over all targets of all processes. Replaces: the mean of gathered batch means."""
         self.eval_sums = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
-        sums = gather_object([(nats.item(), targets.item()) for nats, targets in self.eval_sums])  # of all processes
+        mine = [(nats.item(), targets.item()) for nats, targets in self.eval_sums]
+        sums = gather_object(mine if reads_first(self.args) else [])  # of all rows, once
         nats, targets = (sum(column) for column in zip(*sums, strict=True))
         loss = nats / targets
         bad = self.safety.report_evaluation(dataloader.dataset, sums, metric_key_prefix)

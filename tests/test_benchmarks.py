@@ -16,7 +16,7 @@ def load(name: str):
 
 
 gpu, learning, low_memory = load("gpu"), load("learning"), load("low_memory")
-scaling, strategies = load("scaling"), load("strategies")
+scaling, multi_gpu = load("scaling"), load("multi_gpu")
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
@@ -42,10 +42,10 @@ def test_the_rows_are_of_the_wanted_length(tmp_path):
 
 
 def test_strategies_are_chosen_with_the_baseline_first():
-    every = strategies.chosen(["*"])
+    every = multi_gpu.chosen(["*"])
     assert every[0] == "single_gpu" and {"zero3_offload", "fsdp2", "fp16"} < set(every)
-    assert not {"cpu", "cpu_2proc", "multi_node"} & set(every)
-    assert strategies.chosen(["zero?", "cpu"]) == ["cpu", "zero1", "zero2", "zero3"]
+    assert not {"cpu", "cpu_2proc", "multi_node", "fsdp2_context_parallel"} & set(every)
+    assert multi_gpu.chosen(["zero?", "cpu"]) == ["cpu", "zero1", "zero2", "zero3"]
 
 
 def test_a_strategys_row_has_medians_of_warm_steps_and_the_largest_deviation():
@@ -60,10 +60,13 @@ def test_a_strategys_row_has_medians_of_warm_steps_and_the_largest_deviation():
         )
         for step in range(1, 9)
     ]
-    baseline = {1: 9.0, 2: 10.0, 3: 7.0, 9: 1.0}
-    row = strategies.row("ddp", 2, [*history, {"eval_loss": 1.0}], baseline)
-    assert row == "| ddp | 2 | 7,000 | 30.0% | 4.0 | 9.0000 | 2.0000 | 20.0000% | 31.7 |"
-    failed = strategies.row("zero3", 2, [], baseline)
+    baseline = [
+        dict(step=step, loss=loss, tokens_per_second_per_device=8000.0)
+        for step, loss in ((1, 9.0), (2, 10.0), (3, 7.0), (9, 1.0))
+    ]
+    row = multi_gpu.row("ddp", 2, [*history, {"eval_loss": 1.0}], baseline, predicted=5.0)
+    assert row == "| ddp | 2 | 7,000 | 30.0% | 88% | 4.0 | 5.0 (+25%) | 9.0000 | 2.0000 | 20.000% | 31.7 |"
+    failed = multi_gpu.row("zero3", 2, [], baseline)
     assert "failed" in failed and failed.count("|") == row.count("|")
 
 
