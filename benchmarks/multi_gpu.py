@@ -149,7 +149,8 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[di
     except subprocess.TimeoutExpired as error:
         output, failed = (error.stdout or b"").decode(errors="replace") + "\nnot done in time", True
     history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.exists() else []
-    return history, f"{name}:\n{output[-3000:]}" if failed or not history else ""
+    own = output.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]  # before the launcher's
+    return history, f"{name}:\n{own[-3000:]}" if failed or not history else ""
 
 
 def plan(name: str, arguments: argparse.Namespace) -> float | None:

@@ -6,6 +6,7 @@ trackers come with ``--report_to`` and have the same names, train/loss, eval/bit
 
 import json
 import secrets
+import sys
 from pathlib import Path
 
 from transformers import TrainerCallback
@@ -115,9 +116,8 @@ class TextCallback(TrainerCallback):
 
 def finish_tracking(results: dict, step: int) -> None:
     """Log ledger and final figures as tables, and close the SwanLab run, if there is one."""
-    import swanlab
-
-    if not (is_main_process() and swanlab.has_run()):
+    swanlab = sys.modules.get("swanlab")  # not loaded: --swanlab off
+    if swanlab is None or not (is_main_process() and swanlab.has_run()):
         return
     final = {name: value for name, value in results.items() if isinstance(value, int | float)}
     try:

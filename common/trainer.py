@@ -33,6 +33,7 @@ from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
 from common.signals import EvaluationStopped
+from common.strategy import under_fsdp
 from common.tracking import trackers_may_fail
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
@@ -83,6 +84,8 @@ class PretrainingTrainer(Trainer):
             # DeepSpeed adds micro-batches up in bf16 by default; DDP and FSDP2 do so in fp32.
             # https://github.com/deepspeedai/DeepSpeed/issues/1800
             args.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+        if under_fsdp():  # the gradients of all layers whole, in fp32, is what a step without this would hold
+            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
         )
