@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from common.context_parallel import row_readers
 from common.dead_locks import remove_dead_locks
+from common.launcher import take_over_compile
 from common.messages import InputError, say
 from common.strategy import launched_precision, offloads, take_over_recompute
 
@@ -18,10 +19,12 @@ from common.strategy import launched_precision, offloads, take_over_recompute
 def launch_defaults() -> dict:
     """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator.
 
-    This comes before any process group, so it also removes what would hang one, and refuses what would break it.
+    This comes before any process group, so it also removes what would hang one, refuses what would break it, and takes
+    over what DeepSpeed's launcher leaves out.
     """
     check_devices()
     remove_dead_locks()
+    take_over_compile()
     precision = launched_precision()
     return {
         "bf16": precision == "bf16",

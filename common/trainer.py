@@ -182,6 +182,19 @@ class PretrainingTrainer(Trainer):
             self.optimizer = MuonWithAdamW(model, decayed, weight_decay=self.args.weight_decay, **settings)
         return super().create_optimizer(model)
 
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Replaces: a polynomial schedule that fails under DeepSpeed, or where nothing follows its warm-up."""
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        if self.args.lr_scheduler_type == "polynomial" and warmup >= num_training_steps:
+            raise InputError(
+                f"--warmup_steps {warmup}: nothing of the {num_training_steps} steps is left for --lr_scheduler_type "
+                "polynomial. Use fewer, or a share such as 0.03."
+            )
+        if self.is_deepspeed_enabled:
+            zero = self.optimizer.optimizer  # Accelerate wraps it, and it wraps torch's, whose defaults are asked for
+            zero.defaults = zero.optimizer.defaults
+        return super().create_scheduler(num_training_steps, optimizer)
+
     def _get_dataloader(self, *args, **kwargs):
         """Replaces: loaders that draw from the training's random state, and whose workers die of any signal."""
         check_shared_memory(self.args, self.train_dataset.context_length)

@@ -20,7 +20,8 @@ def launch(config: str, *flags: str) -> subprocess.CompletedProcess:
 
 RECIPE = "recipes/wiki_zh_scratch.py"
 # 0.02 passes end in a partial step, and 5 held-out rows do not divide by 2 processes x 4 rows.
-ODD = ["--max_steps", "-1", "--num_train_epochs", "0.02"]
+LINE = ["--lr_scheduler_type", "polynomial", "--lr_scheduler_kwargs", '{"lr_end": 1e-6, "power": 1.0}']
+ODD = ["--max_steps", "-1", "--num_train_epochs", "0.02", *LINE]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, 
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rows x 2 processes" in done.stdout
+    assert f"compile: {compiler} " in done.stdout  # accelerate's DeepSpeed launcher would drop it
     expected = losses(one_process)
     found = losses(tmp_path)
     assert found.keys() == expected.keys() and len(found) > 5

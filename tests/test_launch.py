@@ -1,5 +1,7 @@
 """Batch arithmetic and what the preflight refuses."""
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +17,10 @@ from common.launch import (
     launch_defaults,
     set_batch,
 )
+from common.launcher import compile_settings, take_over_compile
 from common.messages import InputError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def batch_of(per_device=16, processes=1, accumulation=0):
@@ -162,3 +167,26 @@ def test_idle_devices_are_mentioned(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)
     launch.check_launch(arguments(device=torch.device("cuda"), n_gpu=1, use_cpu=False))
     assert "--num_processes 4" in capsys.readouterr().out
+
+
+def test_deepspeed_runs_take_over_what_the_launcher_was_told_about_compiling(monkeypatch):
+    """accelerate launch hands dynamo_config on to every kind of process but DeepSpeed's."""
+    yaml = f"{ROOT}/accelerate_configs/zero2.yaml"
+    told = compile_settings(["--config_file", yaml, "--num_processes", "8", "recipe.py", "--sample"])
+    assert told["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
+    assert told["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] == "True"
+    told = compile_settings(["--config_file", yaml, "--dynamo_backend", "no", "recipe.py", "--dynamo_backend", "x"])
+    assert told["ACCELERATE_DYNAMO_BACKEND"] == "no"  # the recipe's own flags are its own
+    assert compile_settings(["--config_file", f"{ROOT}/accelerate_configs/zero3.yaml", "r.py"])[
+        "ACCELERATE_DYNAMO_BACKEND"
+    ] in ("no", "NO")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    monkeypatch.setattr("common.launcher.launcher_flags", lambda: ["--config_file", yaml, "recipe.py"])
+    take_over_compile()
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ  # not under DeepSpeed
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name in told:
+        monkeypatch.setenv(name, "")  # to be taken back after the test
+        monkeypatch.delenv(name)
+    take_over_compile()
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"

@@ -271,7 +271,8 @@ def test_from_scratch_is_random_with_the_guides_hyperparameters(recipe, weights,
     config = tmp_path / "config"
     shutil.copytree(weights, config)
     (config / "model.safetensors").unlink()
-    flags = run(config, cache_dir, tmp_path / "run", "--from_scratch", "--max_steps", "40", "--eval_strategy", "no")
+    short = ["--max_steps", "40", "--warmup_steps", "30", "--eval_strategy", "no"]
+    flags = run(config, cache_dir, tmp_path / "run", "--from_scratch", *short)
     rate = flags.index("--learning_rate")
     recipe.main(flags[:rate] + flags[rate + 2 :])
     results = results_of(tmp_path / "run")
@@ -281,9 +282,16 @@ def test_from_scratch_is_random_with_the_guides_hyperparameters(recipe, weights,
     line = [3e-6 + 2.7e-5 * (1 - step / 10) for step in range(10)]
     assert rates == pytest.approx([3e-5 * step / 30 for step in range(30)] + line)
     arguments = torch.load(tmp_path / "run" / "training_args.bin", weights_only=False)
-    assert (arguments.weight_decay, arguments.max_grad_norm, arguments.warmup_steps) == (0.01, 1.0, 30)
+    assert (arguments.weight_decay, arguments.max_grad_norm) == (0.01, 1.0)
+    assert recipe.FROM_SCRATCH["warmup_steps"] * recipe.FROM_SCRATCH["max_steps"] == 30
     assert recipe.FROM_SCRATCH["max_steps"] * recipe.FROM_SCRATCH["tokens_per_step"] == 10_240_000
     assert recipe.DATA["context_length"] == 1024
+
+
+def test_a_warm_up_as_long_as_the_run_is_refused(recipe, weights, cache_dir, tmp_path):
+    flags = run(weights, cache_dir, tmp_path / "run", "--from_scratch", "--warmup_steps", "3", "--max_steps", "3")
+    with pytest.raises(InputError, match="--warmup_steps 3: nothing of the 3 steps is left"):
+        recipe.main(flags)
 
 
 def test_pretrained_beats_from_scratch_at_equal_tokens(recipe, weights, cache_dir, finished, retained, tmp_path):
