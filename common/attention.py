@@ -96,6 +96,9 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
         wanted = default if no_documents else DOCUMENTS
     elif wanted == "auto":
         wanted = CAUSAL if default == "sdpa" and looks_at_all_before(model) else default
+    repeats = wanted == CAUSAL and repeats_heads(model, device)
+    if repeats:
+        AttentionInterface.register(CAUSAL, repeating_attention)
     try:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:
@@ -103,7 +106,8 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     if model.config._attn_implementation != wanted:
         raise InputError(f"--attn_implementation {wanted}: {type(model).__name__} has no choice. Leave the flag out.")
     if wanted == CAUSAL:
-        say(f"attention: causal, by torch's {sdpa_kernel_name(model, device)} kernel")
+        repeated = ", with keys and values repeated for every query head" if repeats else ""
+        say(f"attention: causal, by torch's {sdpa_kernel_name(model, device, grouped=not repeats)} kernel{repeated}")
     elif wanted == DOCUMENTS:
         say("attention: causal within documents, by flex attention")
     elif isolated and no_documents:
@@ -152,6 +156,15 @@ def causal_attention(module, query, key, value, attention_mask=None, **kwargs):
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
+def repeating_attention(module, query, key, value, attention_mask=None, *, dropout=0.0, scaling=None, **kwargs):
+    """The same, with keys and values repeated for every query head, for a kernel that wants as many of each."""
+    key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
+    output = torch.nn.functional.scaled_dot_product_attention(
+        query, key, value, dropout_p=dropout, scale=scaling, is_causal=query.shape[2] > 1
+    )
+    return output.transpose(1, 2).contiguous(), None
+
+
 def document_attention(module, query, key, value, attention_mask=None, *, document_mask=None, **kwargs):
     """Attend to what ``document_mask`` leaves, which the batch brings along."""
     if document_mask is None:
@@ -171,11 +184,27 @@ def block_mask(positions: torch.Tensor) -> BlockMask:
     return create_block_mask(seen, rows, None, tokens, tokens, device=positions.device)
 
 
-def sdpa_kernel_name(model: PreTrainedModel, device: torch.device) -> str:
-    """Return which of its kernels scaled_dot_product_attention takes for plain causal rows of ``model``."""
+def repeats_heads(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether torch has a fused kernel for ``model`` only if keys and values are repeated for every query head.
+
+    So it is before Ampere: its one kernel there, "efficient", knows no grouped heads, and the way out, "math", holds
+    all scores of a layer.
+    """
+    return sdpa_kernel_name(model, device) == "math" != sdpa_kernel_name(model, device, grouped=False)
+
+
+def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool = True) -> str:
+    """Return which of its kernels scaled_dot_product_attention takes for plain causal rows of ``model``.
+
+    ``grouped``: with as many heads of keys and values as the model has, or one for every query head.
+    """
     config = model.config.get_text_config()
     heads = config.num_attention_heads
+    key_heads = (getattr(config, "num_key_value_heads", None) or heads) if grouped else heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype = torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
-    query = torch.empty(1, heads, 128, size, dtype=dtype, device=device, requires_grad=True)
-    return SDPBackend(torch._fused_sdp_choice(query, query, query, None, 0.0, True)).name.split("_")[0].lower()
+    query, key = (
+        torch.empty(1, n, 128, size, dtype=dtype, device=device, requires_grad=True) for n in (heads, key_heads)
+    )
+    choice = torch._fused_sdp_choice(query, key, key, None, 0.0, True, enable_gqa=key_heads != heads)
+    return SDPBackend(choice).name.split("_")[0].lower()

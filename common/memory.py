@@ -7,8 +7,8 @@ micro-batch only, whose gradients come later, maybe at the beginning or at the e
     activations                                 bytes a token and layer that the backward pass needs
     logits                                      a chunk of them with the fused loss, 12 bytes each without
 
-The factors follow from what each operation saves; only the two for uncompiled layers are fitted. Against 20 measured
-peaks (tests/test_memory.py: H100, 123M to 7B parameters, eager and compiled, one and two cards) all are within 4%.
+The factors follow from what each operation saves; only the two for uncompiled layers are fitted. Against 36 measured
+peaks (tests/test_memory.py: H100, 123M to 7B parameters, eager and compiled, one and two cards) all are within 5%.
 """
 
 import sys
@@ -79,16 +79,18 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     parameters, gradients, states, buffers = bytes_by_strategy(model, setting, half)
     framework = buffers + CONTEXT_BYTES
     activations = activation_bytes(model, setting, residual, half)
+    copies = copy_bytes(model, setting, half) if residual == 4 and half == 2 else 0.0
     logits = logit_bytes(model, setting, half, copied=residual == 4 and half == 2)
     layer = 0.0  # what one layer's activations take, which come back when the logits are gone
     if setting.recompute:
         layer = activation_bytes(model, replace(setting, recompute=False), residual, half) / _layers(model)
     if setting.accumulated and not setting.in_backward:
-        return Need(parameters, gradients, states, activations + max(0.0, layer - logits), logits, framework)
+        activations += copies + max(0.0, layer - logits)
+        return Need(parameters, gradients, states, activations, logits, framework)
     first, last = gradients_in_backward(model, gradients, setting.in_backward)
     moments = [
-        Need(parameters, 0.0, states, activations, logits, framework),
-        Need(parameters, first, states, activations + layer, 0.0, framework),
+        Need(parameters, 0.0, states, activations + copies, logits, framework),
+        Need(parameters, first, states, activations + (layer if setting.recompute else copies), 0.0, framework),
         Need(parameters, last, states, layer, 0.0, framework),
     ]
     return max(moments, key=lambda need: need.total)
@@ -136,13 +138,17 @@ def gradients_in_backward(model: PreTrainedModel, gradients: float, in_backward:
 
 
 def parameter_bytes(model: PreTrainedModel, four_bits: bool) -> float:
-    """Return the bytes of all parameters; ``four_bits``: as if the frozen matrices of the layers were in NF4."""
+    """Return the bytes of all parameters; ``four_bits``: as if the frozen matrices of the layers were in NF4.
+
+    The largest of these is there unpacked, too.
+    """
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
-    total = 0.0
+    total, largest = 0.0, 0
     for parameter in model.parameters():
         packed = four_bits and parameter.dim() == 2 and not parameter.requires_grad and id(parameter) not in ends
         total += NF4_BYTES * numbers_of(parameter) if packed else parameter.numel() * parameter.itemsize
-    return total
+        largest = max(largest, numbers_of(parameter) if packed else 0)
+    return total + 2 * 2 * largest  # unpacked to half precision for its product, twice, as measured
 
 
 def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
@@ -186,6 +192,18 @@ def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, ha
     if not setting.compiled:  # norms in fp32, activation functions, copies: 25 or 17 bytes for each of hidden_size
         a_token += (25 if residual == 4 else 17) * config.hidden_size
     return a_token * tokens * _layers(model)
+
+
+def copy_bytes(model: PreTrainedModel, setting: Setting, half: int) -> float:
+    """Return the bytes of the copies in half precision that autocast makes of fp32 matrices, and keeps till backward.
+
+    The fused head's own is in logit_bytes.
+    """
+    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
+    head = model.get_output_embeddings().weight
+    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings | {id(head)}]
+    matrices += [] if setting.fused_loss else [head]
+    return half * sum(parameter.numel() for parameter in matrices if parameter.itemsize == 4)
 
 
 def mlp_width(model: PreTrainedModel) -> int:

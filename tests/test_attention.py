@@ -4,15 +4,18 @@ import numpy as np
 import pytest
 import torch
 from conftest import store_of_tokens
+from torch.nn.attention import SDPBackend
 from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
 
 from common.attention import (
     block_mask,
+    causal_attention,
     check_isolation,
     choose_attention,
     document_attention,
     document_positions,
     generating,
+    repeating_attention,
 )
 from common.messages import InputError
 from common.packing import IGNORED_TARGET, JoinedRows, PackedRows, collate_rows
@@ -31,6 +34,26 @@ def model_of(shape: dict, attention: str = "sdpa"):
     shape = dict(shape)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, attn_implementation=attention)
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_heads_are_repeated_where_no_fused_kernel_knows_groups(monkeypatch, capsys):
+    """As on a T4: torch would take the kernel that holds all scores. The numbers are the same."""
+    ids = torch.arange(24).view(2, 12) * 7 % 1000
+    grouped, repeated = model_of(QWEN2), model_of(QWEN2)
+    choose_attention(grouped, "auto", False, torch.device("cpu"))
+    expected = grouped(input_ids=ids).logits
+    real = torch._fused_sdp_choice
+    monkeypatch.setattr(
+        torch, "_fused_sdp_choice",
+        lambda *inputs, enable_gqa: SDPBackend.MATH.value if enable_gqa else real(*inputs),
+    )  # fmt: skip
+    capsys.readouterr()
+    choose_attention(repeated, "auto", False, torch.device("cpu"))
+    assert "flash kernel, with keys and values repeated for every query head" in capsys.readouterr().out
+    assert AttentionInterface()["causal"] is repeating_attention
+    torch.testing.assert_close(repeated(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+    choose_attention(model_of(QWEN2 | dict(num_key_value_heads=4)), "auto", False, torch.device("cpu"))
+    assert AttentionInterface()["causal"] is causal_attention  # as many heads of each
 
 
 def test_positions_start_again_with_every_document():
