@@ -206,7 +206,7 @@ def plot(histories: dict[str, list[dict]], arguments: argparse.Namespace) -> Non
     axes = figure.add_subplot(xlabel="step", ylabel="loss in training")
     for name, history in histories.items():
         losses = by_step(history)
-        axes.plot(list(losses), list(losses.values()), linewidth=1, label=f"{name}, {gpus(name, arguments)} GPUs")
+        axes.plot(list(losses), list(losses.values()), linewidth=1, label=f"{name} on {gpus(name, arguments)}")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(arguments.plot, dpi=120)

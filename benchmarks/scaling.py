@@ -32,7 +32,7 @@ def bytes_sent(strategy: str, parameters: float, cards: int, accumulation: int =
         "zero1": scatter + gather,  # gradients to their owners once a step, and the new parameters back
         "zero2": accumulation * scatter + gather,  # each micro-batch's gradients go to their owners
         "zero3": accumulation * (2 * gather + scatter),  # parameters in the forward and in the backward pass
-        "fsdp2": accumulation * 2 * gather + scatter,
+        "fsdp2": accumulation * (2 * gather + scatter),
     }[strategy]
     return volume * (cards - 1) / cards
 

@@ -87,7 +87,7 @@ TRAINING = dict(
     max_steps=2000,  # 262M tokens; for passes over the data: --max_steps -1 --num_train_epochs 1
     tokens_per_step=131_072,  # 128 rows of 1,024: 16 rows x 1 process x 1,024 x 8 accumulated
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
-    per_device_train_batch_size=16,  # at most; not yet measured
+    per_device_train_batch_size=16,  # at most; of 0.5B, 8 rows of 2,048 took 25.7 GiB on an H100
     per_device_eval_batch_size=16,
     optimizer="adamw",  # as in the pretraining of Qwen2.5; Muon gained nothing on such weights (arXiv 2502.16982)
     # The papers re-warm 0.4B parameters to 3e-4 with 2.3M tokens a step; a step here has a 17th of them. Not measured.

@@ -1,7 +1,7 @@
 """Same seed and tokens a step: the same run under every strategy, and a checkpoint of one goes on under another.
 
 Two CPU processes in fp32, so that only the order of additions differs. FSDP2 does not run on CPUs under accelerate: its
-layers are compared in process (test_loss.py, test_recompute.py), and its runs by benchmarks/strategies.py on GPUs.
+layers are compared in process (test_loss.py, test_recompute.py), and its runs by benchmarks/multi_gpu.py on GPUs.
 """
 
 import json
