@@ -19,9 +19,9 @@ parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, t
 --plan says what fits. Any flag of transformers.TrainingArguments overrides what stands below, --help lists them all.
 The same command again continues where the run stopped.
 
-Result, an H100 whose allocator refuses more than 15.5 GiB, one row of 2,048 tokens a step (commit 37454be, 2026-11-22; torch
-2.11.0, bitsandbytes 0.50.2): all parameters of 1.5B in 7.5 GiB, of 3B in 13.8 (4,761 and 3,505 tokens/s); QLoRA of 7B in
-6.6 (3,593). Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
+Result, an H100 whose allocator refuses more than 15.5 GiB, one row of 2,048 tokens a step (commit 37454be, 2026-11-22,
+torch 2.11.0, bitsandbytes 0.50.2): all parameters of 1.5B in 7.5 GiB, of 3B in 13.8 (4,761 and 3,505 tokens/s); QLoRA
+of 7B in 6.6 (3,593). Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
 """
 
 import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
