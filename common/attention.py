@@ -88,14 +88,17 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     AttentionInterface.register(CAUSAL, causal_attention)
     AttentionInterface.register(DOCUMENTS, document_attention)
     default, no_documents = model.config._attn_implementation, why_not_documents(model, device)
-    if parallel_size("cp") > 1 and wanted not in ("auto", "sdpa"):
-        raise InputError(f"--attn_implementation {wanted}: context parallelism is torch's sdpa's. Leave the flag out.")
     if wanted in (CAUSAL, DOCUMENTS):
         raise InputError(f"--attn_implementation {wanted}: used by itself where it fits. Leave the flag out.")
     if wanted == "auto" and isolated:
         wanted = default if no_documents else DOCUMENTS
     elif wanted == "auto":
         wanted = CAUSAL if default == "sdpa" and looks_at_all_before(model) else default
+    if parallel_size("cp") > 1 and (wanted not in (CAUSAL, "sdpa") or not looks_at_all_before(model)):
+        raise InputError(
+            f"context parallelism is for causal attention by torch's sdpa over whole rows; here {type(model).__name__} "
+            f"has {wanted} attention{'' if looks_at_all_before(model) else ' with windows'}. Use fsdp2.yaml."
+        )
     repeats = wanted == CAUSAL and repeats_heads(model, device)
     if repeats:
         AttentionInterface.register(CAUSAL, repeating_attention)

@@ -8,7 +8,7 @@ YAML and --dynamo_backend say. The launcher is this process's parent, and its co
 import os
 
 import psutil
-from accelerate.commands.config import load_config_from_file
+from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 
 from common.messages import say
@@ -46,7 +46,9 @@ def compile_settings(flags: list[str]) -> dict[str, str]:
     """Return the environment that accelerate's other launchers make of ``flags``: they win over the YAML's section."""
     arguments = launch_command_parser().parse_args(flags)
     given = getattr(arguments, "nondefault", set())
-    in_yaml = load_config_from_file(arguments.config_file).dynamo_config or {} if arguments.config_file else {}
+    in_yaml = {}
+    if arguments.config_file or os.path.isfile(default_config_file):
+        in_yaml = load_config_from_file(arguments.config_file).dynamo_config or {}
     found = {}
     for name in SETTINGS:
         value = getattr(arguments, f"dynamo_{name}")

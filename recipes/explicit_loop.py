@@ -20,6 +20,7 @@ from transformers import HfArgumentParser, TrainingArguments, get_scheduler, set
 from common.arguments import SharedArguments
 from common.attention import DOCUMENTS, block_mask, choose_attention
 from common.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
+from common.context_parallel import parallel_size
 from common.download import download
 from common.launch import launch_defaults
 from common.ledger import Ledger, split_rows
@@ -67,6 +68,7 @@ def main(argv: list[str] | None = None) -> None:
     for name in {*NOT_READ, *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}:
         if getattr(given, name) != getattr(defaults, name):
             parser.error(f"--{name}: not read here. Precision and devices are the launcher's; or wiki_zh_scratch.py.")
+    parallel_size("cp") == 1 or parser.error("context parallelism: rows are not divided here; wiki_zh_scratch.py does.")
     shared, training, _ = parser.parse_args_into_dataclasses(argv)
     rows_per_step, optimizer_name = preflight(Path(__file__).name, shared, training, learning_rates=LEARNING_RATES)
     set_seed(training.seed)
@@ -89,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
         stores = [token_store_of(source, tokenizer, shared) for source in sources]
     train_rows, eval_rows, _, ledgers = split_rows(dict(enumerate(stores)), shared)
     say(f"ledger: {sum(ledgers.values(), Ledger())}")
-    rows = rows_asked_for(training, rows_per_step, len(train_rows))
-    steps = math.ceil(rows / rows_per_step)
+    steps = math.ceil((rows := rows_asked_for(training, rows_per_step, len(train_rows))) / rows_per_step)
 
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
     model = model_from_config(shape := SAMPLE_MODEL if sample else MODEL, tokenizer, shared.context_length)
@@ -145,7 +146,6 @@ def main(argv: list[str] | None = None) -> None:
     if checkpoint:
         accelerator.load_state(checkpoint)
 
-    # Train.
     every = (training.logging_steps, training.eval_steps, training.save_steps)  # below 1: a share of all; 0: never
     log_every, eval_every, save_every = (math.ceil(n if n >= 1 else n * steps) or math.inf for n in every)
     batches, loss_sum, logged_step = iter(train_batches), 0.0, first_step

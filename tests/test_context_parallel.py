@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.attention import choose_attention
 from common.context_parallel import check_parallelism, divided_rows, parallel_size, reads_first, row_readers
@@ -70,12 +71,28 @@ def test_the_yaml_and_two_machines_of_it_pass(monkeypatch):
     check_parallelism(on(8), 511, isolated=True)
 
 
-def test_another_attention_is_refused(monkeypatch):
+TINY = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=99,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "words"),
+    [
+        ("qwen2", "eager", "here Qwen2ForCausalLM has eager attention. Use fsdp2.yaml"),
+        ("gemma3_text", "auto", "here Gemma3ForCausalLM has sdpa attention with windows"),
+    ],
+)
+def test_another_attention_is_refused(monkeypatch, kind, wanted, words):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY))
     asked(monkeypatch, cp=2)
-    with pytest.raises(InputError, match="--attn_implementation eager: context parallelism is torch's sdpa's"):
-        choose_attention(
-            SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa")), "eager", False, torch.device("cpu")
-        )
+    with pytest.raises(InputError, match=words):
+        choose_attention(model, wanted, False, torch.device("cpu"))
 
 
 def test_the_plan_counts_half_a_row_on_each_card():
