@@ -56,6 +56,8 @@ def print_plan(
     need = predict(model, setting)
     count, vocabulary = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape[0]
     say(f"{count:,} parameters, vocabulary of {vocabulary:,} rows, {described(setting)}. Each card, in GiB:")
+    if (sharing := shared.context_length // setting.context_length) > 1:
+        say(f"  ({sharing} cards share each row of {shared.context_length:,} tokens)")
     for name, value in vars(need).items():
         say(f"  {name:12}{value / GIB:8.2f}")
     say(f"  {'total':12}{need.total / GIB:8.2f}" + (f" of {limit:.2f}" if limit is not None else ""))

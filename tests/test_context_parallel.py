@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing
+from conftest import load_recipe
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.attention import choose_attention
@@ -102,6 +103,15 @@ def test_the_plan_counts_half_a_row_on_each_card():
         2,
         "fsdp2",
         False,
+    )
+
+
+def test_a_recipes_plan_says_that_cards_share_a_row(capsys):
+    flags = f"--plan --plan_config {YAML} --plan_processes 2 --context_length 32768 --tokens_per_step 131072"
+    load_recipe("wiki_zh_scratch").main([*flags.split(), "--per_device_train_batch_size", "1"])
+    printed = capsys.readouterr().out
+    assert (
+        "(2 cards share each row of 32,768 tokens)" in printed and "1 rows of 16384 tokens at once on each" in printed
     )
 
 
