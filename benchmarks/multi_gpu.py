@@ -7,7 +7,7 @@
 Each YAML is launched once, in a process of its own, on all visible GPUs or --num_processes of them; those for one GPU
 on the first. All take the same steps on the same rows: the recipe divides its tokens a step among the cards. A row of
 the table is printed when its run is done; a failed one shows the end of its log, and the rest goes on. With --folder
-the runs are kept, and those that are there already are read, not run again.
+the runs are kept, and those that are there already are read, not run again, if their flags are the same.
 
 Tokens a second and MFU are medians over the steps after the fifth; the loss is read at every step, which costs a little
 speed. Scaling is tokens a second and GPU over single_gpu.yaml's. The deviation is the largest of all steps' losses,
@@ -83,14 +83,17 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if arguments.num_processes < 1:
         sys.exit("no accelerator here. To try this script out on CPUs: --num_processes 1 --yamls cpu --recipe --sample")
+    if arguments.steps is not None and arguments.steps <= WARM_STEPS:
+        sys.exit(f"--steps {arguments.steps}: the first {WARM_STEPS} are left out of the rates. Use more.")
     names = chosen(arguments.yamls)
     if not names:
         sys.exit(f"--yamls {arguments.yamls}: none of {', '.join(chosen(['*']))}")
     print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|", flush=True)
     histories: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(arguments.folder or temporary).resolve() / arguments.job
         for name in names:
-            histories[name], end = run(name, arguments, Path(arguments.folder or temporary) / arguments.job / name)
+            histories[name], end = run(name, arguments, folder / name)
             baseline = histories[names[0]]
             print(row(name, gpus(name, arguments), histories[name], baseline, plan(name, arguments)), flush=True)
             if end:
@@ -127,19 +130,23 @@ def job_flags(arguments: argparse.Namespace) -> list[str]:
 
 def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], str]:
     """Launch the recipe with a YAML; return its logs, and the end of what it printed if it failed."""
-    state = folder / "trainer_state.json"
+    state, kept = folder / "trainer_state.json", folder.with_suffix(".flags")
+    flags = [*arguments.launcher.split(), "--num_processes", str(gpus(name, arguments)), *job_flags(arguments)]
+    flags += ["--data", *arguments.data] if arguments.data else []
+    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != flags:
+        sys.exit(f"{folder} is a run with other flags ({kept}). Use another --folder.")
     if state.exists():
         return json.loads(state.read_text(encoding="utf-8"))["log_history"], ""
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
     command += ["--config_file", f"accelerate_configs/{name}.yaml"]
-    command += ["--num_processes", str(gpus(name, arguments)), *arguments.launcher.split(), *job_flags(arguments)]
-    command += ["--output_dir", str(folder), "--cache_dir", arguments.cache_dir]
-    command += ["--data", *arguments.data] if arguments.data else []
+    command += [*flags, "--output_dir", str(folder), "--cache_dir", arguments.cache_dir]
     command += "--logging_steps 1 --eval_strategy no --max_eval_rows 32 --save_strategy no".split()
     command += "--swanlab off --disable_tqdm true".split()
     environment = dict(os.environ)
     if name in ONE_GPU:  # with several visible, Trainer would take them all, the slow way
         environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text(json.dumps(flags), encoding="utf-8")
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, timeout=arguments.limit,
@@ -159,7 +166,9 @@ def plan(name: str, arguments: argparse.Namespace) -> float | None:
         return None
     command = [sys.executable, *job_flags(arguments), "--plan", "--plan_config", f"accelerate_configs/{name}.yaml"]
     command += ["--plan_processes", str(gpus(name, arguments))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}:\n{done.stderr[-1000:]}")
     return json.loads(done.stdout.splitlines()[-1])["total_gib"] - CONTEXT_BYTES / GIB
 
 

@@ -37,8 +37,10 @@ def launcher_flags() -> list[str] | None:
             words = process.cmdline()
         except psutil.Error:  # somebody else's
             continue
-        if "launch" in words and any("accelerate" in word for word in words[: words.index("launch")]):
-            return words[words.index("launch") + 1 :]
+        for place, word in enumerate(words):
+            behind = word == "launch" and any("accelerate" in before for before in words[:place])
+            if behind or os.path.basename(word) in ("accelerate-launch", "accelerate.commands.launch"):
+                return words[place + 1 :]
     return None
 
 

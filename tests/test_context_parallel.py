@@ -1,6 +1,7 @@
 """Rows shared by several cards: who reads which, what is refused, and how torch cuts them. Attention over the pieces
 needs GPUs: its losses are in benchmarks/README.md."""
 
+import json
 import os
 from functools import partial
 from types import SimpleNamespace
@@ -8,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.multiprocessing
-from conftest import load_recipe
+from conftest import load_recipe, small_run
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.attention import choose_attention
@@ -113,6 +114,15 @@ def test_a_recipes_plan_says_that_cards_share_a_row(capsys):
     assert (
         "(2 cards share each row of 32,768 tokens)" in printed and "1 rows of 16384 tokens at once on each" in printed
     )
+
+
+def test_what_processes_with_the_same_rows_evaluate_counts_once(wiki, cache_dir, tmp_path, monkeypatch):
+    """This one is the second of its group: the first one's nats and targets are the evaluation's, and only they."""
+    monkeypatch.setattr("common.trainer.reads_first", lambda training: False)
+    monkeypatch.setattr("common.trainer.gather_object", lambda mine: [*mine, (300.0, 100)])
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "2", "--eval_strategy", "no"))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert (results["eval_loss"], results["eval_tokens"]) == (3.0, 100)
 
 
 def test_torch_cuts_rows_into_pieces_that_belong_together(tmp_path):

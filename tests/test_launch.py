@@ -17,7 +17,7 @@ from common.launch import (
     launch_defaults,
     set_batch,
 )
-from common.launcher import compile_settings, take_over_compile
+from common.launcher import compile_settings, launcher_flags, take_over_compile
 from common.messages import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -167,6 +167,28 @@ def test_idle_devices_are_mentioned(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)
     launch.check_launch(arguments(device=torch.device("cuda"), n_gpu=1, use_cpu=False))
     assert "--num_processes 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "/x/bin/python /x/bin/accelerate launch",
+        "/x/bin/python -m accelerate.commands.accelerate_cli launch",
+        "/x/bin/python -m accelerate.commands.launch",
+        "/x/bin/python /x/bin/accelerate-launch",
+    ],
+)
+def test_the_launchers_flags_are_read_off_its_command_line(monkeypatch, command):
+    class Parent:
+        def __init__(self, words):
+            self.cmdline = lambda: words
+
+    flags = ["--config_file", "zero2.yaml", "recipe.py", "launch"]
+    parents = [Parent(["/x/bin/python", "watch.py", "launch"]), Parent([*command.split(), *flags]), Parent(["init"])]
+    monkeypatch.setattr("common.launcher.psutil.Process.parents", lambda self: parents)
+    assert launcher_flags() == flags
+    monkeypatch.setattr("common.launcher.psutil.Process.parents", lambda self: [parents[0], parents[2]])
+    assert launcher_flags() is None
 
 
 def test_deepspeed_runs_take_over_what_the_launcher_was_told_about_compiling(monkeypatch):
