@@ -33,13 +33,13 @@ def document_positions(starts: np.ndarray) -> np.ndarray:
     """Return the place of every token in its document, from 0; the row's own beginning counts as a start.
 
     Args:
-        starts: which tokens are the first of a document, bool, shape (tokens,).
+        starts: which tokens are the first of a document, bool, shape (..., tokens).
 
     Returns:
-        int64, shape (tokens,).
+        int64, shape (..., tokens).
     """
-    places = np.arange(len(starts))
-    return places - np.maximum.accumulate(np.where(starts, places, 0))
+    places = np.arange(starts.shape[-1])
+    return places - np.maximum.accumulate(np.where(starts, places, 0), axis=-1)
 
 
 @torch.no_grad()

@@ -1,6 +1,6 @@
 """Token stores -> rows of fixed length: of one store, and of several joined."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -65,17 +65,22 @@ class PackedRows:
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         """Return ``input_ids``, ``shift_labels`` and, isolated, ``position_ids``: int64, (context_length,) each."""
-        if not 0 <= row < self.rows:
-            raise IndexError(row)
-        start = row * self.context_length
-        window = torch.from_numpy(self.window(start, self.context_length + 1))
-        inputs, targets = window[:-1], window[1:]
-        if not self.isolated:
-            return {"input_ids": inputs, "shift_labels": targets}
-        starts = self.starts_in(start, self.context_length + 1)
-        targets = targets.masked_fill(torch.from_numpy(starts[1:]), IGNORED_TARGET)
-        positions = torch.from_numpy(document_positions(starts[:-1]))
-        return {"input_ids": inputs, "shift_labels": targets, "position_ids": positions}
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Return several rows; torch's loader asks for a batch so, which takes half the time of one by one."""
+        if out := [row for row in rows if not 0 <= row < self.rows]:
+            raise IndexError(out[0])
+        length = self.context_length + 1
+        pieces = [list(self._pieces(row * self.context_length, length)) for row in rows]
+        windows = np.stack([self._gathered(parts) for parts in pieces])  # (rows, context_length + 1)
+        named = {"input_ids": windows[:, :-1], "shift_labels": windows[:, 1:]}
+        if self.isolated:
+            starts = np.stack([self._marked(parts, length) for parts in pieces])
+            named["shift_labels"] = np.where(starts[:, 1:], IGNORED_TARGET, windows[:, 1:])
+            named["position_ids"] = document_positions(starts[:, :-1])
+        tensors = {name: torch.from_numpy(numbers) for name, numbers in named.items()}
+        return [{name: tensor[place] for name, tensor in tensors.items()} for place in range(len(rows))]
 
     def documents_of(self, row: int) -> list[int]:
         """Return the documents that a row has tokens of, counted in the store from 0."""
@@ -87,17 +92,11 @@ class PackedRows:
 
     def window(self, start: int, length: int) -> np.ndarray:
         """Return tokens [start, start + length) of the stream as int64."""
-        pieces = [self.tokens[begin:end] for begin, end in self._pieces(start, length)]
-        return np.concatenate(pieces).astype(np.int64)
+        return self._gathered(self._pieces(start, length))
 
     def starts_in(self, start: int, length: int) -> np.ndarray:
         """Return which tokens [start, start + length) of the stream are the first of a document: bool, (length,)."""
-        mask, offset = np.zeros(length, dtype=bool), 0
-        for begin, end in self._pieces(start, length):
-            first, last = np.searchsorted(self.document_starts, [begin, end])
-            mask[offset + self.document_starts[first:last] - begin] = True
-            offset += end - begin
-        return mask
+        return self._marked(self._pieces(start, length), length)
 
     def targets(self) -> np.ndarray:
         """Return every target of the rows in order, without the ignored ones: int64."""
@@ -109,12 +108,26 @@ class PackedRows:
 
     def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield where the stream's tokens [start, start + length) lie in the store, run by run."""
-        run = int(np.searchsorted(self.stream_starts, start, side="right")) - 1
+        run = int(self.stream_starts.searchsorted(start, side="right")) - 1
         while length:
             begin = int(self.run_starts[run] + start - self.stream_starts[run])
             taken = min(length, int(self.stream_starts[run + 1]) - start)
             yield begin, begin + taken
             start, length, run = start + taken, length - taken, run + 1
+
+    def _gathered(self, pieces: Iterable[tuple[int, int]]) -> np.ndarray:
+        """Return the tokens of ``pieces`` of the store as int64."""
+        parts = [self.tokens[begin:end] for begin, end in pieces]
+        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+
+    def _marked(self, pieces: Iterable[tuple[int, int]], length: int) -> np.ndarray:
+        """Return which of the ``length`` tokens of ``pieces`` are the first of a document: bool, (length,)."""
+        mask, offset = np.zeros(length, dtype=bool), 0
+        for begin, end in pieces:
+            first, last = self.document_starts.searchsorted([begin, end])
+            mask[offset + self.document_starts[first:last] - begin] = True
+            offset += end - begin
+        return mask
 
 
 class JoinedRows(Dataset):
@@ -132,14 +145,26 @@ class JoinedRows(Dataset):
         return int(self.first_rows[-1])
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        if row == IGNORED_ROW:
-            zeros = torch.zeros(self.context_length, dtype=torch.int64)
-            ignored = {"input_ids": zeros, "shift_labels": torch.full_like(zeros, IGNORED_TARGET)}
-            return ignored | ({"position_ids": torch.arange(len(zeros))} if self.sources[0].isolated else {})
-        source = int(np.searchsorted(self.first_rows, row, side="right")) - 1
-        if not 0 <= source < len(self.sources):
-            raise IndexError(row)
-        return self.sources[source][row - int(self.first_rows[source])]
+        return self.__getitems__([row])[0]
+
+    def __getitems__(self, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
+        """Return several rows, as PackedRows does; IGNORED_ROW may be among them."""
+        numbers = np.asarray(rows)
+        sources = np.searchsorted(self.first_rows, numbers, side="right") - 1
+        if (out := numbers[(numbers != IGNORED_ROW) & ((sources < 0) | (sources == len(self.sources)))]).size:
+            raise IndexError(int(out[0]))
+        found = [self._ignored_row()] * len(numbers)
+        for source in np.unique(sources[sources >= 0]):
+            places = np.flatnonzero(sources == source)
+            own = self.sources[source].__getitems__((numbers[places] - self.first_rows[source]).tolist())
+            for place, row in zip(places, own, strict=True):
+                found[place] = row
+        return found
+
+    def _ignored_row(self) -> dict[str, torch.Tensor]:
+        zeros = torch.zeros(self.context_length, dtype=torch.int64)
+        ignored = {"input_ids": zeros, "shift_labels": torch.full_like(zeros, IGNORED_TARGET)}
+        return ignored | ({"position_ids": torch.arange(len(zeros))} if self.sources[0].isolated else {})
 
     def targets(self) -> np.ndarray:
         """Return every target of the rows in order, without the ignored ones: int64."""

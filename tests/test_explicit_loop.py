@@ -104,19 +104,19 @@ def test_interrupted_and_relaunched_equals_uninterrupted(loop, cache_dir, tmp_pa
     """Bit for bit, with dropout, reading no row again; what was written after the checkpoint is gone."""
     monkeypatch.setitem(loop.SAMPLE_MODEL, "attention_dropout", 0.1)
     flags = [*ODD, "--optimizer", "muon"]
-    visited, row_of = [], JoinedRows.__getitem__
+    visited, rows_of = [], JoinedRows.__getitems__
 
-    def row_until_interrupted(rows, index):
-        if len(visited) == stop_after:
+    def rows_until_interrupted(rows, indexes):
+        if stop_after is not None and len(visited) >= stop_after:
             raise KeyboardInterrupt
-        visited.extend([index] if rows.documents > 100 else [])
-        return row_of(rows, index)
+        visited.extend(indexes if rows.documents > 100 else [])
+        return rows_of(rows, indexes)
 
-    monkeypatch.setattr(JoinedRows, "__getitem__", row_until_interrupted)
+    monkeypatch.setattr(JoinedRows, "__getitems__", rows_until_interrupted)
     stop_after = None
     loop.main(small_run(cache_dir, tmp_path / "alone", *flags))
     rows_alone, visited = visited, []
-    stop_after = 4 * 4 + 3  # in the fifth step; the loader is one micro-batch ahead
+    stop_after = 4 * 4 + 2  # in the fifth step; the loader is one micro-batch ahead
     with pytest.raises(KeyboardInterrupt):
         loop.main(small_run(cache_dir, tmp_path / "halves", *flags))
     log = tmp_path / "halves" / "log.jsonl"

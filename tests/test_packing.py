@@ -68,6 +68,21 @@ def test_joined_rows_are_those_of_the_sources_in_order(tmp_path_factory, first, 
             joined[row]
 
 
+@given(documents_of_tokens, documents_of_tokens, st.integers(1, 5), st.booleans(), st.data())
+def test_several_rows_at_once_are_the_same_rows(tmp_path_factory, first, second, length, isolated, data):
+    stores = [store_of_tokens(tmp_path_factory.mktemp("s"), documents) for documents in (first, second)]
+    joined = JoinedRows([PackedRows(store, np.ones(store.documents, bool), length, isolated) for store in stores])
+    wanted = data.draw(st.lists(st.integers(-1, len(joined) - 1), max_size=9))  # -1: an ignored one
+    found = joined.__getitems__(wanted)
+    assert len(found) == len(wanted)
+    for row, index in zip(found, wanted, strict=True):
+        assert {name: tensor.tolist() for name, tensor in row.items()} == {
+            name: tensor.tolist() for name, tensor in joined[index].items()
+        }
+    with pytest.raises(IndexError):
+        joined.__getitems__([*wanted, len(joined)])
+
+
 def test_documents_without_tokens_leave_no_trace(tmp_path):
     store = store_of_tokens(tmp_path, [[], [1, 2], [], [], [3, 4, 5], []], end=[])
     rows = PackedRows(store, np.array([True, True, True, False, True, True]), 2, isolated=True)

@@ -201,10 +201,13 @@ def test_passes_end_in_one_partial_step(wiki, cache_dir, tmp_path):
 
 def test_a_run_that_ended_in_a_partial_step_continues_at_the_next_row(wiki, cache_dir, tmp_path, monkeypatch):
     """No row is skipped or repeated, and a run cannot be asked for less than it has done."""
-    visited, row_of = [], JoinedRows.__getitem__
-    monkeypatch.setattr(
-        JoinedRows, "__getitem__", lambda rows, index: (visited.append((rows.documents, index)), row_of(rows, index))[1]
-    )
+    visited, rows_of = [], JoinedRows.__getitems__
+
+    def rows_noted(rows, indexes):
+        visited.extend((rows.documents, index) for index in indexes)
+        return rows_of(rows, indexes)
+
+    monkeypatch.setattr(JoinedRows, "__getitems__", rows_noted)
     flags = "--max_steps -1 --eval_strategy no --save_strategy steps --save_steps 2".split()
     for passes in ("0.013", "0.02"):
         wiki.main(small_run(cache_dir, tmp_path, *flags, "--num_train_epochs", passes))
