@@ -33,6 +33,7 @@ from common.launch import choose_optimizer, launch_defaults, set_batch
 from common.loss import use_fused_loss
 from common.model import model_from_config
 from common.packing import JoinedRows, PackedRows, collate_rows
+from common.preflight import derive_micro_batch
 from common.sources import resolve_sources
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer
@@ -156,8 +157,10 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         training = TrainingArguments(**wanted)
         optimizer = choose_optimizer(optimizer, training)
         training.learning_rate = training.learning_rate or recipe.LEARNING_RATES[optimizer]
-        rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
         model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH)
+        shared.tokens_per_step, shared.context_length = tokens_per_step, CONTEXT_LENGTH
+        derive_micro_batch(model, training, shared, optimizer)
+        rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
         choose_attention(model, "auto", False, training.device)
         use_fused_loss(model)
         trainer = PretrainingTrainer(

@@ -18,6 +18,7 @@ from common.context_parallel import parallel_size
 from common.loss import DeferringHead
 from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
 from common.messages import InputError, say
+from common.micro_batch import rows_that_fit
 from common.strategy import offloads, recompute_owner, strategy_of
 
 
@@ -38,7 +39,7 @@ def print_plan(
     for flag, value in (
         ("--plan_processes", processes),
         ("--context_length", shared.context_length),
-        ("--per_device_train_batch_size", training.per_device_train_batch_size),
+        ("--per_device_train_batch_size", training.per_device_train_batch_size or None),  # 0: what fits
     ):
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
@@ -51,7 +52,7 @@ def print_plan(
     elif processes is not None:
         setting = replace(setting, strategy="ddp" if processes > 1 else "single", processes=processes)
     rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
-    rows = max(1, min(setting.rows, rows_a_step))
+    rows = max(1, min(setting.rows or rows_that_fit(model, setting, rows_a_step, limit), rows_a_step))
     setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
     need = predict(model, setting)
     count, vocabulary = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape[0]

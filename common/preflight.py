@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.arguments import SharedArguments
-from common.context_parallel import check_parallelism
+from common.context_parallel import check_parallelism, row_readers
 from common.launch import check_launch, choose_optimizer, set_batch
-from common.memory import GIB, predict
+from common.memory import GIB, Setting, predict
 from common.messages import InputError, say
+from common.micro_batch import rows_that_fit
 from common.plan import setting_of_run
 from common.run_folder import check_disk_space, check_folder
 from common.run_status import lock_folder
@@ -89,9 +91,10 @@ def preflight(
     if compiled != "no" and strategy == "zero3":  # https://github.com/pytorch/pytorch/issues/115484
         say("note: compiled under ZeRO-3: not yet measured on GPUs, and known to have failed. --dynamo_backend no")
     check_parallelism(training, shared.context_length, shared.packing == "isolated")
+    optimizer = choose_optimizer(shared.optimizer, training)
+    derive_micro_batch(model, training, shared, optimizer)
     rows_per_step = set_batch(training, shared.tokens_per_step, shared.context_length)
     check_accumulation(training)
-    optimizer = choose_optimizer(shared.optimizer, training)
     low_bit = optimizer != "muon" and any(bits in optimizer_name(training) for bits in LOW_BIT)
     by_muon = "Muon for the layers' matrices, AdamW for the rest"
     if learning_rates is not None and training.learning_rate == 0:
@@ -116,6 +119,28 @@ def preflight(
     if not shared.probe and Path(training.output_dir).exists() and (lock := lock_folder(training.output_dir)):
         lock.release()  # taken for good when the folder is claimed
     return rows_per_step, optimizer
+
+
+def derive_micro_batch(
+    model: PreTrainedModel | None, training: TrainingArguments, shared: SharedArguments, optimizer: str
+) -> None:
+    """Set the rows of a micro-batch that are 0: in training to what fits this card, in evaluation to those."""
+    if training.per_device_train_batch_size == 0:
+        setting = Setting(rows=1, context_length=shared.context_length)
+        if model is not None:
+            setting = replace(setting_of_run(model, training, shared.context_length, optimizer), fused_loss=True)
+        rows_a_step = shared.tokens_per_step // (shared.context_length * row_readers(training))
+        rows = rows_that_fit(model, setting, rows_a_step, card_gib(training))
+        training.per_device_train_batch_size = min(gather_object([rows]))  # cards may differ, steps must not
+    if training.per_device_eval_batch_size == 0:
+        training.per_device_eval_batch_size = training.per_device_train_batch_size
+
+
+def card_gib(training: TrainingArguments) -> float | None:
+    """Return the memory of this process's card, None where it cannot be asked for."""
+    if training.device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(training.device).total_memory / GIB
 
 
 def check_pairs(strategy: str, asked: dict[str, bool]) -> None:
@@ -148,9 +173,8 @@ def memory(model: PreTrainedModel, training: TrainingArguments, context_length: 
     """Return what a card needs, as --plan predicts it; more than there is may still be tried."""
     setting = replace(setting_of_run(model, training, context_length, optimizer), fused_loss=True)
     need = predict(model, setting).total / GIB
-    if training.device.type != "cuda":
+    if (there := card_gib(training)) is None:
         return f"{need:.1f} GiB a process predicted, as on a GPU"
-    there = torch.cuda.get_device_properties(training.device).total_memory / GIB
     verdict = "" if need <= there else ". It will hardly fit: --plan has the switches that help"
     return f"{need:.1f} of {there:.1f} GiB a card predicted{verdict}"
 

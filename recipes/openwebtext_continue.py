@@ -85,10 +85,10 @@ DATA = dict(
 TRAINING = dict(
     output_dir=str(ROOT / "outputs" / "openwebtext_continue"),
     max_steps=2000,  # 262M tokens; for passes over the data: --max_steps -1 --num_train_epochs 1
-    tokens_per_step=131_072,  # 128 rows of 1,024: 16 rows x 1 process x 1,024 x 8 accumulated
+    tokens_per_step=131_072,  # 128 rows of 1,024
+    per_device_train_batch_size=0,  # rows at once, at most; 0: as many as fit the card, up to 65,536 tokens
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
-    per_device_train_batch_size=16,  # at most; of 0.5B, 8 rows of 2,048 took 25.7 GiB on an H100
-    per_device_eval_batch_size=16,
+    per_device_eval_batch_size=0,  # 0: as in training
     optimizer="adamw",  # as in the pretraining of Qwen2.5; Muon gained nothing on such weights (arXiv 2502.16982)
     # The papers re-warm 0.4B parameters to 3e-4 with 2.3M tokens a step; a step here has a 17th of them. Not measured.
     learning_rate=1e-4,
@@ -162,13 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
+    planned = None  # another model is not known before its config is fetched
+    if recipe.model == MODEL["model"]:
+        planned = planned_model(PRESETS["qwen2.5-0.5b"], VOCABULARY, shared.context_length)
     if shared.plan and not shared.probe:
-        if recipe.model == "Qwen/Qwen2.5-0.5B":
-            model = planned_model(PRESETS["qwen2.5-0.5b"], VOCABULARY, shared.context_length)
-        else:
-            model = model_without_memory(find_model(recipe.model, weights=False))
-        return print_plan(model, shared, training, choose_optimizer(shared.optimizer, training))
-    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training)
+        planned = planned or model_without_memory(find_model(recipe.model, weights=False))
+        return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
+    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned)
     if shared.tokenizer == "train" and not recipe.from_scratch:
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
     set_seed(training.seed)

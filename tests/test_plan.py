@@ -34,13 +34,14 @@ def test_the_last_line_is_json_and_nothing_is_loaded(tmp_path):
     assert planned["fits"] is True
     assert planned["total_gib"] == pytest.approx(sum(planned[name] for name in names), abs=0.01)
     assert planned["parameters_gib"] == pytest.approx(2 * 123_295_232 / 2**30, abs=0.001)
-    assert "zero2 on 8 card(s), 16 rows of 512 tokens" in done.stdout
+    assert "zero2 on 8 card(s), 16 rows of 512 tokens" in done.stdout, "all of a step's, on an eighth of the cards"
     assert not (tmp_path / "out").exists()
     assert "planned for a vocabulary of 151,646; no/such is not loaded for a plan" in done.stdout
 
 
 def test_what_does_not_fit_gets_switches_that_make_it_fit(wiki, capsys):
-    wiki.main(["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", "6"])
+    flags = ["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", "6"]
+    wiki.main([*flags, "--per_device_train_batch_size", "64"])
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1])["fits"] is False
     assert "the cheapest first:\n  --per_device_train_batch_size 16\n{" in printed
@@ -203,10 +204,19 @@ def test_a_trained_tokenizer_has_the_vocabulary_that_was_asked_for(wiki, capsys)
     assert "vocabulary of 4,096 rows" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("flag", ["--plan_processes", "--context_length", "--per_device_train_batch_size"])
-def test_numbers_below_one_are_refused(wiki, flag):
-    with pytest.raises(InputError, match=f"{flag} 0: must be at least 1"):
-        wiki.main(["--plan", flag, "0"])
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--plan_processes", 0), ("--context_length", 0), ("--per_device_train_batch_size", -1)]
+)
+def test_numbers_below_one_are_refused(wiki, flag, value):
+    with pytest.raises(InputError, match=f"{flag} {value}: must be at least 1"):
+        wiki.main(["--plan", flag, str(value)])
+
+
+def test_rows_left_open_are_those_that_fit_the_planned_card(wiki, capsys):
+    """As benchmarks/README.md has them: 18.7 GiB for 128 rows, 11.1 for 64."""
+    for memory, rows in (("24", 128), ("16", 64)):
+        wiki.main(["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", memory])
+        assert f" {rows} rows of 512 tokens at once" in capsys.readouterr().out
 
 
 def test_no_advice_where_nothing_helps():

@@ -94,6 +94,16 @@ def test_wrong_combinations_are_refused_with_what_works(monkeypatch, tmp_path, c
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 
 
+@pytest.mark.parametrize(("gib", "rows"), [(0.7, 1), (80, 8)])
+def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, capsys, gib, rows):
+    monkeypatch.setattr(preflight_module, "card_gib", lambda training: gib)
+    model = planned_model(SHAPE, 1000, 64)
+    launch = dict(per_device_train_batch_size=0, per_device_eval_batch_size=0)
+    rows_per_step, _ = run(monkeypatch, tmp_path, launch, model=model)
+    assert rows_per_step == 8, "the step stays what it is"
+    assert f"batch: {rows} rows x 1 processes x 64 tokens x {8 // rows} accumulated" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("launch", "strategy"),
     [({}, "single"), (dict(world_size=2), "ddp"), (zero(1), "zero1"), (zero(3), "zero3"), (fsdp(), "fsdp2")],
