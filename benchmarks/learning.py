@@ -157,7 +157,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         training = TrainingArguments(**wanted)
         optimizer = choose_optimizer(optimizer, training)
         training.learning_rate = training.learning_rate or recipe.LEARNING_RATES[optimizer]
-        model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH)
+        model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH, training)
         shared.tokens_per_step, shared.context_length = tokens_per_step, CONTEXT_LENGTH
         derive_micro_batch(model, training, shared, optimizer)
         rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)

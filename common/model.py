@@ -1,14 +1,24 @@
 """A config dict -> a randomly initialised causal language model, and a report of its parameters."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from accelerate.utils import gather_object
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+)
 from transformers.integrations import unset_hf_deepspeed_config
 
 from common.messages import InputError
+from common.strategy import offloads
 
 # Tensor cores are fed best by such sizes.
 # Source: https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html
 VOCABULARY_MULTIPLE = 128
+BUILT_SHARE = 1 / 3  # of a card: a whole model up to this size is built there, before it is divided
 
 
 def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> PreTrainedModel:
@@ -24,7 +34,12 @@ def padded_vocabulary(vocabulary_size: int) -> int:
     return -(-vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE
 
 
-def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_length: int) -> PreTrainedModel:
+def model_from_config(
+    shape: dict,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    training: TrainingArguments | None = None,
+) -> PreTrainedModel:
     """Build a model of ``shape`` in float32, for the vocabulary of ``tokenizer``.
 
     The embedding gets the next multiple of VOCABULARY_MULTIPLE rows; the rows beyond the tokenizer's are never a
@@ -32,6 +47,7 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
 
     Args:
         shape: ``model_type`` (any causal model of transformers) and arguments of its config class.
+        training: builds on its device, see device_to_build_on; None: on the CPU.
 
     Raises:
         InputError: transformers refuses the shape.
@@ -48,7 +64,8 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
     build_whole()
     try:
         config = AutoConfig.for_model(**settings)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        with device_to_build_on(config, training) if training else torch.device("cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"MODEL {shape}: transformers cannot build it ({error}).") from None
     # Samples of a base model are drawn, not searched for; kept with the checkpoint for whoever generates from it.
@@ -56,6 +73,24 @@ def model_from_config(shape: dict, tokenizer: PreTrainedTokenizerBase, context_l
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
     return model
+
+
+def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:
+    """Return where a model of ``config`` is to get its random weights: on ``training``'s device, if it is small there.
+
+    Drawing the numbers of 7B parameters takes a CPU minutes, and a GPU seconds. All processes decide alike, because
+    the two draw other numbers from the same seed.
+    """
+    with torch.device("meta"):
+        size = 4 * AutoModelForCausalLM.from_config(config).num_parameters()  # bytes in float32
+    there = card_bytes(training.device) or 0
+    fits = gather_object([size <= BUILT_SHARE * there and not offloads(training)])
+    return training.device if all(fits) else torch.device("cpu")
+
+
+def card_bytes(device: torch.device) -> int | None:
+    """Return the memory of a card, None where it cannot be asked for."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def build_whole() -> None:

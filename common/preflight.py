@@ -17,6 +17,7 @@ from common.launch import check_launch, choose_optimizer, set_batch
 from common.memory import GIB, Setting, predict
 from common.messages import InputError, say
 from common.micro_batch import rows_that_fit
+from common.model import card_bytes
 from common.plan import setting_of_run
 from common.run_folder import check_disk_space, check_folder
 from common.run_status import lock_folder
@@ -137,10 +138,8 @@ def derive_micro_batch(
 
 
 def card_gib(training: TrainingArguments) -> float | None:
-    """Return the memory of this process's card, None where it cannot be asked for."""
-    if training.device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(training.device).total_memory / GIB
+    size = card_bytes(training.device)
+    return None if size is None else size / GIB
 
 
 def check_pairs(strategy: str, asked: dict[str, bool]) -> None:

@@ -33,6 +33,7 @@ from common.packing import collate_rows
 from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sources import resolve_sources
+from common.strategy import under_fsdp
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
@@ -74,7 +75,7 @@ def main(argv: list[str] | None = None) -> None:
     set_seed(training.seed)
 
     # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.
-    accumulation = GradientAccumulationPlugin(training.gradient_accumulation_steps, sync_with_dataloader=False)
+    accumulation = GradientAccumulationPlugin(training.gradient_accumulation_steps, None, False, under_fsdp())
     copying = DataLoaderConfiguration(non_blocking=True)
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation, dataloader_config=copying)
     if accelerator.distributed_type == "FSDP" and training.bf16:
@@ -94,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     steps = math.ceil((rows := rows_asked_for(training, rows_per_step, len(train_rows))) / rows_per_step)
 
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
-    model = model_from_config(shape := SAMPLE_MODEL if sample else MODEL, tokenizer, shared.context_length)
+    model = model_from_config(shape := SAMPLE_MODEL if sample else MODEL, tokenizer, shared.context_length, training)
     model.config.pad_token_id, model.config.use_cache = None, False  # the first: see model_from_config
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", accelerator.device)
     documents = model.config._attn_implementation == DOCUMENTS  # flex attention, which needs their borders
@@ -136,9 +137,8 @@ def main(argv: list[str] | None = None) -> None:
     if optimizer_name == "muon":
         optimizer = MuonWithAdamW(model, list(others), **adamw)
     else:
-        vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
-        groups = [{"params": list(others.values())}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, **adamw)
+        vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
+        optimizer = torch.optim.AdamW([{"params": list(others.values())}, vectors], **adamw)
     warmup_steps = training.get_warmup_steps(steps)
     schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup_steps, steps, training.lr_scheduler_kwargs)
     model, optimizer, train_batches, eval_batches = accelerator.prepare(model, optimizer, train_batches, eval_batches)

@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Model, randomly initialised; the seed was set above, so every process builds the same one.
     shape = shape_of(own.model, own.target_parameters, shape, len(tokenizer))
-    model = model_from_config(shape, tokenizer, shared.context_length)
+    model = model_from_config(shape, tokenizer, shared.context_length, training)
     if shared.init_from:
         load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))

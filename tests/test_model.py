@@ -1,13 +1,16 @@
 """Parameter counts and FLOPs by hand."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import load_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+import common.model as model_module
 from common.flops import flops_per_token, peak_tflops
 from common.messages import InputError
-from common.model import matmul_parameters, model_from_config, parameter_report
+from common.model import device_to_build_on, matmul_parameters, model_from_config, parameter_report
 from common.tokenizer_training import train_tokenizer
 
 
@@ -89,3 +92,16 @@ def test_peaks_are_known_or_absent(monkeypatch):
         assert peak_tflops(torch.device("cuda"), half_precision=True) == peak, name
     assert peak_tflops(torch.device("cuda"), half_precision=False) is None
     assert peak_tflops(torch.device("cpu"), half_precision=True) is None
+
+
+@pytest.mark.parametrize(("card", "others", "offload", "device"), [
+    (100, True, False, "meta"), (2, True, False, "cpu"), (100, False, False, "cpu"), (100, True, True, "cpu"),
+])  # fmt: skip
+def test_a_model_is_built_on_the_card_where_it_is_small_there_for_all(monkeypatch, card, others, offload, device):
+    """The meta device stands in for a card; ``card`` is its memory over the model's size in float32."""
+    config = AutoConfig.for_model("qwen2", hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=100)
+    size = 4 * AutoModelForCausalLM.from_config(config).num_parameters()
+    monkeypatch.setattr(model_module, "card_bytes", lambda device: card * size)
+    monkeypatch.setattr(model_module, "gather_object", lambda mine: [*mine, others])
+    monkeypatch.setattr(model_module, "offloads", lambda training: offload)
+    assert device_to_build_on(config, SimpleNamespace(device=torch.device("meta"))).type == device
