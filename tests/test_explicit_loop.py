@@ -18,6 +18,7 @@ from common.packing import JoinedRows
 from common.run_folder import DECIDING
 
 # 0.017 passes end in a partial step, of two micro-batches a step; 5 held-out rows do not divide by 2.
+EVAL_ROWS = "per_device_eval_batch_size"
 ODD = "--max_steps -1 --num_train_epochs 0.017 --per_device_train_batch_size 2 --per_device_eval_batch_size 2".split()
 BOTH = [str(ROOT / "data" / f"sample_{language}.jsonl") for language in ("zh", "en")]
 COMPILE = {"BACKEND": "AOT_EAGER", "USE_REGIONAL_COMPILATION": "true", "USE_DYNAMIC": "false"}  # no C++ compiler needed

@@ -99,7 +99,7 @@ def test_peaks_are_known_or_absent(monkeypatch):
 ])  # fmt: skip
 def test_a_model_is_built_on_the_card_where_it_is_small_there_for_all(monkeypatch, card, others, offload, device):
     """The meta device stands in for a card; ``card`` is its memory over the model's size in float32."""
-    config = AutoConfig.for_model("qwen2", hidden_size=16, intermediate_size=32, num_hidden_layers=1, vocab_size=100)
+    config = AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=1, vocab_size=100)
     size = 4 * AutoModelForCausalLM.from_config(config).num_parameters()
     monkeypatch.setattr(model_module, "card_bytes", lambda device: card * size)
     monkeypatch.setattr(model_module, "gather_object", lambda mine: [*mine, others])
