@@ -36,15 +36,16 @@ WARM_STEPS = 5
 
 # What is trained: recipe and its flags, rows of a micro-batch, steps. AdamW, which every strategy has.
 JOBS = {
-    "123M": ("wiki_zh_scratch.py --learning_rate 1e-3 --tokens_per_step 131072", 64, 60),
+    "123M": ("wiki_zh_scratch.py --learning_rate 1e-3 --tokens_per_step 131072", 128, 60),
     "0.5B": (  # Qwen2.5-0.5B's shape
-        "openwebtext_continue.py --from_scratch --learning_rate 5e-4 --context_length 2048 --tokens_per_step 131072",
-        8,
+        "openwebtext_continue.py --from_scratch --learning_rate 5e-4 --context_length 2048 --tokens_per_step 131072 "
+        "--held_out_fraction 0.01",
+        16,
         60,
     ),
     "7B": (  # Llama-2-7B's; with --tokenizer train its vocabulary, too
         "wiki_zh_scratch.py --model llama-2-7b --vocabulary_size 32000 --learning_rate 1e-4 --context_length 4096 "
-        "--tokens_per_step 32768",
+        "--tokens_per_step 32768 --held_out_fraction 0.02",
         1,
         12,
     ),
