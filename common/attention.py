@@ -14,6 +14,7 @@ mask to make (what that gains: benchmarks/README.md). It must not be given padde
 import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +28,15 @@ from common.context_parallel import parallel_size
 from common.messages import InputError, say
 
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
+
+# Tiles of flex attention's kernels, by compute capability and head size: what torch's autotuning chose on an H100 in
+# 48 s. Without a choice torch takes others, half again as slow at 512 tokens a row (benchmarks/README.md).
+TILES = {
+    ((9, 0), 64): dict(
+        fwd_BLOCK_M=128, fwd_BLOCK_N=64, fwd_num_warps=4, fwd_num_stages=3,
+        bwd_BLOCK_M1=64, bwd_BLOCK_N1=64, bwd_BLOCK_M2=64, bwd_BLOCK_N2=64, bwd_num_warps=4, bwd_num_stages=3,
+    ),
+}  # fmt: skip
 
 
 def document_positions(starts: np.ndarray) -> np.ndarray:
@@ -102,6 +112,9 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     repeats = wanted == CAUSAL and repeats_heads(model, device)
     if repeats:
         AttentionInterface.register(CAUSAL, repeating_attention)
+    if wanted == DOCUMENTS:
+        tiles = TILES.get((torch.cuda.get_device_capability(device), head_size(model)))
+        AttentionInterface.register(DOCUMENTS, partial(document_attention, kernel_options=tiles))
     try:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:
@@ -187,6 +200,11 @@ def block_mask(positions: torch.Tensor) -> BlockMask:
     return create_block_mask(seen, rows, None, tokens, tokens, device=positions.device)
 
 
+def head_size(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def repeats_heads(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether torch has a fused kernel for ``model`` only if keys and values are repeated for every query head.
 
@@ -204,10 +222,10 @@ def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = (getattr(config, "num_key_value_heads", None) or heads) if grouped else heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
     dtype = torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
     query, key = (
-        torch.empty(1, n, 128, size, dtype=dtype, device=device, requires_grad=True) for n in (heads, key_heads)
+        torch.empty(1, n, 128, head_size(model), dtype=dtype, device=device, requires_grad=True)
+        for n in (heads, key_heads)
     )
     choice = torch._fused_sdp_choice(query, key, key, None, 0.0, True, enable_gqa=key_heads != heads)
     return SDPBackend(choice).name.split("_")[0].lower()
