@@ -128,8 +128,12 @@ def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_i
                 _add_product(weight_gradient, logits.t(), hidden[chunk])
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0, dtype=wide)
-    of_vocabulary = (None if part is None else part[:vocabulary] for part in (weight_gradient, bias_gradient))
-    return losses.sum(), [hidden_gradient, *of_vocabulary]
+    for part in (weight_gradient, bias_gradient):
+        if (
+            part is not None
+        ):  # shortened in place: to a view, autograd would add the embedding's gradient in a new tensor
+            part.resize_(vocabulary, *part.shape[1:])
+    return losses.sum(), [hidden_gradient, weight_gradient, bias_gradient]
 
 
 def _padded(part: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:

@@ -14,7 +14,8 @@ from common.token_index import write_index
 from common.token_store import TokenStore
 
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
+# Before torch is imported. With a GPU, its tests: TEST_GPU=0 python -m pytest -k 'cuda or gpu'
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")
 settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
 settings.load_profile("no deadline")
 ROOT = Path(__file__).resolve().parent.parent

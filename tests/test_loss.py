@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from accelerate.utils import convert_outputs_to_fp32
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -615,3 +616,15 @@ def check_wrappers(rank: int, folder: str) -> None:
 
 def test_ddp_and_fsdp2_give_the_gradients_of_one_process(tmp_path):
     torch.multiprocessing.spawn(check_wrappers, args=(tmp_path.as_posix(),), nprocs=2)
+
+
+@pytest.mark.parametrize("vocabulary", [128, 100])  # no multiple of PADDING: the padded rows are cut off
+def test_a_tied_embeddings_gradient_is_added_in_place(vocabulary):
+    """A third tensor of its size, half a GiB of Qwen2.5-0.5B's, would be the peak of a step with fp32 weights."""
+    weight = torch.randn(vocabulary, 16, requires_grad=True)
+    hidden = F.embedding(torch.arange(40), weight) * 1.0
+    loss = fused_linear_cross_entropy(hidden, weight, torch.arange(40))
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
+        loss.backward()
+    sums = [e.name for e in profiler.events() if "add" in e.name and [vocabulary, 16] in e.input_shapes]
+    assert sums == ["aten::add_"]
