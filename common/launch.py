@@ -91,6 +91,11 @@ def check_launch(training: TrainingArguments) -> None:
         )
     asked = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
     owned = launched_precision() if "ACCELERATE_MIXED_PRECISION" in os.environ else asked
+    if owned == "fp8":  # seen with accelerate 1.15 and torchao 0.18: benchmarks/README.md
+        raise InputError(
+            "mixed_precision fp8: not with these recipes. Accelerate's default for it (enable_fsdp_float8_all_gather) "
+            "exchanges the layers' parameters behind the optimizer's back: they would never be trained. Use bf16."
+        )
     if asked != owned:
         raise InputError(
             f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "

@@ -79,6 +79,7 @@ WRONG = {
     "precision twice": (
         dict(bf16=True, environment={"ACCELERATE_MIXED_PRECISION": "fp16"}), {}, {}, "says mixed_precision fp16"
     ),
+    "FP8": (dict(environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "fp8: .*never be trained. Use bf16"),
     "strategy by flag": (dict(deepspeed="z.json"), {}, {}, "--deepspeed: .*accelerate_configs/zero2.yaml"),
     "compile by flag": (dict(torch_compile=True), {}, {}, "--torch_compile: .*--dynamo_backend"),
     "processes alone": (dict(environment={"WORLD_SIZE": "2"}), {}, {}, "2 independent models.*cpu_2proc.yaml"),
