@@ -58,9 +58,7 @@ RUNS = {
     "32k a step": {"tokens_per_step": 32_768},
     "131k a step": {"tokens_per_step": 131_072},
     "linear to 0": {"lr_scheduler_type": "linear", "lr_scheduler_kwargs": {}},
-    "stable, then decay": {
-        "lr_scheduler_type": "warmup_stable_decay", "lr_scheduler_kwargs": {"num_decay_steps": 0.3},
-    },
+    "cosine to 10%": {"lr_scheduler_type": "cosine_with_min_lr", "lr_scheduler_kwargs": {"min_lr_rate": 0.1}},
     "weight decay 0.01": {"weight_decay": 0.01},
     "vocabulary 16k": {"vocabulary": 16_384},
     "vocabulary 32k": {"vocabulary": 32_768},
@@ -152,8 +150,6 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         wanted = {**recipe.TRAINING, **changes, **settings, "eval_strategy": "no"}
         tokens_per_step, optimizer = wanted.pop("tokens_per_step"), wanted.pop("optimizer")
         wanted["max_steps"] = round(tokens / tokens_per_step)
-        if "num_decay_steps" in wanted["lr_scheduler_kwargs"]:
-            wanted["lr_scheduler_kwargs"] = {"num_decay_steps": round(0.3 * wanted["max_steps"])}
         training = TrainingArguments(**wanted)
         optimizer = choose_optimizer(optimizer, training)
         training.learning_rate = training.learning_rate or recipe.LEARNING_RATES[optimizer]

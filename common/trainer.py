@@ -32,6 +32,7 @@ from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
+from common.schedule import schedule_settings
 from common.signals import EvaluationStopped
 from common.strategy import under_fsdp
 from common.tracking import trackers_may_fail
@@ -183,17 +184,15 @@ class PretrainingTrainer(Trainer):
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
-        """Replaces: a polynomial schedule that fails under DeepSpeed, or where nothing follows its warm-up."""
-        warmup = self.args.get_warmup_steps(num_training_steps)
-        if self.args.lr_scheduler_type == "polynomial" and warmup >= num_training_steps:
-            raise InputError(
-                f"--warmup_steps {warmup}: nothing of the {num_training_steps} steps is left for --lr_scheduler_type "
-                "polynomial. Use fewer, or a share such as 0.03."
-            )
+        """Replaces: settings in steps only, and a polynomial schedule that fails under DeepSpeed."""
         if self.is_deepspeed_enabled:
             zero = self.optimizer.optimizer  # Accelerate wraps it, and it wraps torch's, whose defaults are asked for
             zero.defaults = zero.optimizer.defaults
-        return super().create_scheduler(num_training_steps, optimizer)
+        given = self.args.lr_scheduler_kwargs
+        self.args.lr_scheduler_kwargs = schedule_settings(self.args, num_training_steps)
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        self.args.lr_scheduler_kwargs = given
+        return scheduler
 
     def _get_dataloader(self, *args, **kwargs):
         """Replaces: loaders that draw from the training's random state, and whose workers die of any signal."""

@@ -2,7 +2,7 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, YAMLs and numbers; without trackers, samples, test rows and common/safety.py. Not yet run on a GPU."""
+Same flags, YAMLs and numbers; without trackers, samples, test rows and common/safety.py."""
 
 import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
@@ -32,6 +32,7 @@ from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
 from common.packing import collate_rows
 from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.schedule import schedule_settings
 from common.sources import resolve_sources
 from common.strategy import under_fsdp
 from common.token_writer import token_store_of
@@ -47,9 +48,9 @@ DATA = dict(data=None, tokenizer="Qwen/Qwen2-0.5B", context_length=512, held_out
 TRAINING = dict(output_dir=str(ROOT / "outputs" / "explicit_loop"), num_train_epochs=2, max_steps=-1, seed=42,
                 tokens_per_step=65_536, per_device_train_batch_size=64, gradient_accumulation_steps=0,  # 0: derived
                 optimizer="auto", learning_rate=0.0, adam_beta1=0.9, adam_beta2=0.95, adam_epsilon=1e-8,
-                lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr_rate": 0.1}, warmup_steps=0.03,
-                weight_decay=0.1, max_grad_norm=1.0, logging_steps=10, logging_first_step=True, eval_steps=200,
-                per_device_eval_batch_size=64, save_steps=200, save_total_limit=2, ddp_timeout=6 * 3600)  # fmt: skip
+                lr_scheduler_type="warmup_stable_decay", lr_scheduler_kwargs={"num_decay_steps": 0.3}, weight_decay=0.1,
+                max_grad_norm=1.0, logging_steps=10, logging_first_step=True, eval_steps=200, save_steps=200,
+                per_device_eval_batch_size=64, save_total_limit=2, warmup_steps=0.03, ddp_timeout=6 * 3600)  # fmt: skip
 LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}
 SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
 SAMPLE = dict(data=[str(ROOT / "data" / "sample_zh.jsonl")], tokenizer="train", vocabulary_size=4096, eval_steps=300,
@@ -101,8 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     documents = model.config._attn_implementation == DOCUMENTS  # flex attention, which needs their borders
     masked = (lambda batch: batch | {"document_mask": block_mask(batch["position_ids"])}) if documents else dict
     use_fused_loss(model)
-    if training.gradient_checkpointing:  # DeepSpeed's JSON asks for recompute; FSDP's key is Accelerate's
-        model.gradient_checkpointing_enable()
+    training.gradient_checkpointing and model.gradient_checkpointing_enable()  # by DeepSpeed's JSON; FSDP's is its own
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     folder = Path(training.output_dir)
@@ -139,8 +139,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         vectors = {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}
         optimizer = torch.optim.AdamW([{"params": list(others.values())}, vectors], **adamw)
-    warmup_steps = training.get_warmup_steps(steps)
-    schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup_steps, steps, training.lr_scheduler_kwargs)
+    settings = schedule_settings(training, steps)
+    schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps, settings)
     model, optimizer, train_batches, eval_batches = accelerator.prepare(model, optimizer, train_batches, eval_batches)
     accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
     if checkpoint:
