@@ -17,11 +17,13 @@ SHAPES = {
         tie_word_embeddings=False, vocab_size=32_000, dtype="bfloat16",
     ),
 }  # fmt: skip
+SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
 TUTORIAL = dict(compiled=False, fused_loss=False)
 EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
 # GiB, of 2026-11-22: one card by benchmarks/gpu.py and the recipe at commits 983c6e9, 13bb85c, 435ba6a and a few of the
 # same day's (torch 2.11); the tutorials on two cards by plain Trainer, in the measurements this project began with.
-# ZeRO-1, and ZeRO-2 with 128 rows, on two cards had buckets of 50M numbers, a tenth of DeepSpeed's default.
+# ZeRO-1, and uncompiled ZeRO-2 with 128 rows, on two cards had buckets of 50M numbers, a tenth of DeepSpeed's default.
+# The compiled ones on two cards with 128 rows, 0.5B and 7B are of 2026-11-25, commits 68bf142 and 72d4b01.
 MEASURED = [
     ("123M", Setting(64, 512), 11.13),
     ("123M", Setting(128, 512), 18.67),
@@ -51,6 +53,13 @@ MEASURED = [
     ("123M", Setting(128, 512, "zero2", 2, compiled=False, accumulated=False), 22.7),
     ("123M", Setting(128, 512, "fsdp2", 2, accumulated=False), 16.5),
     ("123M", Setting(64, 512, "fsdp2", 2, recompute=True), 3.1),
+    ("123M", Setting(128, 512, "ddp", 2, accumulated=False), 19.42),
+    ("123M", Setting(128, 512, "zero2", 2, accumulated=False), 16.59),
+    ("0.5B", Setting(16, 2048, "ddp", 2), 44.56),
+    ("0.5B", Setting(16, 2048, "zero2", 2), 36.23),
+    ("0.5B", Setting(16, 2048, "fsdp2", 2), 35.61),
+    ("7B in fp32", Setting(1, 4096, "fsdp2", 2), 67.87),
+    ("7B in fp32", Setting(4, 4096, "zero2", 2, recompute=True, accumulated=False), 68.06),
     ("123M", Setting(4, 8192), 11.1),
     ("123M", Setting(4, 4096, "fsdp2", 2, compiled=False), 7.8),  # halves of rows of 8,192: context parallelism
     ("0.5B", Setting(1, 2048, compiled=False, accumulated=False, fused_loss=False), 13.11),
