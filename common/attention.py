@@ -30,7 +30,7 @@ from common.messages import InputError, say
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
 
 # Tiles of flex attention's kernels, by compute capability and head size: what torch's autotuning chose on an H100 in
-# 48 s. Without a choice torch takes others, half again as slow at 512 tokens a row (benchmarks/README.md).
+# 48 s, but for one stage. Without them torch takes others, a quarter slower at 512 tokens a row (benchmarks/README.md).
 TILES = {
     ((9, 0), 64): dict(
         fwd_BLOCK_M=128, fwd_BLOCK_N=64, fwd_num_warps=4, fwd_num_stages=3,

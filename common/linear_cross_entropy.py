@@ -128,10 +128,9 @@ def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_i
                 _add_product(weight_gradient, logits.t(), hidden[chunk])
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0, dtype=wide)
+    # Shortened in place: to a view of it, autograd would add a tied embedding's other gradient in a new tensor.
     for part in (weight_gradient, bias_gradient):
-        if (
-            part is not None
-        ):  # shortened in place: to a view, autograd would add the embedding's gradient in a new tensor
+        if part is not None:
             part.resize_(vocabulary, *part.shape[1:])
     return losses.sum(), [hidden_gradient, weight_gradient, bias_gradient]
 

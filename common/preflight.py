@@ -66,6 +66,7 @@ def preflight(
     model: PreTrainedModel | None = None,
     method: str = "full",
     learning_rates: dict[str, float] | None = None,
+    guessed: bool = False,
 ) -> tuple[int, str]:
     """Say what is going to happen, refuse what cannot; return rows a step over all processes, and the optimizer.
 
@@ -74,6 +75,7 @@ def preflight(
         model: of the size to come, on the meta device; None if it is not known yet: then neither memory nor disk is
             looked at here.
         method: "full", "lora" or "qlora".
+        guessed: ``model`` is about that size only: it decides the micro-batch then, and nothing is refused for it.
         learning_rates: of "muon" and of "adamw", one of which ``training`` gets if its own is 0.
 
     Raises:
@@ -112,7 +114,7 @@ def preflight(
     )
     if training.use_cpu:
         check_pairs("cpu", {"fp16": training.fp16})
-    if model is not None:
+    if model is not None and not guessed:
         say(f"memory: {memory(model, training, shared.context_length, optimizer)}")
         check_disk_space(training.output_dir, model.num_parameters(), training)
         say(f"disk: checkpoints of {model.num_parameters():,} parameters fit {training.output_dir}")
@@ -126,12 +128,14 @@ def derive_micro_batch(
     model: PreTrainedModel | None, training: TrainingArguments, shared: SharedArguments, optimizer: str
 ) -> None:
     """Set the rows of a micro-batch that are 0: in training to what fits this card, in evaluation to those."""
-    if training.per_device_train_batch_size == 0:
-        setting = Setting(rows=1, context_length=shared.context_length)
+    if training.per_device_train_batch_size == 0 and shared.context_length > 0:  # else refused by set_batch
+        setting, limit = Setting(rows=1, context_length=shared.context_length), card_gib(training)
         if model is not None:
             setting = replace(setting_of_run(model, training, shared.context_length, optimizer), fused_loss=True)
+        elif limit is not None:
+            say("note: few rows at once, as the model's size is not known yet. More: --per_device_train_batch_size 16")
         rows_a_step = shared.tokens_per_step // (shared.context_length * row_readers(training))
-        rows = rows_that_fit(model, setting, rows_a_step, card_gib(training))
+        rows = rows_that_fit(model, setting, rows_a_step, limit)
         training.per_device_train_batch_size = min(gather_object([rows]))  # cards may differ, steps must not
     if training.per_device_eval_batch_size == 0:
         training.per_device_eval_batch_size = training.per_device_train_batch_size

@@ -162,9 +162,11 @@ def main(argv: list[str] | None = None) -> None:
     recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    planned = None  # another model is not known before its config is fetched
+    planned = None  # a model elsewhere is not known before its config is fetched
     if recipe.model == MODEL["model"]:
         planned = planned_model(PRESETS["qwen2.5-0.5b"], VOCABULARY, shared.context_length)
+    elif Path(recipe.model).exists():
+        planned = model_without_memory(find_model(recipe.model, weights=False))
     if shared.plan and not shared.probe:
         planned = planned or model_without_memory(find_model(recipe.model, weights=False))
         return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))

@@ -143,18 +143,18 @@ def main(argv: list[str] | None = None) -> None:
     own, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    # Of another tokenizer, which is not loaded yet, the model is not known.
-    planned, planning = None, shared.plan and not shared.probe
+    # The model's size, before anything is loaded; of another tokenizer the vocabulary is a guess.
     vocabulary = {DATA["tokenizer"]: VOCABULARY, "train": shared.vocabulary_size}.get(shared.tokenizer)
-    if vocabulary is None and planning:
-        say(f"note: planned for a vocabulary of {VOCABULARY:,}; {shared.tokenizer} is not loaded for a plan")
-        vocabulary = VOCABULARY
-    if vocabulary is not None:
-        planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
-        planned = planned_model(planned_shape, vocabulary, shared.context_length)
-    if planning:
+    guessed, vocabulary = vocabulary is None, vocabulary or VOCABULARY
+    planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
+    planned = planned_model(planned_shape, vocabulary, shared.context_length)
+    if shared.plan and not shared.probe:
+        if guessed:
+            say(f"note: planned for a vocabulary of {VOCABULARY:,}; {shared.tokenizer} is not loaded for a plan")
         return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
-    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned, learning_rates=LEARNING_RATES)
+    rows_per_step, optimizer = preflight(
+        Path(__file__).name, shared, training, planned, learning_rates=LEARNING_RATES, guessed=guessed
+    )
     set_seed(training.seed)
 
     # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
