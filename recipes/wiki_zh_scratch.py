@@ -146,9 +146,11 @@ def main(argv: list[str] | None = None) -> None:
     # The model's size, before anything is loaded; of another tokenizer the vocabulary is a guess.
     vocabulary = {DATA["tokenizer"]: VOCABULARY, "train": shared.vocabulary_size}.get(shared.tokenizer)
     guessed, vocabulary = vocabulary is None, vocabulary or VOCABULARY
-    planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
-    planned = planned_model(planned_shape, vocabulary, shared.context_length)
-    if shared.plan and not shared.probe:
+    planned, planning = None, shared.plan and not shared.probe
+    if planning or not (guessed and own.target_parameters):  # what has that size depends on the vocabulary
+        planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
+        planned = planned_model(planned_shape, vocabulary, shared.context_length)
+    if planning:
         if guessed:
             say(f"note: planned for a vocabulary of {VOCABULARY:,}; {shared.tokenizer} is not loaded for a plan")
         return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))

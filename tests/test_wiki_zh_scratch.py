@@ -66,12 +66,12 @@ def test_every_step_is_logged_in_full(finished):
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [3, 6]
 
 
-def test_the_schedule_is_a_cosine_to_a_tenth(finished):
-    """Six steps: 3% of them, rounded up to one, warm up from 0; then a cosine from 1e-3 towards 1e-4."""
+def test_the_schedule_is_stable_and_then_falls_to_zero(finished):
+    """Six steps: 3% of them, rounded up to one, warm up from 0; the last 30%, two, are half a cosine from 1e-3 to 0."""
     history = json.loads((finished / "trainer_state.json").read_text())["log_history"]
     rates = [entry["learning_rate"] for entry in history if "loss" in entry]
-    cosine = [1e-4 + 9e-4 * (1 + math.cos(math.pi * step / 5)) / 2 for step in range(5)]
-    assert rates == pytest.approx([0.0, *cosine])
+    decay = [1e-3 * (1 + math.cos(math.pi * step / 2)) / 2 for step in range(2)]
+    assert rates == pytest.approx([0.0, 1e-3, 1e-3, 1e-3, *decay])
 
 
 def test_mfu_is_the_achieved_share_of_the_peak(wiki, cache_dir, tmp_path, monkeypatch):
