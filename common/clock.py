@@ -25,8 +25,8 @@ class RunClock(TrainerCallback):
         self.trainer.seen_at_last_log = self.trainer.tokens_seen
         self.trainer.interval.lap()
         self.trainer.first_step_seconds, self.began = None, time.perf_counter()
-        if torch.accelerator.is_available():
-            torch.accelerator.reset_peak_memory_stats()  # what follows is training: the model was whole before
+        if args.device.type != "cpu":  # what follows is training: the model was whole before
+            torch.accelerator.reset_peak_memory_stats(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.trainer.first_step_seconds is None:

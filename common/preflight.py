@@ -132,8 +132,9 @@ def derive_micro_batch(
         setting, limit = Setting(rows=1, context_length=shared.context_length), card_gib(training)
         if model is not None:
             setting = replace(setting_of_run(model, training, shared.context_length, optimizer), fused_loss=True)
-        elif limit is not None:
-            say("note: few rows at once, as the model's size is not known yet. More: --per_device_train_batch_size 16")
+        if (model is None or limit is None) and training.device.type != "cpu":
+            unknown = "the model's size is" if model is None else "this card's memory is"
+            say(f"note: few rows at once, as {unknown} not known here. More: --per_device_train_batch_size 16")
         rows_a_step = shared.tokens_per_step // (shared.context_length * row_readers(training))
         rows = rows_that_fit(model, setting, rows_a_step, limit)
         training.per_device_train_batch_size = min(gather_object([rows]))  # cards may differ, steps must not

@@ -16,9 +16,10 @@ from transformers.training_args import OptimizerNames
 import common.preflight as preflight_module
 from common.arguments import SharedArguments
 from common.launch import launch_defaults
+from common.memory import Setting
 from common.messages import InputError
 from common.model import planned_model
-from common.preflight import preflight
+from common.preflight import derive_micro_batch, preflight
 from common.run_status import lock_folder
 from common.strategy import offloads, strategy_of
 
@@ -103,6 +104,20 @@ def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, caps
     rows_per_step, _ = run(monkeypatch, tmp_path, launch, model=model)
     assert rows_per_step == 8, "the step stays what it is"
     assert f"batch: {rows} rows x 1 processes x 64 tokens x {8 // rows} accumulated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("known", "card", "unknown"), [(False, 80, "the model's size is not known"), (True, None, "memory is not known")]
+)
+def test_few_rows_on_a_card_are_said_aloud(monkeypatch, capsys, known, card, unknown):
+    monkeypatch.setattr(preflight_module, "card_gib", lambda training: card)
+    monkeypatch.setattr(preflight_module, "setting_of_run", lambda *_: Setting(rows=1, context_length=64))
+    training = SimpleNamespace(per_device_train_batch_size=0, per_device_eval_batch_size=0, world_size=1)
+    training.device = torch.device("meta")  # stands in for a card
+    shared = SharedArguments(context_length=64, tokens_per_step=1 << 20)
+    derive_micro_batch(planned_model(SHAPE, 1000, 64) if known else None, training, shared, "adamw")
+    assert training.per_device_train_batch_size == training.per_device_eval_batch_size == 8192 // 64
+    assert f"{unknown} here. More: --per_device_train_batch_size" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
