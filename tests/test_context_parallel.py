@@ -2,15 +2,15 @@
 needs GPUs: its losses are in benchmarks/README.md."""
 
 import json
-import os
 from functools import partial
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
-import torch.multiprocessing
 from conftest import load_recipe, small_run
 from transformers import AutoConfig, AutoModelForCausalLM
+from two_processes import in_two_processes
 
 from common.attention import choose_attention
 from common.context_parallel import check_parallelism, divided_rows, parallel_size, reads_first, row_readers
@@ -126,7 +126,7 @@ def test_what_processes_with_the_same_rows_evaluate_counts_once(wiki, cache_dir,
 
 
 def test_torch_cuts_rows_into_pieces_that_belong_together(tmp_path):
-    torch.multiprocessing.spawn(cut_rows, (str(tmp_path),), nprocs=2)
+    in_two_processes(cut_rows, tmp_path)
     parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     for part in parts:
         assert all(tensor.shape == (3, 8) for tensor in part.values())
@@ -138,15 +138,12 @@ def test_torch_cuts_rows_into_pieces_that_belong_together(tmp_path):
     assert sums[0] == sums[1]  # a piece of the front with one of the back: equal work for causal attention
 
 
-def cut_rows(rank: int, folder: str) -> None:
+def cut_rows(rank: int, folder: Path) -> None:
     from torch.distributed.tensor.experimental import context_parallel
 
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
     mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
     accelerator = SimpleNamespace(maybe_context_parallel=partial(context_parallel, mesh))
     ids = torch.arange(16).repeat(3, 1) + 100 * torch.arange(3)[:, None]
     inputs = {"input_ids": ids, "shift_labels": ids + 1, "labels": (ids + 1).clone()}
     with divided_rows(accelerator, inputs)():
-        torch.save({name: inputs[name].clone() for name in inputs if name != "labels"}, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-    os._exit(0)  # gloo's threads
+        torch.save({name: inputs[name].clone() for name in inputs if name != "labels"}, folder / f"{rank}.pt")

@@ -5,6 +5,7 @@ The kernel's tests need a GPU, or Triton's interpreter: TRITON_INTERPRET=1 pytes
 
 import copy
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM
+from two_processes import in_two_processes
 
 from common.linear_cross_entropy import (
     cross_entropy_in_place,
@@ -577,15 +579,12 @@ def test_lora_on_the_head_is_refused(config):
         model(**batch())
 
 
-def check_wrappers(rank: int, folder: str) -> None:
+def check_wrappers(rank: int, folder: Path) -> None:
     """In each of two processes: DDP and FSDP2 give the gradients that one process gets from both batches."""
     from accelerate.utils.other import compile_regions_fsdp2
-    from torch import distributed
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     batches = [batch(seed=0), batch(seed=1, ignored=12)]
     items = torch.tensor(23 + 18)
     for family in ("qwen2, tied", "llama, untied"):
@@ -611,11 +610,10 @@ def check_wrappers(rank: int, folder: str) -> None:
         with torch.no_grad():
             expected = alone.eval()(**batches[rank], num_items_in_batch=1).loss
             torch.testing.assert_close(fsdp(**batches[rank], num_items_in_batch=1).loss, expected)
-    distributed.destroy_process_group()
 
 
 def test_ddp_and_fsdp2_give_the_gradients_of_one_process(tmp_path):
-    torch.multiprocessing.spawn(check_wrappers, args=(tmp_path.as_posix(),), nprocs=2)
+    in_two_processes(check_wrappers, tmp_path)
 
 
 @pytest.mark.parametrize("vocabulary", [128, 100])  # no multiple of PADDING: the padded rows are cut off

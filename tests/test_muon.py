@@ -1,10 +1,12 @@
 """Muon against torch's own, one matrix at a time, and under FSDP2's sharding."""
 
+from pathlib import Path
+
 import pytest
 import torch
-import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
 from transformers import AutoConfig, AutoModelForCausalLM
+from two_processes import in_two_processes
 
 from common.muon import MuonWithAdamW, orthogonalized
 
@@ -107,8 +109,7 @@ def test_a_run_continued_from_a_saved_state_is_the_same(tmp_path):
         assert torch.equal(one, other)
 
 
-def sharded_run(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+def sharded_run(rank: int, folder: Path) -> None:
     model, decayed = model_and_decayed()
     for layer in model.model.layers:
         fully_shard(layer)
@@ -116,12 +117,11 @@ def sharded_run(rank: int, folder: str) -> None:
     train(model, [MuonWithAdamW(model, decayed, **SETTINGS)])
     found = {name: parameter.full_tensor() for name, parameter in model.state_dict().items()}
     if rank == 0:
-        torch.save(found, f"{folder}/sharded.pt")
-    dist.destroy_process_group()
+        torch.save(found, folder / "sharded.pt")
 
 
 def test_sharded_by_fsdp2_it_updates_the_same(tmp_path):
-    torch.multiprocessing.spawn(sharded_run, (str(tmp_path),), nprocs=2)
+    in_two_processes(sharded_run, tmp_path)
     alone, decayed = model_and_decayed()
     train(alone, [MuonWithAdamW(alone, decayed, **SETTINGS)])
     found = torch.load(tmp_path / "sharded.pt")

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +12,9 @@ from accelerate.utils import compile_regions, fsdp2_apply_ac
 from accelerate.utils.other import compile_regions_deepspeed, compile_regions_fsdp2
 from conftest import ROOT, losses, small_run
 from test_loss import assert_same_gradients, batch, gradients, tiny_model
-from torch import distributed
 from torch.distributed.fsdp import fully_shard
 from transformers import HfArgumentParser, TrainingArguments
+from two_processes import in_two_processes
 
 from common.loss import use_fused_loss
 
@@ -63,10 +64,8 @@ def test_recompute_changes_no_gradient(flags, compiler):
         assert counter.calls == ([2, 2] if len(flags) == 2 else [2, 1])
 
 
-def check_sharded(rank: int, folder: str) -> None:
+def check_sharded(rank: int, folder: Path) -> None:
     """In each of two processes: what accelerate does for fsdp2_recompute.yaml, in its order."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     batches, items = [batch(seed=0), batch(seed=1, ignored=12)], torch.tensor(23 + 18)
     alone = tiny_model()
     for inputs in batches:
@@ -90,11 +89,10 @@ def check_sharded(rank: int, folder: str) -> None:
         names = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
         assert_same_gradients({name: grad.full_tensor() for name, grad in names.items()}, gradients(alone))
         assert counter is None or counter.calls == [2, 2]
-    distributed.destroy_process_group()
 
 
 def test_sharded_by_fsdp2_recompute_changes_no_gradient(tmp_path):
-    torch.multiprocessing.spawn(check_sharded, args=(tmp_path.as_posix(),), nprocs=2)
+    in_two_processes(check_sharded, tmp_path)
 
 
 @pytest.mark.heavy
