@@ -75,7 +75,7 @@ class SharedArguments:
         default="auto",
         metadata={
             "help": "muon: Muon for the matrices of the layers, AdamW for the rest. adamw: what --optim names. auto: "
-            "muon, but adamw under DeepSpeed, whose ZeRO cuts matrices up.",
+            "muon, but adamw under DeepSpeed (ZeRO cuts matrices up), fsdp2_offload.yaml, and another --optim.",
             "choices": ["auto", "muon", "adamw"],
         },
     )
@@ -100,7 +100,13 @@ class SharedArguments:
         default=False,
         metadata={"help": "With --plan: load everything, train three steps, and say what the whole run will take."},
     )
-    plan_config: str | None = field(default=None, metadata={"help": "With --plan: the accelerate YAML to plan for."})
+    plan_config: str | None = field(
+        default=None,
+        metadata={
+            "help": "With --plan: the accelerate YAML to plan for. Without one: a card in fp32, not compiled "
+            "(low_memory_16gb.py: single_gpu.yaml)."
+        },
+    )
     plan_processes: int | None = field(
         default=None, metadata={"help": "With --plan: cards to plan for; otherwise the YAML's num_processes."}
     )
@@ -133,7 +139,7 @@ class SharedArguments:
     on_loss_spike: str = field(
         default="warn",
         metadata={
-            "help": "A loss 6 robust deviations above the last 128 steps: warn, skip (leave the step out) or stop.",
+            "help": "A loss 6 robust deviations above the median of 128 steps: warn, skip (leave it out) or stop.",
             "choices": ["warn", "skip", "stop"],
         },
     )

@@ -1,4 +1,4 @@
-"""Clocks of a run: training time without evaluation and saving, the time to the first step, passes over the rows."""
+"""Clocks of a run: training time without evaluation and saving, throughput, the first step, passes over the rows."""
 
 import time
 from contextlib import contextmanager
@@ -6,34 +6,44 @@ from contextlib import contextmanager
 import torch
 from transformers import TrainerCallback
 
+from common.flops import flops_per_token, peak_tflops
+from common.memory import memory_gib
 from common.messages import say
 
 
 class RunClock(TrainerCallback):
-    """Start the clocks when training starts, count passes over the rows, and log the last step, whatever its number."""
+    """Start the clocks when training starts, count passes over the rows, and log the last step, whatever its number.
+
+    Attributes:
+        interval: the time since the last log.
+        first_step_seconds: of this session; None before there is one.
+    """
 
     def __init__(self, trainer):
         """``trainer``: the PretrainingTrainer whose clocks these are."""
-        self.trainer = trainer
+        self.trainer, args = trainer, trainer.args
+        self.interval, self.first_step_seconds = Stopwatch(), None
+        self.flops_per_token = flops_per_token(trainer.model, trainer.train_dataset.context_length)
+        self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # Trainer has copied the tokenizer's padding token into the config; see model_from_config why it must not be
         # saved: whoever loads the model to train on would get an end-of-document embedding without gradient.
         model.config.pad_token_id = None
         earlier = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
-        self.trainer.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
-        self.trainer.seen_at_last_log = self.trainer.tokens_seen
-        self.trainer.interval.lap()
-        self.trainer.first_step_seconds, self.began = None, time.perf_counter()
+        self.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
+        self.seen_at_last_log = self.trainer.tokens_seen
+        self.interval.lap()
+        self.first_step_seconds, self.began = None, time.perf_counter()
         if args.device.type != "cpu":  # what follows is training: the model was whole before
             torch.accelerator.reset_peak_memory_stats(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
-        if self.trainer.first_step_seconds is None:
+        if self.first_step_seconds is None:
             synchronize()
-            evaluating = self.trainer.interval.paused_seconds  # before the first step, where a recipe does so
-            self.trainer.first_step_seconds = time.perf_counter() - self.began - evaluating
-            say(f"the first step took {self.trainer.first_step_seconds:.1f} s, compiling and warming up included")
+            evaluating = self.interval.paused_seconds  # before the first step, where a recipe does so
+            self.first_step_seconds = time.perf_counter() - self.began - evaluating
+            say(f"the first step took {self.first_step_seconds:.1f} s, compiling and warming up included")
         state.epoch = self.trainer.position / self.trainer.order.rows
         # A checkpoint's log ends with its own step, so that nothing is lost between logs; a signal during an
         # evaluation makes one, too.
@@ -42,6 +52,21 @@ class RunClock(TrainerCallback):
         if state.global_step >= state.max_steps:
             control.should_log = True
             control.should_evaluate = False  # the recipe evaluates once, after training
+
+    def metrics(self, start_time: float) -> dict[str, float]:
+        """Return counts, throughput and memory since the last log. ``start_time``: of training, by ``time.time``."""
+        seen = self.trainer.tokens_seen
+        rate = (seen - self.seen_at_last_log) / self.interval.lap() / self.trainer.args.world_size
+        self.seen_at_last_log = seen
+        tflops = rate * self.flops_per_token / 1e12
+        return {
+            "tokens_seen": seen,
+            "tokens_per_second_per_device": rate,
+            "tflops_per_device": tflops,
+            **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
+            **memory_gib(self.trainer.args.device),
+            "train_seconds": self.seconds_before + time.time() - start_time,
+        }
 
 
 class Stopwatch:

@@ -181,7 +181,7 @@ def check_cuda_device(name: str, capability: tuple[int, int], architectures: lis
         raise InputError(
             f"{name} has compute capability {major}.{minor}, and this torch build has code for {architectures} only. "
             "For an older card such as the V100 install the CUDA 12.6 build, for a newer one a newer torch:\n"
-            "  pip install --force-reinstall torch --index-url https://download.pytorch.org/whl/cu126"
+            "  pip install --force-reinstall 'torch>=2.11,<2.14' --index-url https://download.pytorch.org/whl/cu126"
         )
     if precision == "bf16" and major < 8:
         raise InputError(

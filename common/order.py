@@ -87,6 +87,33 @@ class TrainingOrder(Sampler):
         return permutation
 
 
+def lay_out_steps(
+    order: TrainingOrder, training: TrainingArguments, rows: int | None, rows_per_step: int, step: int, position: int
+) -> None:
+    """Lay ``order`` out for the steps behind ``step``, the first of which begins at ``position``.
+
+    The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
+
+    Args:
+        rows: of the whole run, whose steps become ``training.max_steps``; None: whole steps up to ``max_steps``.
+
+    Raises:
+        InputError: more than is asked for has been done.
+    """
+    if rows is None:
+        rows = position + (training.max_steps - step) * rows_per_step
+    else:
+        training.max_steps = step + math.ceil((rows - position) / rows_per_step)
+    if training.max_steps < step or rows < position:
+        raise InputError(
+            f"the run in {training.output_dir} has made {step} steps = {position} rows, more than is asked for now. "
+            "Ask for at least as many, or choose another --output_dir."
+        )
+    total = position + (training.max_steps - step) * rows_per_step
+    # Trainer counts the steps of the whole run, those before the checkpoint included.
+    order.lay_out(position, rows, total, length=training.max_steps * rows_per_step)
+
+
 def rows_asked_for(training: TrainingArguments, rows_per_step: int, rows: int) -> int:
     """Return how many rows ``--max_steps`` or, without it, ``--num_train_epochs`` passes over ``rows`` are.
 

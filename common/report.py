@@ -39,7 +39,7 @@ def save_results(trainer: PretrainingTrainer, ledgers: dict[str, Ledger], held_o
         "train_seconds": seconds,
         # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
         "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
-        "first_step_seconds": trainer.first_step_seconds,  # of this session
+        "first_step_seconds": trainer.clock.first_step_seconds,  # of this session
         "steps_left_out": trainer.safety.guard.left_out,  # their loss or gradient was not finite, or a spike
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},

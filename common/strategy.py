@@ -1,9 +1,12 @@
-"""What the launcher's configuration decided: strategy, precision, recompute; and DeepSpeed's JSON, read for them."""
+"""What the launcher's configuration decided: strategy, precision, recompute. DeepSpeed's JSON is read for them."""
 
 import json
 import os
 from pathlib import Path
 
+import torch
+from accelerate import Accelerator
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import TrainingArguments
 
 from common.messages import InputError
@@ -86,6 +89,27 @@ def take_over_recompute(training: TrainingArguments) -> None:
 def under_fsdp() -> bool:
     """Whether the YAML says FSDP. Until a Trainer is made, accelerate's state calls that MULTI_GPU, as it does DDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def add_up_in_fp32(training: TrainingArguments) -> None:
+    """Have the gradients of micro-batches added up in fp32, before a Trainer is made. DDP does so by itself.
+
+    Source: https://github.com/deepspeedai/DeepSpeed/issues/1800, why DeepSpeed does not.
+    """
+    if training.deepspeed_plugin is not None:
+        training.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    if under_fsdp():  # without this a step would hold the gradients of all layers whole, not sharded
+        training.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+
+def reduce_in_fp32(accelerator: Accelerator) -> None:
+    """Have FSDP2 add up the gradients of all processes in fp32, before the model is sharded.
+
+    Accelerate's own policy does that in bf16, and returns the loss in bf16, too: three digits of it.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and accelerator.mixed_precision == "bf16":
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
 
 
 def strategy_of(training: TrainingArguments) -> str:

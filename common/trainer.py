@@ -1,15 +1,12 @@
 """The one Trainer subclass. Every override says which behaviour of ``transformers.Trainer`` it replaces."""
 
 import json
-import math
-import time
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PrinterCallback, Trainer
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
 
@@ -18,23 +15,22 @@ from common.attention import DOCUMENTS, block_mask
 from common.callbacks import ScreenCallback
 from common.carry_over import check_resumable
 from common.checkpoints import unfinished
-from common.clock import RunClock, Stopwatch
+from common.clock import RunClock
 from common.context_parallel import divided_rows, parallel_size, reads_first, row_readers
-from common.flops import flops_per_token, peak_tflops
+from common.evaluation import held_out_metrics
 from common.guard import mean_logged_loss
 from common.launch import lost_process
 from common.loaders import check_shared_memory, keep_apart
 from common.low_memory_adamw import LowMemoryAdamW
-from common.memory import memory_gib
 from common.messages import InputError, say
 from common.muon import MuonWithAdamW
-from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
+from common.order import IGNORED_ROW, TrainingOrder, lay_out_steps, rows_asked_for
 from common.packing import JoinedRows, collate_rows
 from common.plan import out_of_memory
 from common.safety import Safety
 from common.schedule import schedule_settings
 from common.signals import EvaluationStopped
-from common.strategy import under_fsdp
+from common.strategy import add_up_in_fp32, reduce_in_fp32
 from common.tracking import trackers_may_fail
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
@@ -72,36 +68,25 @@ class PretrainingTrainer(Trainer):
             args.seed if args.data_seed is None else args.data_seed,
             train_rows.weights,
         )
-        self._plan(args, first_step=0, first_position=0)
-        self.flops_per_token = flops_per_token(model, train_rows.context_length)
-        self.interval = Stopwatch()
+        self._plan(args)
         args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
         args.accelerator_config.non_blocking = args.dataloader_pin_memory
         if args.ddp_find_unused_parameters is None:  # Trainer would have DDP look for them in every step
             args.ddp_find_unused_parameters = False
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
-        if args.deepspeed_plugin is not None:
-            # DeepSpeed adds micro-batches up in bf16 by default; DDP and FSDP2 do so in fp32.
-            # https://github.com/deepspeedai/DeepSpeed/issues/1800
-            args.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
-        if under_fsdp():  # the gradients of all layers whole, in fp32, is what a step without this would hold
-            args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+        add_up_in_fp32(args)
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
         )
-        fsdp_plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
-        if fsdp_plugin is not None and args.bf16:
-            # Accelerate's policy returns the loss in bf16, three digits of it, and adds gradients up in bf16.
-            policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            fsdp_plugin.mixed_precision_policy = policy
+        reduce_in_fp32(self.accelerator)
         for printer in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
         self.folder_lock = None  # the recipe claims the output folder
         self.safety = Safety(self, shared or SharedArguments(), scaled=args.fp16)
-        for callback in (ScreenCallback(), self.safety, self.safety.interruption, RunClock(self)):  # the last one logs
+        self.clock = RunClock(self)
+        for callback in (ScreenCallback(), self.safety, self.safety.interruption, self.clock):  # the last one logs
             self.add_callback(callback)
-        self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16)
 
     @property
     def tokens_seen(self) -> int:
@@ -116,27 +101,11 @@ class PretrainingTrainer(Trainer):
 
     def start_behind(self, rows: int) -> None:
         """Begin at row ``rows`` of the order: those before it were trained on by the run of --init_from."""
-        self._plan(self.args, first_step=0, first_position=rows)
+        self._plan(self.args, position=rows)
 
-    def _plan(self, args, first_step: int, first_position: int) -> None:
-        """Lay out the steps from ``first_step`` on, which begins at ``first_position`` of the order of rows.
-
-        The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
-        """
-        real = self.rows_wanted
-        if real is None:
-            real = first_position + (args.max_steps - first_step) * self.rows_per_step
-        else:
-            args.max_steps = first_step + math.ceil((real - first_position) / self.rows_per_step)
-        if args.max_steps < first_step or real < first_position:
-            raise InputError(
-                f"the run in {args.output_dir} has made {first_step} steps = {first_position} rows, more than is asked "
-                f"for now. Ask for at least as many, or choose another --output_dir."
-            )
-        total = first_position + (args.max_steps - first_step) * self.rows_per_step
-        # Trainer counts the steps of the whole run, those before the checkpoint included.
-        self.order.lay_out(first_position, real, total, length=args.max_steps * self.rows_per_step)
-        self.first_step = first_step
+    def _plan(self, args, step: int = 0, position: int = 0) -> None:
+        lay_out_steps(self.order, args, self.rows_wanted, self.rows_per_step, step, position)
+        self.first_step = step
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
@@ -237,17 +206,11 @@ class PretrainingTrainer(Trainer):
         self.eval_sums = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         mine = [(nats.item(), targets.item()) for nats, targets in self.eval_sums]
-        sums = gather_object(mine if reads_first(self.args) else [])  # of all rows, once
-        nats, targets = (sum(column) for column in zip(*sums, strict=True))
-        loss = nats / targets
-        bad = self.safety.report_evaluation(dataloader.dataset, sums, metric_key_prefix)
+        batches = gather_object(mine if reads_first(self.args) else [])  # of all rows, once
+        bad = self.safety.report_evaluation(dataloader.dataset, batches, metric_key_prefix)
         output.metrics.update({f"{metric_key_prefix}_bad_batches": bad} if bad else {})
-        nats_a_byte = nats / dataloader.dataset.target_bytes(self.processing_class)
-        output.metrics[f"{metric_key_prefix}_loss"] = loss
-        output.metrics[f"{metric_key_prefix}_perplexity"] = math.exp(loss) if loss < 709 else math.inf
-        # So that different tokenizers compare. Source: The Pile, section 3.1, https://arxiv.org/abs/2101.00027
-        output.metrics[f"{metric_key_prefix}_bits_per_byte"] = nats_a_byte / math.log(2)
-        output.metrics[f"{metric_key_prefix}_tokens"] = targets
+        target_bytes = dataloader.dataset.target_bytes(self.processing_class)
+        output.metrics.update(held_out_metrics(batches, target_bytes, metric_key_prefix))
         return output
 
     def _evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -260,12 +223,12 @@ class PretrainingTrainer(Trainer):
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
         """Keep evaluation out of the training throughput."""
-        with self.interval.paused():
+        with self.clock.interval.paused():
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """Keep saving out of the training throughput. Replaces: pruning before the new checkpoint is whole."""
-        with self.interval.paused():
+        with self.clock.interval.paused():
             self.safety.save(partial(super()._save_checkpoint, *args, **kwargs))
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -283,22 +246,8 @@ class PretrainingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
         if "loss" in logs:
-            logs.update(self._step_metrics(start_time) | self.safety.guard.logged())
+            logs.update(self.clock.metrics(start_time) | self.safety.guard.logged())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
         with self.safety.writing("what trackers keep"):
             super().log(logs, start_time)
-
-    def _step_metrics(self, start_time: float | None) -> dict[str, float]:
-        seen = self.tokens_seen
-        rate = (seen - self.seen_at_last_log) / self.interval.lap() / self.args.world_size
-        self.seen_at_last_log = seen
-        tflops = rate * self.flops_per_token / 1e12
-        return {
-            "tokens_seen": seen,
-            "tokens_per_second_per_device": rate,
-            "tflops_per_device": tflops,
-            **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
-            **memory_gib(self.args.device),
-            "train_seconds": self.seconds_before + time.time() - start_time,
-        }

@@ -2,7 +2,8 @@
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
-Same flags, YAMLs and numbers; without trackers, samples, test rows and common/safety.py."""
+The same YAMLs and hyperparameters. Not here: context parallelism, --model, --plan, recompute by flag, trackers,
+samples, test rows, and what common/safety.py does. A flag that only Trainer would read is refused."""
 
 import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
@@ -13,7 +14,6 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, gather_object
-from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler, set_seed
 
@@ -34,7 +34,7 @@ from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.schedule import schedule_settings
 from common.sources import resolve_sources
-from common.strategy import under_fsdp
+from common.strategy import reduce_in_fp32, under_fsdp
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
@@ -79,8 +79,7 @@ def main(argv: list[str] | None = None) -> None:
     accumulation = GradientAccumulationPlugin(training.gradient_accumulation_steps, None, False, under_fsdp())
     copying = DataLoaderConfiguration(non_blocking=True)
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation, dataloader_config=copying)
-    if accelerator.distributed_type == "FSDP" and training.bf16:
-        accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+    reduce_in_fp32(accelerator)
     if accelerator.distributed_type == "DEEPSPEED":  # its engine accumulates and clips by itself
         own = {"gradient_accumulation_steps": accumulation.num_steps, "gradient_clipping": training.max_grad_norm}
         accelerator.state.deepspeed_plugin.deepspeed_config |= own | {"data_types": {"grad_accum_dtype": "fp32"}}
@@ -194,6 +193,7 @@ def main(argv: list[str] | None = None) -> None:
         accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
         (folder / "all_results.json").write_text(json.dumps(state, indent=1))
+    accelerator.end_training()
 
 
 if __name__ == "__main__":

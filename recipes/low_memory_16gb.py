@@ -20,8 +20,9 @@ parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, t
 The same command again continues where the run stopped.
 
 Result, an H100 whose allocator refuses more than 15.5 GiB, one row of 2,048 tokens a step (commit 37454be, 2026-11-22,
-torch 2.11.0, bitsandbytes 0.50.2): all parameters of 1.5B in 7.5 GiB, of 3B in 13.8 (4,761 and 3,505 tokens/s); QLoRA
-of 7B in 6.6 (3,593). Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
+torch 2.11.0, bitsandbytes 0.50.2): all parameters, stepping inside backward: 1.5B in 7.5 GiB, 3B in 13.8 (4,761 and
+3,505 tokens/s); without that flag, as in the first line above, --plan says 10.9 for 1.5B. QLoRA of 7B in 6.6 (3,593).
+Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
 """
 
 import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
@@ -78,7 +79,7 @@ TRAINING = dict(
     per_device_train_batch_size=1,  # 2,048 tokens keep the matrices of 1.5B busy; activations and logits stay small
     per_device_eval_batch_size=1,
     gradient_checkpointing=True,  # activations of a layer are computed again when backward needs them
-    optim="adamw_8bit",  # bitsandbytes; paged_adamw_8bit for adapters and fp32 weights: moves to RAM when short
+    optim="adamw_8bit",  # bitsandbytes; for adapters and fp32 weights also paged_adamw_8bit: moves to RAM when short
     optimizer="adamw",
     learning_rate=2e-5,
     lr_scheduler_type="cosine_with_min_lr",
@@ -117,7 +118,9 @@ class RecipeArguments:
         "help": "full: train all parameters. lora: adapters beside them. qlora: adapters, the rest in 4 bits."})
     weights: str = field(default="auto", metadata={"choices": ["auto", "bf16", "fp32"],
         "help": "Dtype of the weights of --method full. auto: bf16 where the YAML says bf16, else fp32."})
-    step_in_backward: bool = field(default=False, metadata={"help": "Step the optimizer inside backward: see above."})
+    step_in_backward: bool = field(default=False, metadata={
+        "help": "Step the optimizer inside backward, so that the gradients are never all held. For one process and one "
+        "micro-batch a step (--tokens_per_step = rows x --context_length), with --max_grad_norm 0."})
     lora_rank: int = field(default=16, metadata={"help": "Rank of the adapters; their product is scaled by 2."})
     lora_targets: list[str] = field(default_factory=lambda: [ALL_LINEAR], metadata={
         "help": "Layers that get adapters, such as q_proj v_proj; left out: all linear layers but the head."})
@@ -228,6 +231,7 @@ def main(argv: list[str] | None = None) -> None:
     results = save_results(trainer, ledgers, held_out)
     say(f"{summary(results)}\n\n{before_and_after(results)}")
     say(f"model, results and report.html are in {training.output_dir}")
+    trainer.accelerator.end_training()
     if adapters and training.process_index == 0:
         say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, training.output_dir)}")
 

@@ -248,6 +248,7 @@ def main(argv: list[str] | None = None) -> None:
     results = save_results(trainer, ledgers, held_out)
     say(f"{summary(results)}\n\n{before_and_after(results)}")
     say(f"model, results and report.html are in {training.output_dir}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

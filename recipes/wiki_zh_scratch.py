@@ -1,6 +1,6 @@
 """Pretrain a 123M-parameter Qwen2-style language model from scratch on Chinese Wikipedia.
 
-    accelerate launch --config_file accelerate_configs/zero2.yaml recipes/wiki_zh_scratch.py
+    accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/wiki_zh_scratch.py
 
 On a laptop, offline, in three minutes, on the articles that come with the project:
 
@@ -11,10 +11,10 @@ from data/ if it is there, downloaded otherwise. Any flag of transformers.Traini
 below, --help lists them all. The same command again continues where the run stopped.
 
 Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0), single_gpu.yaml, commit bb3ca40,
-2026-11-22, then with a cosine for a schedule, and 64 rows at once. Not on Wikipedia, which could not be fetched there,
-but on 346,174 Chinese documents (verse, law, manuals; 31.4M tokens of the Qwen2.5 tokenizer): 62.5M tokens in 955 steps
-and 190 s, 451k tokens/s (35.5% MFU, 11.0 GiB). Held-out loss 3.824 (7.298 by token frequency alone), 1.911 bits per
-byte. Wikipedia itself: not yet measured.
+2026-11-22, with the cosine schedule of that time and 64 rows at once. Not on Wikipedia, which could not be fetched
+there, but on 346,174 Chinese documents (verse, law, manuals; 31.4M tokens of Qwen2.5's tokenizer): 62.5M tokens in 955
+steps and 190 s, 451k tokens/s (35.5% MFU, 11.0 GiB). Held-out loss 3.824 (7.298 by token frequency alone), 1.911 bits
+per byte. Wikipedia itself: not yet measured.
 """
 
 import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
@@ -72,8 +72,8 @@ DATA = dict(
 TRAINING = dict(
     output_dir=str(ROOT / "outputs" / "wiki_zh_scratch"),
     num_train_epochs=2,
-    tokens_per_step=65_536,  # 128 rows of 512 on one process, 64 on two; benchmarks/README.md has the search for this,
-    optimizer="auto",  # for Muon (under DeepSpeed AdamW: the matrices are cut up there), and for
+    tokens_per_step=65_536,  # 128 rows of 512 on one process, 64 on two; how it was found: benchmarks/README.md
+    optimizer="auto",  # Muon; AdamW under DeepSpeed, which cuts the matrices up
     learning_rate=0.0,  # 0: that of the optimizer in LEARNING_RATES
     per_device_train_batch_size=0,  # rows at once, at most; 0: as many as fit the card, up to 65,536 tokens
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
@@ -218,6 +218,7 @@ def main(argv: list[str] | None = None) -> None:
     results = save_results(trainer, ledgers, held_out)
     say(summary(results))
     say(f"model, results and report.html are in {training.output_dir}")
+    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ def test_the_schedule_is_stable_and_then_falls_to_zero(finished):
 
 def test_mfu_is_the_achieved_share_of_the_peak(wiki, cache_dir, tmp_path, monkeypatch):
     """A device of 0.5 TFLOP/s; the sample model by hand: 6 FLOPs a matrix parameter, 12 x layers x width x context."""
-    monkeypatch.setattr("common.trainer.peak_tflops", lambda device, half_precision: 0.5)
+    monkeypatch.setattr("common.clock.peak_tflops", lambda device, half_precision: 0.5)
     wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "2"))
     layer = 256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 768  # q, k and v of 2 of 4 heads, o, MLP
     flops = 6 * (4096 * 256 + 4 * layer) + 12 * 4 * 256 * 64
