@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.context_parallel import parallel_size
 from common.messages import InputError, say
+from common.strategy import launched_precision
 
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
 
@@ -95,6 +96,11 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     """
     if isolated:
         check_isolation(model)
+        if "flash" in wanted:
+            raise InputError(
+                f"--attn_implementation {wanted} with --packing isolated: transformers reads the borders of documents "
+                "in batches of one row only, and would mix them up here. Leave the flag out."
+            )
     AttentionInterface.register(CAUSAL, causal_attention)
     AttentionInterface.register(DOCUMENTS, document_attention)
     default, no_documents = model.config._attn_implementation, why_not_documents(model, device)
@@ -103,7 +109,7 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
     if wanted == "auto" and isolated:
         wanted = default if no_documents else DOCUMENTS
     elif wanted == "auto":
-        wanted = CAUSAL if default == "sdpa" and looks_at_all_before(model) else default
+        wanted = CAUSAL if default == "sdpa" and may_change(model) and looks_at_all_before(model) else default
     if parallel_size("cp") > 1 and (wanted not in (CAUSAL, "sdpa") or not looks_at_all_before(model)):
         raise InputError(
             f"context parallelism is for causal attention by torch's sdpa over whole rows; here {type(model).__name__} "
@@ -130,6 +136,11 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
         say(f"attention: {wanted} with a full mask, exact but slow; no flex attention, because {no_documents}")
     else:
         say(f"attention: {wanted}")
+
+
+def may_change(model: PreTrainedModel) -> bool:
+    """Whether the attention of ``model`` can be chosen: an older class (Falcon) has its own."""
+    return model._can_set_attn_implementation()
 
 
 @contextmanager
@@ -222,7 +233,7 @@ def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = (getattr(config, "num_key_value_heads", None) or heads) if grouped else heads
-    dtype = torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(launched_precision(), torch.float32)
     query, key = (
         torch.empty(1, n, 128, head_size(model), dtype=dtype, device=device, requires_grad=True)
         for n in (heads, key_heads)

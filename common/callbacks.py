@@ -13,6 +13,7 @@ from common.attention import generating
 from common.messages import say
 from common.quiet import no_bars_while_training
 from common.run_status import append_lines
+from common.strategy import under_fsdp
 
 SAMPLES_FILE, SAMPLE_TOKENS = "samples.jsonl", 60
 
@@ -131,10 +132,15 @@ def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: to
         torch.manual_seed(seed)
         for prompt in prompts:
             ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)
-            new_tokens = max(1, min(SAMPLE_TOKENS, model.config.max_position_embeddings - ids.shape[1]))
+            most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # Bloom has no limit
+            new_tokens = max(1, min(SAMPLE_TOKENS, most - ids.shape[1])) if most else SAMPLE_TOKENS
             # A model that has become NaN still gives a text: drawing from NaN would end the run, on CUDA for good.
             output = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, remove_invalid_values=True
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                remove_invalid_values=True,
+                synced_gpus=(under_fsdp() and torch.distributed.is_initialized()) or None,  # None: under ZeRO-3 only
             )
             texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     model.train(was_training)

@@ -116,7 +116,8 @@ def rows_behind(folder: str, identity: dict, context_length: int) -> int:
     if differ := [name for section, name in names if was[section].get(name) != now[section].get(name)]:
         say(f"{folder} was trained on other rows ({', '.join(differ)} differ): training begins at the first row")
         return 0
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"]
+    found = json.loads(state.read_text(encoding="utf-8"))
+    history = [found, *found.get("log_history", [])]  # explicit_loop.py has its last entry only
     seen = max((entry["tokens_seen"] for entry in history if "tokens_seen" in entry), default=0)
     say(f"going on behind the {seen // context_length:,} rows that {folder} was trained on")
     return seen // context_length

@@ -1,12 +1,14 @@
 """FLOPs a token, and the peak FLOP/s of known devices, for model FLOPs utilisation (MFU)."""
 
+import re
+
 import torch
 from transformers import PreTrainedModel
 
 from common.model import matmul_parameters
 
-# Dense 16-bit tensor-core peak, TFLOP/s, from the vendors' data sheets; the first name contained in the device's
-# name counts. V100 and T4 have fp16 only. A device that is not listed gets no MFU rather than a guessed one.
+# Dense 16-bit tensor-core peak, TFLOP/s, from the vendors' data sheets; the first that is among the words of the
+# device's name counts. V100 and T4 have fp16 only. A device that is not listed gets no MFU rather than a guessed one.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H200": 989, "GH200": 989, "H20": 148,
     "B200": 2250, "B300": 2250, "A100": 312, "A800": 312, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125,
@@ -33,4 +35,4 @@ def peak_tflops(device: torch.device, half_precision: bool) -> float | None:
     if device.type != "cuda" or not half_precision:
         return None
     name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
+    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)

@@ -44,17 +44,19 @@ class StepGuard:
         self.left_out_since_log = 0
         self.stop: str | None = None  # why the run must end
 
-    def judge(self, loss: float, grad_norm: float) -> tuple[bool, str | None]:
+    def judge(self, loss: float, grad_norm: float, made: bool = False) -> tuple[bool, str | None]:
         """Return whether to make the step, and what is wrong with it, None if nothing is.
 
-        ``grad_norm``: a negative one is DeepSpeed's way to say that it is not finite.
+        Args:
+            grad_norm: a negative one is DeepSpeed's way to say that it is not finite.
+            made: the step has been made already, so that a spike can no longer be left out.
         """
         problem, make = None, True
         if not math.isfinite(loss) or not 0 <= grad_norm < math.inf:
             problem, make = f"loss {loss}, gradient norm {grad_norm}", False
         elif (deviations := robust_z_score(loss, self.losses)) > SPIKE_DEVIATIONS:
             problem = f"loss {loss:.4f} is {deviations:.1f} deviations above the median of {len(self.losses)} steps"
-            make = self.on_loss_spike == "warn"
+            make = made or self.on_loss_spike == "warn"
             self.spikes += 1
             if self.on_loss_spike == "stop":
                 self.stop = problem

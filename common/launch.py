@@ -66,6 +66,8 @@ def check_launch(training: TrainingArguments) -> None:
         ),
         ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
         ("--load_best_model_at_end", training.load_best_model_at_end, "a run ends with its last weights"),
+        ("--bf16_full_eval", training.bf16_full_eval, "the model itself would be cast, and saved so"),
+        ("--fp16_full_eval", training.fp16_full_eval, "the model itself would be cast, and saved so"),
         ("--hub_token", training.hub_token, "it would be saved in training_args.bin; export HF_TOKEN instead"),
         ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
         ("--deepspeed", training.deepspeed, "the launcher's YAML owns the strategy: accelerate_configs/zero2.yaml"),
@@ -75,6 +77,11 @@ def check_launch(training: TrainingArguments) -> None:
     ):
         if value:
             raise InputError(f"{flag}: not with these recipes, {why}. Leave it out.")
+    if training.push_to_hub and training.hub_strategy != "end":
+        raise InputError(
+            f"--push_to_hub with --hub_strategy {training.hub_strategy.value}: checkpoints would be uploaded half "
+            "written. Add --hub_strategy end, which uploads the model when it is trained."
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and training.world_size == 1:
         raise InputError(

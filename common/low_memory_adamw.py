@@ -83,12 +83,13 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         state["step"] += 1
         if self.generator is None:
             self.generator = torch.Generator(parameter.device)
-        self.generator.manual_seed((self.seed * 1_000_003 + state["step"]) * 1_000_003 + number)
+        self.generator.manual_seed(((self.seed * 1_000_003 + state["step"]) * 1_000_003 + number) % 2**63)
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
         for start in range(0, weights.numel(), CHUNK):
             chunk = slice(start, start + CHUNK)
             gradient, weight = gradients[chunk].float(), weights[chunk].float()  # of fp32: the same memory
-            self.squares.append(gradient.dot(gradient))
+            if self.in_backward:  # elsewhere whoever clips has the norm
+                self.squares.append(gradient.dot(gradient))
             self._adamw(weight, gradient, state, chunk, self.param_groups[group])
             if parameter.dtype == torch.bfloat16:
                 weight = round_stochastically(weight, self.generator) if self.stochastic else weight.bfloat16()

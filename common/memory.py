@@ -20,7 +20,7 @@ import torch
 from transformers import PreTrainedModel
 
 from common.linear_cross_entropy import CHUNK_BYTES
-from common.model import numbers_of
+from common.model import numbers_of, shape_of_parameter
 
 GIB = 2**30
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context and libraries, outside of torch's allocator; assumed, not measured
@@ -106,11 +106,11 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, half: int) -> tu
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     parameters, states = parameter_bytes(model, setting.method == "qlora"), optimizer_bytes(model, setting.optimizer)
-    gradients, n = sum(parameter.numel() * parameter.itemsize for parameter in trained), setting.processes
+    gradients, n = sum(map(stored_bytes, trained)), setting.processes
     buffers = gradients if setting.strategy == "ddp" else 0.0
     if setting.strategy.startswith("zero"):
-        stage, count = int(setting.strategy[-1]), sum(parameter.numel() for parameter in model.parameters())
-        masters = 4 * sum(parameter.numel() for parameter in trained)
+        stage, count = int(setting.strategy[-1]), sum(map(numbers_of, model.parameters()))
+        masters = 4 * sum(map(numbers_of, trained))
         parameters = half * count / (n if stage == 3 else 1)
         gradients = masters / (1 if stage == 1 else n)
         states = (states + (masters if half == 2 else 0)) / n
@@ -118,7 +118,7 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, half: int) -> tu
         buffers = exchanged if n > 1 or stage == 3 else 0.0
     elif setting.strategy == "fsdp2":
         parameters, gradients, states = parameters / n, gradients / n, states / n
-        ends, count = _ends(model), sum(parameter.numel() for parameter in model.parameters())
+        ends, count = _ends(model), sum(map(numbers_of, model.parameters()))
         buffers = half * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
     if setting.offload_optimizer:
         gradients = states = 0.0
@@ -132,7 +132,7 @@ def gradients_in_backward(model: PreTrainedModel, gradients: float, in_backward:
     added up; untied, and used ``in_backward``, it goes at once. At the end there are all, or the embedding's alone.
     """
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
-    of_head, of_embedding = (p.numel() * p.itemsize * p.requires_grad for p in (head, embedding))
+    of_head, of_embedding = (numbers_of(p) * p.itemsize * p.requires_grad for p in (head, embedding))
     tied = head is embedding
     last = (of_embedding if in_backward else gradients) + (of_head if tied else 0.0)
     return of_head if tied or not in_backward else 0.0, last
@@ -146,8 +146,8 @@ def parameter_bytes(model: PreTrainedModel, four_bits: bool) -> float:
     ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
     total, largest = 0.0, 0
     for parameter in model.parameters():
-        packed = four_bits and parameter.dim() == 2 and not parameter.requires_grad and id(parameter) not in ends
-        total += NF4_BYTES * numbers_of(parameter) if packed else parameter.numel() * parameter.itemsize
+        packed = four_bits and is_matrix(parameter) and not parameter.requires_grad and id(parameter) not in ends
+        total += NF4_BYTES * numbers_of(parameter) if packed else stored_bytes(parameter)
         largest = max(largest, numbers_of(parameter) if packed else 0)
     return total + 2 * 2 * largest  # unpacked to half precision for its product, twice, as measured
 
@@ -160,14 +160,14 @@ def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
     for parameter in model.parameters():
         if not parameter.requires_grad:
             continue
-        if optimizer == "muon" and parameter.dim() == 2 and id(parameter) not in ends | {head}:
-            total += 4 * parameter.numel()  # one momentum
-        elif optimizer == "rounding_8bit" and parameter.numel() >= 4096:
-            total += EIGHT_BIT_BYTES * parameter.numel()
-        elif optimizer == "adamw_8bit" and id(parameter) not in ends and parameter.numel() >= 4096:
-            total += EIGHT_BIT_BYTES * parameter.numel()  # Trainer keeps embeddings in fp32, bitsandbytes small ones
+        if optimizer == "muon" and is_matrix(parameter) and id(parameter) not in ends | {head}:
+            total += 4 * numbers_of(parameter)  # one momentum
+        elif optimizer == "rounding_8bit" and numbers_of(parameter) >= 4096:
+            total += EIGHT_BIT_BYTES * numbers_of(parameter)
+        elif optimizer == "adamw_8bit" and id(parameter) not in ends and numbers_of(parameter) >= 4096:
+            total += EIGHT_BIT_BYTES * numbers_of(parameter)  # embeddings stay in fp32 by Trainer, small ones, too
         else:
-            total += 8 * parameter.numel()
+            total += 8 * numbers_of(parameter)
     return total
 
 
@@ -202,9 +202,9 @@ def copy_bytes(model: PreTrainedModel, setting: Setting, half: int) -> float:
     """
     embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
     head = model.get_output_embeddings().weight
-    matrices = [p for p in model.parameters() if p.dim() == 2 and id(p) not in embeddings | {id(head)}]
+    matrices = [p for p in model.parameters() if is_matrix(p) and id(p) not in embeddings | {id(head)}]
     matrices += [] if setting.fused_loss else [head]
-    return half * sum(parameter.numel() for parameter in matrices if parameter.itemsize == 4)
+    return half * sum(numbers_of(parameter) for parameter in matrices if parameter.itemsize == 4)
 
 
 def mlp_width(model: PreTrainedModel) -> int:
@@ -222,7 +222,7 @@ def mlp_width(model: PreTrainedModel) -> int:
 def logit_bytes(model: PreTrainedModel, setting: Setting, half: int, copied: bool) -> float:
     """Return what logits and loss take at the peak; ``copied``: autocast makes a copy of the head's weight."""
     head, tokens = model.get_output_embeddings().weight, setting.rows * setting.context_length
-    vocabulary, hidden = head.shape
+    vocabulary, hidden = shape_of_parameter(head)
     if not setting.fused_loss:  # in half precision, in fp32, the softmax and its gradient's copy
         return 12 * tokens * vocabulary
     weight, chunk = vocabulary * hidden, min(CHUNK_BYTES, half * tokens * vocabulary)
@@ -233,14 +233,23 @@ def logit_bytes(model: PreTrainedModel, setting: Setting, half: int, copied: boo
     return largest + 4 * weight + 4 * tokens * hidden
 
 
+def is_matrix(parameter: torch.nn.Parameter) -> bool:
+    return len(shape_of_parameter(parameter)) == 2
+
+
+def stored_bytes(parameter: torch.nn.Parameter) -> int:
+    """Return the bytes of the whole ``parameter`` as it is stored, packed or not."""
+    return shape_of_parameter(parameter).numel() * parameter.itemsize
+
+
 def _layers(model: PreTrainedModel) -> int:
     return model.config.get_text_config().num_hidden_layers
 
 
 def _ends(model: PreTrainedModel) -> int:
     """Count the parameters of embedding and head."""
-    weights = {id(m.weight): m.weight.numel() for m in (model.get_input_embeddings(), model.get_output_embeddings())}
-    return sum(weights.values())
+    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+    return sum({id(weight): numbers_of(weight) for weight in ends}.values())
 
 
 def memory_gib(device: torch.device) -> dict[str, float]:

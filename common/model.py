@@ -113,7 +113,12 @@ def parameter_report(model: PreTrainedModel) -> dict[str, int]:
 def numbers_of(parameter: torch.nn.Parameter) -> int:
     """Return how many numbers ``parameter`` holds: more than elements if bitsandbytes packed two in a byte."""
     packed = getattr(parameter, "quant_state", None)
-    return parameter.numel() if packed is None else packed.shape.numel()
+    return shape_of_parameter(parameter).numel() if packed is None else packed.shape.numel()
+
+
+def shape_of_parameter(parameter: torch.nn.Parameter) -> torch.Size:
+    """Return the shape of the whole ``parameter``: ZeRO-3 leaves it empty between its uses."""
+    return getattr(parameter, "ds_shape", parameter.shape)
 
 
 def matmul_parameters(model: PreTrainedModel, trained: bool = False) -> int:

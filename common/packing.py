@@ -117,7 +117,7 @@ class PackedRows:
 
     def _gathered(self, pieces: Iterable[tuple[int, int]]) -> np.ndarray:
         """Return the tokens of ``pieces`` of the store as int64."""
-        parts = [self.tokens[begin:end] for begin, end in pieces]
+        parts = [self.tokens[begin:end] for begin, end in pieces] or [self.tokens[:0]]
         return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
 
     def _marked(self, pieces: Iterable[tuple[int, int]], length: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from common.model import card_bytes
 from common.plan import setting_of_run
 from common.run_folder import check_disk_space, check_folder
 from common.run_status import lock_folder
+from common.schedule import check_schedule
 from common.strategy import offloads, recompute_owner, strategy_of
 
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
@@ -82,6 +83,7 @@ def preflight(
         InputError: with what works.
     """
     check_launch(training)
+    check_schedule(training)
     strategy, compiled = strategy_of(training), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     check_checkpoints(training, strategy)
     if training.deepspeed_plugin is not None:
@@ -129,6 +131,12 @@ def derive_micro_batch(
 ) -> None:
     """Set the rows of a micro-batch that are 0: in training to what fits this card, in evaluation to those."""
     if training.per_device_train_batch_size == 0 and shared.context_length > 0:  # else refused by set_batch
+        if training.gradient_accumulation_steps > 0:
+            raise InputError(
+                f"--gradient_accumulation_steps {training.gradient_accumulation_steps} with as many rows at once as "
+                "fit: the tokens a step would depend on the card. Leave it out, --tokens_per_step decides; or give "
+                "--per_device_train_batch_size, too."
+            )
         setting, limit = Setting(rows=1, context_length=shared.context_length), card_gib(training)
         if model is not None:
             setting = replace(setting_of_run(model, training, shared.context_length, optimizer), fused_loss=True)

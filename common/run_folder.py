@@ -14,6 +14,7 @@ from common.arguments import SharedArguments
 from common.checkpoints import checkpoints, newest_whole, no_space_left, remove_unfinished
 from common.messages import InputError, is_local_main_process, is_main_process, say
 from common.run_status import lock_folder, write_json
+from common.strategy import strategy_of
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
 # What decides the losses. Anything else (logging, saving, micro-batch) may change at a relaunch; the number of steps,
@@ -117,8 +118,8 @@ def _check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[st
 def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8, merged=0) -> None:
     """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
 
-    A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), the final model ``weight``;
-    ``merged`` bytes more are written at the end.
+    A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), and what the strategy writes
+    beside them, the final model ``weight``; ``merged`` bytes more are written at the end.
     Without a limit on checkpoints, and with steps that are not counted yet (max_steps -1), it is asked again later.
     """
     if training.save_strategy == "no":
@@ -130,7 +131,7 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
         kept = math.ceil(training.max_steps / interval)
     else:
         kept = training.save_total_limit + 1
-    a_checkpoint = parameters * (weight + states)
+    a_checkpoint = parameters * (weight + states + second_copy_bytes(training))
     needed, free = a_checkpoint * kept + parameters * weight + merged, shutil.disk_usage(_existing(folder)).free
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in checkpoints(folder) for file in path.rglob("*") if file.is_file())
@@ -141,6 +142,18 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
             f"{a_checkpoint / 2**30:.2f} and the model{merging}. Make room, choose another --output_dir, or keep fewer "
             "checkpoints: --save_total_limit 1, or --save_strategy no."
         )
+
+
+def second_copy_bytes(training: TrainingArguments) -> int:
+    """Return the bytes a parameter that a checkpoint of FSDP2 or DeepSpeed takes beside safetensors and AdamW's states.
+
+    FSDP2 writes the weights in its own format, too; DeepSpeed writes them, and its masters in fp32: 16 bytes in all, in
+    fp32 20.
+    """
+    strategy = strategy_of(training)
+    if strategy.startswith("zero"):
+        return 4 if training.bf16 or training.fp16 else 8
+    return 4 if strategy == "fsdp2" else 0
 
 
 def _existing(folder: str) -> Path:

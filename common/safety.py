@@ -18,7 +18,6 @@ from common.checkpoints import (
     move_into,
     no_space_left,
     prune_checkpoints,
-    read_manifest,
     unfinished,
     write_checkpoint,
 )
@@ -76,13 +75,15 @@ class Safety(TrainerCallback):
             torch.distributed.all_reduce(numbers)
         loss, norm, *wishes = numbers.tolist()
         self.interruption.agree(wishes)
-        make, problem = self.guard.judge(loss, norm)
+        made |= self.deepspeed and self.trainer.model_wrapped.was_step_applied()
+        make, problem = self.guard.judge(loss, norm, made)
         if problem is not None:
             self._report(loss, norm, make, problem)
         if not make:
             model.zero_grad()
-            if made or (self.deepspeed and self.trainer.model_wrapped.was_step_applied()):
-                instead = "without --step_in_backward" if made else "in bf16 or fp16, or with ddp.yaml or fsdp2.yaml"
+            if made:
+                elsewhere = "in bf16 or fp16, or with ddp.yaml or fsdp2.yaml"
+                instead = elsewhere if self.deepspeed else "without --step_in_backward"
                 raise InputError(
                     f"step {self.trainer.state.global_step + 1}: {problem}. That step has been made already: the "
                     "weights are spoilt, and not saved. The same command goes back to the last checkpoint; to have "
@@ -186,12 +187,6 @@ class Safety(TrainerCallback):
 
     def resume(self, checkpoint: str) -> None:
         """Take over what the guard knew at ``checkpoint``."""
-        processes, now = read_manifest(Path(checkpoint))["processes"], self.trainer.args.world_size
-        if self.deepspeed and processes != now:
-            raise InputError(
-                f"{checkpoint} was written by {processes} processes, and these are {now}: DeepSpeed's optimizer states "
-                f"are cut for {processes}. Use --num_processes {processes}. (Other YAMLs' fit any number.)"
-            )
         self.guard.load(read_guard(Path(checkpoint) / GUARD_FILE))
 
     @contextmanager
@@ -213,9 +208,10 @@ class Safety(TrainerCallback):
             self.status("failed", self.guard.stop)
             self.release()
             raise InputError(
-                f"stopped at step {self.trainer.state.global_step}: {self.guard.stop}.\nThe bad steps were left out, "
-                f"the rest is saved; {self.trainer.args.output_dir}/{BAD_STEPS_FILE} has their rows. The same command "
-                "goes on behind them; a lower --learning_rate, or other data, needs another --output_dir."
+                f"stopped at step {self.trainer.state.global_step}: {self.guard.stop}.\nAll is saved; "
+                f"{self.trainer.args.output_dir}/{BAD_STEPS_FILE} has the rows of the bad steps, and which were left "
+                "out. The same command goes on behind them; a lower --learning_rate, or other data, needs another "
+                "--output_dir."
             )
         self.interruption.before_leaving = partial(self.status, "interrupted", "a signal after the last step")
 
@@ -242,6 +238,7 @@ class Safety(TrainerCallback):
             self.unwritten.add(STATUS_FILE)
 
     def on_train_begin(self, args, state, control, **kwargs):
+        state.compute_steps(args, state.max_steps)  # of logs, saves, evaluations: now, not as the checkpoint has them
         self.status("running")
         if self.trainer.folder_lock is not None:
             with self.writing(LAUNCHES_FILE):

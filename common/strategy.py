@@ -105,11 +105,12 @@ def add_up_in_fp32(training: TrainingArguments) -> None:
 def reduce_in_fp32(accelerator: Accelerator) -> None:
     """Have FSDP2 add up the gradients of all processes in fp32, before the model is sharded.
 
-    Accelerate's own policy does that in bf16, and returns the loss in bf16, too: three digits of it.
+    Accelerate's own policy does that in bf16 or fp16, and returns the loss in that, too: three digits of it, or inf.
     """
-    plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    if plugin is not None and accelerator.mixed_precision == "bf16":
-        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    plugin, half = getattr(accelerator.state, "fsdp_plugin", None), {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if plugin is not None and accelerator.mixed_precision in half:
+        computed = half[accelerator.mixed_precision]
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
 
 
 def strategy_of(training: TrainingArguments) -> str:

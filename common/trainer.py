@@ -102,6 +102,11 @@ class PretrainingTrainer(Trainer):
     def start_behind(self, rows: int) -> None:
         """Begin at row ``rows`` of the order: those before it were trained on by the run of --init_from."""
         self._plan(self.args, position=rows)
+        if self.args.max_steps == 0:
+            raise InputError(
+                f"--init_from: its run was trained on all {rows:,} rows that are asked for. Ask for more: "
+                "--num_train_epochs, or --max_steps, which counts from here."
+            )
 
     def _plan(self, args, step: int = 0, position: int = 0) -> None:
         lay_out_steps(self.order, args, self.rows_wanted, self.rows_per_step, step, position)

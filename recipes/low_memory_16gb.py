@@ -138,8 +138,10 @@ def main(argv: list[str] | None = None) -> None:
     recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
-    if recipe.merge_only:
-        return say(f"merged: {save_merged(find_model(recipe.model, weights=True), training.output_dir)}")
+    if recipe.merge_only:  # by one process, whatever the YAML
+        if training.process_index == 0:
+            say(f"merged: {save_merged(find_model(recipe.model, weights=True), training.output_dir)}")
+        return
     planning, adapters = shared.plan and not shared.probe, recipe.method != "full"
     if planning:  # without a launcher, so the YAML's precision has not come yet
         shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / "single_gpu.yaml")

@@ -163,7 +163,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     planned = None  # a model elsewhere is not known before its config is fetched
-    if recipe.model == MODEL["model"]:
+    if recipe.model == "Qwen/Qwen2.5-0.5B":
         planned = planned_model(PRESETS["qwen2.5-0.5b"], VOCABULARY, shared.context_length)
     elif Path(recipe.model).exists():
         planned = model_without_memory(find_model(recipe.model, weights=False))

@@ -117,7 +117,7 @@ SAMPLE = dict(
     save_steps=300,
 )
 
-VOCABULARY = 151_646  # of Qwen2's tokenizer, for --plan, which loads nothing
+VOCABULARY = 151_646  # of Qwen2's tokenizer, for what is planned before anything is loaded
 PROMPTS = ["地球是", "在历史上，", "计算机"]
 
 
@@ -144,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}")
     # The model's size, before anything is loaded; of another tokenizer the vocabulary is a guess.
-    vocabulary = {DATA["tokenizer"]: VOCABULARY, "train": shared.vocabulary_size}.get(shared.tokenizer)
+    vocabulary = {"Qwen/Qwen2-0.5B": VOCABULARY, "train": shared.vocabulary_size}.get(shared.tokenizer)
     guessed, vocabulary = vocabulary is None, vocabulary or VOCABULARY
     planned, planning = None, shared.plan and not shared.probe
     if planning or not (guessed and own.target_parameters):  # what has that size depends on the vocabulary

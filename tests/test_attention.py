@@ -130,8 +130,11 @@ def test_causal_attention_is_sdpa_without_a_look_for_borders(shape, capsys, monk
         torch.testing.assert_close(parameter.grad, gradient)
 
 
-@pytest.mark.parametrize("shape", [GEMMA3, MISTRAL, BLOOM], ids=lambda shape: shape["model_type"])
-def test_sliding_windows_keep_their_masks(shape):
+FALCON = dict(model_type="falcon", **SHAPE)
+
+
+@pytest.mark.parametrize("shape", [GEMMA3, MISTRAL, BLOOM, FALCON], ids=lambda shape: shape["model_type"])
+def test_windows_keep_their_masks_and_old_classes_their_attention(shape):
     model = model_of(shape, "eager" if shape is BLOOM else "sdpa")
     before = model.config._attn_implementation
     choose_attention(model, "auto", False, CPU)
@@ -151,6 +154,7 @@ def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
         ("documents", True, "documents: used by itself where it fits"),
         ("nonsense", False, "--attn_implementation nonsense"),
         ("flash_attention_2", False, "--attn_implementation flash_attention_2"),
+        ("flash_attention_2", True, "batches of one row only, and would mix them up"),
     ],
 )
 def test_attention_that_cannot_be_had_is_refused(wanted, isolated, message):

@@ -64,6 +64,14 @@ def test_a_spike_is_met_as_asked(policy, make, stops):
     assert (guard.stop is not None) == stops and guard.spikes == 1 and guard.left_out == (not make)
 
 
+def test_a_spike_whose_step_was_made_stops_the_run_and_is_not_counted_as_left_out():
+    guard = StepGuard("stop", max_bad_steps=2)
+    quiet(guard)
+    make, _ = guard.judge(7.0, 1.0, made=True)
+    assert make and guard.stop and guard.left_out == 0
+    assert guard.judge(NAN, 1.0, made=True)[0] is False, "weights that are spoilt are no better for having been made"
+
+
 def test_what_is_no_spike():
     """A fall, a slow rise, a constant loss, and the first steps, whose losses differ anyway."""
     guard = StepGuard("stop", max_bad_steps=0)

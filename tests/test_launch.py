@@ -110,6 +110,9 @@ def arguments(**changes):
         save_only_model=False,
         load_best_model_at_end=False,
         hub_token=None,
+        push_to_hub=False,
+        bf16_full_eval=False,
+        fp16_full_eval=False,
         report_to=[],
     )
     defaults |= dict(resume_from_checkpoint=None, deepspeed=None, fsdp=None, torch_compile=False)

@@ -154,3 +154,10 @@ def test_a_large_parameter_takes_no_second_copy(monkeypatch):
         optimizer.step()
         if step > 0:  # the first one makes the states
             assert torch.cuda.max_memory_allocated() - before < 6 * 2**26
+
+
+def test_any_seed_of_trainers_draws():
+    parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
+    parameter.grad = torch.ones_like(parameter)
+    LowMemoryAdamW([parameter], lr=0.1, state_bits=32, seed=2**32 - 1).step()
+    assert parameter.max() < 1

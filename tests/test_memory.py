@@ -99,6 +99,15 @@ def test_optimizer_states_by_hand(models, optimizer, bytes_a_matrix_parameter):
     assert optimizer_bytes(model, optimizer) == expected
 
 
+def test_parameters_that_zero3_has_emptied_count_whole(models):
+    """As after its first step: ``ds_shape`` is what is left of each."""
+    setting, emptied = Setting(16, 512, "zero3", 2), model_of("123M")
+    for parameter in emptied.parameters():
+        parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0, device="meta")
+    assert emptied.get_output_embeddings().weight.numel() == 0
+    assert predict(emptied, setting) == predict(models["123M"], setting)
+
+
 def test_frozen_parameters_need_neither_gradients_nor_states():
     model = model_of("123M")
     whole = predict(model, Setting(1, 512))

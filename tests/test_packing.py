@@ -107,4 +107,8 @@ def test_the_unigram_loss_by_hand(tmp_path):
     train = JoinedRows([PackedRows(store, np.array([True, False]), 2)])
     held_out = JoinedRows([PackedRows(store, np.array([False, True]), 2)])
     # One added to each of 4 counts: token 1 has 4 of 8, token 0 has 2 of 8. Held-out targets: 1, 0.
-    assert unigram_loss(train, held_out, 4) == pytest.approx((math.log(2) + math.log(4)) / 2)
+    expected = pytest.approx((math.log(2) + math.log(4)) / 2)
+    assert unigram_loss(train, held_out, 4) == expected
+    # A second source of which every document is held out, or a copy, has no row to train on, and changes nothing.
+    train.sources.append(PackedRows(store, np.array([False, False]), 2))
+    assert unigram_loss(train, held_out, 4) == expected

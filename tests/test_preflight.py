@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from conftest import ROOT, small_run
-from transformers import TrainingArguments
+from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import common.preflight as preflight_module
@@ -45,7 +45,8 @@ def training_of(folder, environment=None, **changes):
     real = TrainingArguments(output_dir=str(folder), use_cpu=True, gradient_accumulation_steps=1, max_steps=5)
     names = [name for name in dir(real) if not name.startswith("_")]
     plain = {name: getattr(real, name) for name in names if not callable(getattr(real, name))}
-    plain |= dict(gradient_accumulation_steps=0, per_device_train_batch_size=4, to_dict=real.to_dict)
+    plain |= dict(gradient_accumulation_steps=0, per_device_train_batch_size=4)
+    plain |= dict(to_dict=real.to_dict, get_warmup_steps=real.get_warmup_steps)
     return SimpleNamespace(**plain | changes)
 
 
@@ -85,6 +86,18 @@ WRONG = {
     "compile by flag": (dict(torch_compile=True), {}, {}, "--torch_compile: .*--dynamo_backend"),
     "processes alone": (dict(environment={"WORLD_SIZE": "2"}), {}, {}, "2 independent models.*cpu_2proc.yaml"),
     "a batch in pieces": ({}, dict(tokens_per_step=500), {}, "Use --tokens_per_step 512"),
+    "a batch by the card": (
+        dict(per_device_train_batch_size=0, gradient_accumulation_steps=4), {}, {}, "would depend on the card"
+    ),
+    "evaluation in bf16": (dict(bf16_full_eval=True), {}, {}, "--bf16_full_eval: .*the model itself would be cast"),
+    "pushing checkpoints": (dict(push_to_hub=True), {}, {}, "--hub_strategy every_save: .*Add --hub_strategy end"),
+    "another schedule's settings": (
+        dict(lr_scheduler_kwargs={"num_decay_steps": 0.3}), {}, {},
+        "--lr_scheduler_type linear.*unexpected keyword argument 'num_decay_steps'.*none: --lr_scheduler_kwargs '{}'",
+    ),
+    "a schedule without its settings": (
+        dict(lr_scheduler_type=SchedulerType("warmup_stable_decay")), {}, {}, "Give the schedule's own",
+    ),
 }  # fmt: skip
 
 
@@ -113,6 +126,7 @@ def test_few_rows_on_a_card_are_said_aloud(monkeypatch, capsys, known, card, unk
     monkeypatch.setattr(preflight_module, "card_gib", lambda training: card)
     monkeypatch.setattr(preflight_module, "setting_of_run", lambda *_: Setting(rows=1, context_length=64))
     training = SimpleNamespace(per_device_train_batch_size=0, per_device_eval_batch_size=0, world_size=1)
+    training.gradient_accumulation_steps = 0
     training.device = torch.device("meta")  # stands in for a card
     shared = SharedArguments(context_length=64, tokens_per_step=1 << 20)
     derive_micro_batch(planned_model(SHAPE, 1000, 64) if known else None, training, shared, "adamw")

@@ -105,9 +105,27 @@ def test_a_run_is_finished_at_its_last_step_only(tmp_path):
     assert finished_results(tmp_path, 20, 650) is None
 
 
+ONE_PROCESS = dict(deepspeed_plugin=None, world_size=1, bf16=True, fp16=False)
+
+
+@pytest.mark.parametrize(("stage", "bf16", "a_parameter"), [(None, True, 16), (2, True, 16), (2, False, 20)])
+def test_what_fsdp2_and_deepspeed_write_twice_is_counted(tmp_path, monkeypatch, stage, bf16, a_parameter):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+    training = SimpleNamespace(**ONE_PROCESS | dict(deepspeed_plugin=plugin, bf16=bf16))
+    training.save_strategy, training.save_total_limit = "steps", 1
+    free = 1000 * (2 * a_parameter + 4)  # two checkpoints and the model
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    check_disk_space(tmp_path, 1000, training)
+    with pytest.raises(InputError, match="needed for 2 checkpoints"):
+        check_disk_space(tmp_path, 1001, training)
+
+
 @pytest.mark.parametrize(("limit", "strategy", "checkpoints"), [(2, "steps", 3), (None, "steps", 10), (None, "no", 0)])
 def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit, strategy, checkpoints):
-    training = SimpleNamespace(save_strategy=strategy, save_total_limit=limit, save_steps=10, max_steps=100)
+    saving = dict(save_strategy=strategy, save_total_limit=limit, save_steps=10, max_steps=100)
+    training = SimpleNamespace(**saving, **ONE_PROCESS)
     needed = 1000 * (12 * checkpoints + 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     check_disk_space(tmp_path, 1000, training)
@@ -118,7 +136,7 @@ def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit,
 
 def test_room_for_merged_weights_is_asked_for_before_the_run(tmp_path, monkeypatch):
     """Of 1,000 trained parameters: no checkpoint, 4 bytes each at the end, and 2 GiB of the base."""
-    training = SimpleNamespace(save_strategy="no", save_total_limit=None, max_steps=10)
+    training = SimpleNamespace(save_strategy="no", save_total_limit=None, max_steps=10, **ONE_PROCESS)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4000 + 2 * 2**30))
     check_disk_space(tmp_path, 1000, training, merged=2 * 2**30)
     with pytest.raises(InputError, match="and the model, merged 2.00. Make room"):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, small_run
-from transformers import Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer
 
+import common.clock as clock
 import common.trainer as trainer
 from common.callbacks import generate_samples
 from common.messages import InputError
@@ -19,8 +20,8 @@ from common.tokenizer_training import train_tokenizer
 
 def test_a_lap_leaves_pauses_out(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(trainer.time, "perf_counter", lambda: now[0])
-    watch = trainer.Stopwatch()
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: now[0])
+    watch = clock.Stopwatch()
     now[0] = 5
     with watch.paused():
         now[0] = 8
@@ -47,6 +48,15 @@ def test_samples_leave_the_training_as_it_was():
     assert torch.equal(torch.get_rng_state(), before) and model.training
     assert first == generate_samples(model, tokenizer, ["地球", "太阳"], 1, torch.device("cpu"))
     assert first != generate_samples(model, tokenizer, ["地球", "太阳"], 2, torch.device("cpu"))
+
+
+def test_a_model_without_a_longest_row_is_sampled():
+    tokenizer = train_tokenizer(["地球是太阳系中的一颗行星。"], 300)
+    config = AutoConfig.for_model("bloom", hidden_size=32, n_layer=1, n_head=2, vocab_size=300)
+    assert getattr(config, "max_position_embeddings", None) is None
+    model = AutoModelForCausalLM.from_config(config)
+    [text] = generate_samples(model, tokenizer, ["地球"], 1, torch.device("cpu"))
+    assert isinstance(text, str)
 
 
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, tmp_path, monkeypatch):

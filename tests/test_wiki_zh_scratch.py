@@ -362,3 +362,10 @@ def test_a_size_is_worked_out_for_the_tokenizer_that_is_given(wiki, finished, ca
     assert capsys.readouterr().out.count("size: ") == 1
     parameters = sum(tensor.numel() for tensor in load_file(tmp_path / "model.safetensors").values())
     assert parameters == pytest.approx(5e6, rel=0.05)
+
+
+def test_a_continued_run_saves_and_logs_as_it_is_asked_now(wiki, cache_dir, tmp_path):
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "2", "--save_steps", "2", "--eval_strategy", "no"))
+    now = ["--save_steps", "1", "--logging_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no"]
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "4", *now))
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {f"checkpoint-{step}" for step in (2, 3, 4)}
