@@ -233,7 +233,7 @@ def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = (getattr(config, "num_key_value_heads", None) or heads) if grouped else heads
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(launched_precision(), torch.float32)
+    dtype = {"no": torch.float32, "fp16": torch.float16}.get(launched_precision(), torch.bfloat16)
     query, key = (
         torch.empty(1, n, 128, head_size(model), dtype=dtype, device=device, requires_grad=True)
         for n in (heads, key_heads)
