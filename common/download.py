@@ -62,10 +62,10 @@ CORPORA = {
 def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
     """Fetch a corpus of CORPORA, or the train split of a data set (``owner/name[:subset]``), and return its files.
 
-    One file goes into ``folder`` itself, several into a folder of their own in it. An interrupted download is
-    continued. Beside every FILE lies FILE.sha256, which ``sha256sum -c`` reads. A file that is there already is read
-    and compared with it, and fetched again if it was altered; ``verify=False`` takes it as it is, whoever put it there.
-    An archive is unpacked, and its files are returned; it may be deleted then.
+    The one file of a corpus of CORPORA goes into ``folder`` itself, anything else into a folder of its own in it. An
+    interrupted download is continued. Beside every FILE lies FILE.sha256, which ``sha256sum -c`` reads. A file that is
+    there already is read and compared with it, and fetched again if it was altered; ``verify=False`` takes it as it is,
+    whoever put it there. An archive is unpacked, and its files are returned; it may be deleted then.
 
     Raises:
         InputError: unknown name, no hub has it, the disk is too small, or what comes is not what the hub announces.
@@ -75,12 +75,13 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
     corpus = CORPORA.get(name) or Corpus("a data set of the hubs", "see its page there", identifier=name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    home = _home(corpus, name, folder)
     with _only_one(folder):
-        if here := _already_here(corpus, name, folder, verify):
+        if here := _already_here(corpus, home, verify):
             return here
         say(f"{name}: {corpus.about}. Licence: {corpus.licence}.")
         place, files = _at_urls(corpus.urls) if corpus.urls else find_files(corpus.identifier)
-        targets = _targets(folder, name, [file.path for file in files])
+        targets = _targets(home, [file.path for file in files])
         missing = [(f, t) for f, t in zip(files, targets, strict=True) if not is_here(t, f.sha256, verify)]
         say(f"{name}: {len(files)} files from {place}, {len(files) - len(missing)} of them already here")
         check_disk(folder, sum(max(0, file.size_bytes - size_of(part_of(target))) for file, target in missing))
@@ -136,7 +137,13 @@ def _only_one(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _already_here(corpus: Corpus, name: str, folder: Path, verify: bool) -> list[Path]:
+def _home(corpus: Corpus, name: str, folder: Path) -> Path:
+    """Return the folder of a corpus: one of its own, as names like train.jsonl are not of one data set only."""
+    alone = name in CORPORA and ":" in corpus.identifier  # has a name like no other, and has always been in `folder`
+    return folder if alone else folder / re.sub("[/:]", "--", name)
+
+
+def _already_here(corpus: Corpus, home: Path, verify: bool) -> list[Path]:
     """Return the files of a corpus if their names are known and all are here as they were fetched: no hub is asked.
 
     Of an archive this is the file that it is named after.
@@ -144,7 +151,7 @@ def _already_here(corpus: Corpus, name: str, folder: Path, verify: bool) -> list
     file = corpus.identifier.partition(":")[2]
     names = [PurePosixPath(urlsplit(url).path).name for url in corpus.urls] or ([file] if file else [])
     suffixes = [next((suffix for suffix in ARCHIVES if name.endswith(suffix)), "") for name in names]
-    targets = _targets(folder, name, [n.removesuffix(suffix) for n, suffix in zip(names, suffixes, strict=True)])
+    targets = _targets(home, [n.removesuffix(suffix) for n, suffix in zip(names, suffixes, strict=True)])
     known = all(target.is_file() and (sidecar_of(target).exists() or not verify) for target in targets)
     if not targets or not known or (verify and not all(is_here(target, None) for target in targets)):
         return []
@@ -160,12 +167,9 @@ def _at_urls(urls: tuple[str, ...]) -> tuple[str, list[HubFile]]:
     return urlsplit(urls[0]).hostname, files
 
 
-def _targets(folder: Path, name: str, paths: list[str]) -> list[Path]:
+def _targets(home: Path, paths: list[str]) -> list[Path]:
     """Return where the files of ``paths`` go."""
-    if len(paths) == 1:
-        return [folder / PurePosixPath(paths[0]).name]
-    folder = folder / re.sub("[/:]", "--", name)
     for path in paths:
-        if folder.resolve() not in (folder / path).resolve().parents:
-            raise InputError(f"{name}: its file {path!r} would lie outside {folder}.")
-    return [folder / path for path in paths]
+        if home.resolve() not in (home / path).resolve().parents:
+            raise InputError(f"{path!r} would lie outside {home}. Such a data set is not downloaded.")
+    return [home / path for path in paths]

@@ -29,6 +29,7 @@ FILES = {
     "data/train-00001-of-00002.jsonl": b'{"text": "two"}\n',
     "data/test-00000-of-00001.jsonl": b'{"text": "never"}\n',
 }
+OWN = "owner--name--wiki.json"  # the folder of owner/name:wiki.json
 
 
 @pytest.fixture(params=["ModelScope", "Hugging Face"])
@@ -60,9 +61,9 @@ def names_in(folder: Path) -> set[str]:
 
 def test_a_file_of_a_data_set(hub, tmp_path, capsys):
     (path,) = download("owner/name:wiki.json", tmp_path)
-    assert path == tmp_path / "wiki.json" and path.read_bytes() == CONTENT
+    assert path == tmp_path / OWN / "wiki.json" and path.read_bytes() == CONTENT
     assert recorded(path) == [sha256(CONTENT).hexdigest(), "wiki.json"]
-    assert names_in(tmp_path) == {"wiki.json", "wiki.json.sha256"}
+    assert names_in(tmp_path / OWN) == {"wiki.json", "wiki.json.sha256"}
     assert sha256(CONTENT).hexdigest() in capsys.readouterr().out
 
 
@@ -72,7 +73,7 @@ def test_found_again_without_a_hub(hub, tmp_path, capsys):
     hub.shutdown()
     hub.server_close()
     capsys.readouterr()
-    assert download("owner/name:wiki.json", tmp_path) == [tmp_path / "wiki.json"]
+    assert download("owner/name:wiki.json", tmp_path) == [tmp_path / OWN / "wiki.json"]
     assert "already here" in capsys.readouterr().out
 
 
@@ -84,6 +85,31 @@ def test_the_train_split_and_nothing_else(hub, tmp_path):
     asked = len(hub.asked)
     assert download("owner/name", tmp_path) == paths
     assert {name for name, _ in hub.asked[asked:]} <= {"README.md"}  # no file was fetched twice
+
+
+@pytest.mark.parametrize("lfs", [True, False])  # False: without a checksum that would tell
+def test_two_data_sets_with_one_file_name(monkeypatch, tmp_path, lfs):
+    """The second is not answered with the file of the first, whether its file is named or not."""
+    first, second = {"train.jsonl": b'{"text": "one"}\n'}, {"train.jsonl": b'{"text": "two"}\n'}
+    for name in ("owner/name:train.jsonl", "owner/name"):
+        folder = tmp_path / name.replace("/", "-")
+        with running("Hugging Face", first, lfs) as server:
+            use_hubs(monkeypatch, hugging_face=server.url)
+            (one,) = download(name, folder)
+        with running("Hugging Face", second, lfs) as server, monkeypatch.context() as patch:
+            use_hubs(patch, hugging_face=server.url)
+            patch.setattr("stand_in.NAME", "other/dataset")
+            (two,) = download(name.replace("owner/name", "other/dataset"), folder)
+        assert one.read_bytes() == first["train.jsonl"] and two.read_bytes() == second["train.jsonl"]
+
+
+def test_the_file_of_a_named_corpus_lies_in_the_folder_itself(hub, monkeypatch, tmp_path):
+    """Where it has always been, and where a user may have put it."""
+    monkeypatch.setitem(CORPORA, "wiki", Corpus("articles", "none", identifier="owner/name:wiki.json"))
+    assert download("wiki", tmp_path) == [tmp_path / "wiki.json"]
+    assert CORPORA["wiki-zh"].identifier.endswith(":wikipedia-zh-cn-20240820.json")  # as the documents say
+    (tmp_path / "wikipedia-zh-cn-20240820.json").write_bytes(b"mine")
+    assert download("wiki-zh", tmp_path, verify=False) == [tmp_path / "wikipedia-zh-cn-20240820.json"]
 
 
 @pytest.mark.parametrize("faults", [["cut 1000000", "cut 0", 429, 500], ["redirect"], ["silent"], ["altered"]])
@@ -98,12 +124,12 @@ def test_an_interrupted_download_is_continued(hub, tmp_path):
     hub.faults["wiki.json"].extend(["cut 0", "cut 2000000"] + ["cut 0"] * ATTEMPTS)
     with pytest.raises(InputError, match="given up at byte 2,000,000"):
         download("owner/name:wiki.json", tmp_path)
-    assert (tmp_path / "wiki.json.part").read_bytes() == CONTENT[:2_000_000]
-    assert not (tmp_path / "wiki.json").exists()
+    assert (tmp_path / OWN / "wiki.json.part").read_bytes() == CONTENT[:2_000_000]
+    assert not (tmp_path / OWN / "wiki.json").exists()
     hub.faults.clear()
     hub.asked.clear()
     download("owner/name:wiki.json", tmp_path)
-    assert (tmp_path / "wiki.json").read_bytes() == CONTENT
+    assert (tmp_path / OWN / "wiki.json").read_bytes() == CONTENT
     assert hub.asked[-1] == ("wiki.json", "bytes=2000000-")
 
 
@@ -164,17 +190,19 @@ def test_an_altered_file_is_fetched_again(hub, tmp_path, capsys):
 
 
 def test_a_file_of_the_users_own(hub, tmp_path):
-    (tmp_path / "wiki.json").write_bytes(b"mine")
+    mine = tmp_path / OWN / "wiki.json"
+    mine.parent.mkdir()
+    mine.write_bytes(b"mine")
     asked = len(hub.asked)
-    assert download("owner/name:wiki.json", tmp_path, verify=False) == [tmp_path / "wiki.json"]  # as recipes call it
+    assert download("owner/name:wiki.json", tmp_path, verify=False) == [mine]  # as recipes call it
     assert len(hub.asked) == asked
     with pytest.raises(InputError, match="was not fetched by this command"):
         download("owner/name:wiki.json", tmp_path)
-    assert (tmp_path / "wiki.json").read_bytes() == b"mine"
-    (tmp_path / "wiki.json").write_bytes(CONTENT)  # fetched by other means: the same bytes are welcome
+    assert mine.read_bytes() == b"mine"
+    mine.write_bytes(CONTENT)  # fetched by other means: the same bytes are welcome
     asked = len(hub.asked)
     download("owner/name:wiki.json", tmp_path)
-    assert len(hub.asked) == asked and recorded(tmp_path / "wiki.json")[0] == sha256(CONTENT).hexdigest()
+    assert len(hub.asked) == asked and recorded(mine)[0] == sha256(CONTENT).hexdigest()
 
 
 def test_a_new_version_on_the_hub_does_not_replace_what_is_here(hub, tmp_path, capsys):
@@ -223,10 +251,11 @@ def test_paths_that_lead_elsewhere(hub, tmp_path):
     download("owner/name", tmp_path / "here")
     assert names_in(tmp_path) == {"here/" + name for name in names_in(tmp_path / "here")}
     assert not any("evil" in name for name in names_in(tmp_path))
-    targets = download_module._targets
     for path in ("../evil", "a/../../../evil", "/etc/evil"):
         with pytest.raises(InputError, match="outside"):
-            targets(tmp_path, "x", [path, "good"])
+            download_module._targets(tmp_path, [path, "good"])
+        with pytest.raises(InputError, match="outside"):
+            download(f"owner/name:{path}", tmp_path / "here", verify=False)
 
 
 def test_two_processes_fetch_a_file_once(hub, tmp_path):
@@ -237,8 +266,8 @@ def test_two_processes_fetch_a_file_once(hub, tmp_path):
         thread.start()
     for thread in threads:
         thread.join(timeout=30)
-    assert found == [tmp_path / "wiki.json"] * 3
-    assert (tmp_path / "wiki.json").read_bytes() == CONTENT
+    assert found == [tmp_path / OWN / "wiki.json"] * 3
+    assert found[0].read_bytes() == CONTENT
     assert [name for name, part in hub.asked].count("wiki.json") == 2  # one, and its continuation
 
 
@@ -259,13 +288,13 @@ def archive_of(members: dict[str, bytes | None], mode: str) -> bytes:
 def test_an_archive_is_unpacked(hub, tmp_path, capsys):
     hub.files["corpus.jsonl.tar.bz2"] = archive_of({"./._corpus.jsonl": b"mac", "./corpus.jsonl": CONTENT}, "w:bz2")
     name = "owner/name:corpus.jsonl.tar.bz2"
-    assert download(name, tmp_path) == [tmp_path / "corpus.jsonl"]
-    assert (tmp_path / "corpus.jsonl").read_bytes() == CONTENT
-    assert recorded(tmp_path / "corpus.jsonl")[0] == sha256(CONTENT).hexdigest()
+    (path,) = download(name, tmp_path)
+    assert path == tmp_path / "owner--name--corpus.jsonl.tar.bz2" / "corpus.jsonl" and path.read_bytes() == CONTENT
+    assert recorded(path)[0] == sha256(CONTENT).hexdigest()
     assert "._corpus.jsonl is left out" in capsys.readouterr().out
-    (tmp_path / "corpus.jsonl.tar.bz2").unlink()  # as the docstring allows
+    path.with_name("corpus.jsonl.tar.bz2").unlink()  # as the docstring allows
     hub.asked.clear()
-    assert download(name, tmp_path) == [tmp_path / "corpus.jsonl"]
+    assert download(name, tmp_path) == [path]
     assert not hub.asked
 
 
