@@ -65,7 +65,8 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
     The one file of a corpus of CORPORA goes into ``folder`` itself, anything else into a folder of its own in it. An
     interrupted download is continued. Beside every FILE lies FILE.sha256, which ``sha256sum -c`` reads. A file that is
     there already is read and compared with it, and fetched again if it was altered; ``verify=False`` takes it as it is,
-    whoever put it there. An archive is unpacked, and its files are returned; it may be deleted then.
+    whoever put it there. An archive is unpacked, and its files are returned; it may be deleted then. Once all files are
+    here they are listed, and no hub is asked again until one is missing.
 
     Raises:
         InputError: unknown name, no hub has it, the disk is too small, or what comes is not what the hub announces.
@@ -77,7 +78,7 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     home = _home(corpus, name, folder)
     with _only_one(folder):
-        if here := _already_here(corpus, home, verify):
+        if here := _already_here(corpus, home, _list_of(home, name), verify):
             return here
         say(f"{name}: {corpus.about}. Licence: {corpus.licence}.")
         place, files = _at_urls(corpus.urls) if corpus.urls else find_files(corpus.identifier)
@@ -87,7 +88,9 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
         check_disk(folder, sum(max(0, file.size_bytes - size_of(part_of(target))) for file, target in missing))
         for file, target in missing:
             fetch_file(file, target)
-        return [path for t in targets for path in (unpack(t) if t.name.endswith(ARCHIVES) else [t])]
+        paths = [path for t in targets for path in (unpack(t) if t.name.endswith(ARCHIVES) else [t])]
+        _write_list(_list_of(home, name), paths)
+        return paths
 
 
 def unpack(archive: Path) -> list[Path]:
@@ -143,20 +146,39 @@ def _home(corpus: Corpus, name: str, folder: Path) -> Path:
     return folder if alone else folder / re.sub("[/:]", "--", name)
 
 
-def _already_here(corpus: Corpus, home: Path, verify: bool) -> list[Path]:
-    """Return the files of a corpus if their names are known and all are here as they were fetched: no hub is asked.
+def _list_of(home: Path, name: str) -> Path:
+    """Return where the files of a corpus are listed, one a line, once all are here."""
+    return home / f".{re.sub('[/:]', '--', name)}.files"
 
-    Of an archive this is the file that it is named after.
-    """
-    file = corpus.identifier.partition(":")[2]
-    names = [PurePosixPath(urlsplit(url).path).name for url in corpus.urls] or ([file] if file else [])
-    suffixes = [next((suffix for suffix in ARCHIVES if name.endswith(suffix)), "") for name in names]
-    targets = _targets(home, [n.removesuffix(suffix) for n, suffix in zip(names, suffixes, strict=True)])
+
+def _write_list(listed: Path, paths: list[Path]) -> None:
+    lines = "\n".join(path.relative_to(listed.parent).as_posix() for path in paths)
+    part_of(listed).write_bytes(lines.encode())
+    part_of(listed).replace(listed)
+
+
+def _already_here(corpus: Corpus, home: Path, listed: Path, verify: bool) -> list[Path]:
+    """Return the files of a corpus if their names are known and all are here as they were fetched: no hub is asked."""
+    names = listed.read_bytes().decode().split("\n") if listed.exists() else _names_without_list(corpus, home)
+    targets = _targets(home, names)
     known = all(target.is_file() and (sidecar_of(target).exists() or not verify) for target in targets)
     if not targets or not known or (verify and not all(is_here(target, None) for target in targets)):
         return []
-    say(f"{', '.join(map(str, targets))}: already here")
+    say(f"{', '.join(map(str, targets[:5]))}{', ...' * (len(targets) > 5)}: already here")
     return targets
+
+
+def _names_without_list(corpus: Corpus, home: Path) -> list[str]:
+    """Return the names that are known of a corpus which was put here by other means, or before lists were written.
+
+    Of an archive that was unpacked and deleted, this is the file that it is named after.
+    """
+    file = corpus.identifier.partition(":")[2]
+    names = [PurePosixPath(urlsplit(url).path).name for url in corpus.urls] or ([file] if file else [])
+    if any((home / name).exists() for name in names if name.endswith(ARCHIVES)):
+        return []
+    suffixes = [next((suffix for suffix in ARCHIVES if name.endswith(suffix)), "") for name in names]
+    return [name.removesuffix(suffix) for name, suffix in zip(names, suffixes, strict=True)]
 
 
 def _at_urls(urls: tuple[str, ...]) -> tuple[str, list[HubFile]]:

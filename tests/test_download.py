@@ -56,7 +56,9 @@ def recorded(path: Path) -> list[str]:
 
 
 def names_in(folder: Path) -> set[str]:
-    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file() and p.name != ".download.lock"}
+    """The files below a folder, the lock and the list of a download aside, which are hidden."""
+    paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+    return {p.relative_to(folder).as_posix() for p in paths}
 
 
 def test_a_file_of_a_data_set(hub, tmp_path, capsys):
@@ -67,14 +69,39 @@ def test_a_file_of_a_data_set(hub, tmp_path, capsys):
     assert sha256(CONTENT).hexdigest() in capsys.readouterr().out
 
 
-def test_found_again_without_a_hub(hub, tmp_path, capsys):
-    download("owner/name:wiki.json", tmp_path)
+@pytest.mark.parametrize("name", ["owner/name:wiki.json", "owner/name", "whole"])
+def test_found_again_without_a_hub(hub, tmp_path, monkeypatch, capsys, name):
+    """Named or not, of CORPORA or not, and as recipes ask for it: a node without network goes on with its files."""
+    monkeypatch.setitem(CORPORA, "whole", Corpus("like openwebtext", "none", identifier="owner/name"))
+    if name != "owner/name:wiki.json":
+        del hub.files["wiki.json"]
+    paths = download(name, tmp_path)
     hub.stopped.set()
     hub.shutdown()
     hub.server_close()
-    capsys.readouterr()
-    assert download("owner/name:wiki.json", tmp_path) == [tmp_path / OWN / "wiki.json"]
-    assert "already here" in capsys.readouterr().out
+    for verify in (False, True):
+        capsys.readouterr()
+        assert download(name, tmp_path, verify) == paths
+        assert "already here" in capsys.readouterr().out
+    home = next(parent for parent in paths[0].parents if parent.parent == tmp_path)
+    home.rename(tmp_path / "moved")  # the list is in it: it may be copied to such a node
+    (tmp_path / "node").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "node" / home.name)
+    assert len(download(name, tmp_path / "node", verify=False)) == len(paths)
+    if name != "owner/name:wiki.json":
+        (tmp_path / "node" / home.name / "data" / "train-00001-of-00002.jsonl").unlink()
+        with pytest.raises(InputError, match="cannot find data set"):
+            download(name, tmp_path / "node", verify=False)
+
+
+def test_a_part_of_the_files_is_not_taken_for_all(hub, tmp_path):
+    """The list is written last."""
+    del hub.files["wiki.json"]
+    last = "data/train-00001-of-00002.jsonl"
+    hub.faults[last].extend(["cut 0"] * ATTEMPTS)
+    with pytest.raises(InputError, match="given up"):
+        download("owner/name", tmp_path, verify=False)
+    assert [path.name for path in download("owner/name", tmp_path, verify=False)][1:] == [Path(last).name]
 
 
 def test_the_train_split_and_nothing_else(hub, tmp_path):
@@ -82,9 +109,10 @@ def test_the_train_split_and_nothing_else(hub, tmp_path):
     paths = download("owner/name", tmp_path)
     assert [path.read_bytes() for path in paths] == [b'{"text": "one"}\n', b'{"text": "two"}\n']
     assert all(path.parent == tmp_path / "owner--name" / "data" for path in paths)
+    paths[1].unlink()
     asked = len(hub.asked)
     assert download("owner/name", tmp_path) == paths
-    assert {name for name, _ in hub.asked[asked:]} <= {"README.md"}  # no file was fetched twice
+    assert {name for name, _ in hub.asked[asked:]} <= {"README.md", "data/train-00001-of-00002.jsonl"}  # none twice
 
 
 @pytest.mark.parametrize("lfs", [True, False])  # False: without a checksum that would tell
@@ -207,8 +235,10 @@ def test_a_file_of_the_users_own(hub, tmp_path):
 
 def test_a_new_version_on_the_hub_does_not_replace_what_is_here(hub, tmp_path, capsys):
     del hub.files["wiki.json"]
-    first = download("owner/name", tmp_path)[0]
+    first, second = download("owner/name", tmp_path)
     hub.files["data/train-00000-of-00002.jsonl"] = b'{"text": "new"}\n'
+    assert download("owner/name", tmp_path)[0].read_bytes() == b'{"text": "one"}\n'
+    second.unlink()
     assert download("owner/name", tmp_path)[0].read_bytes() == b'{"text": "one"}\n'
     assert "another version" in capsys.readouterr().out
     first.unlink()
@@ -296,6 +326,25 @@ def test_an_archive_is_unpacked(hub, tmp_path, capsys):
     hub.asked.clear()
     assert download(name, tmp_path) == [path]
     assert not hub.asked
+
+
+def test_all_files_of_an_archive_are_found_again(hub, tmp_path):
+    hub.files["two.tar"] = archive_of({"a.jsonl": b"1", "b.jsonl": b"2"}, "w:")
+    paths = download("owner/name:two.tar", tmp_path)
+    assert [path.name for path in paths] == ["a.jsonl", "b.jsonl"]
+    hub.asked.clear()
+    assert download("owner/name:two.tar", tmp_path) == paths and not hub.asked
+
+
+def test_a_corpus_downloaded_before_there_were_lists(hub, tmp_path):
+    hub.files["corpus.jsonl.tar"] = archive_of({"corpus.jsonl": CONTENT}, "w:")
+    for name in ("owner/name:wiki.json", "owner/name:corpus.jsonl.tar"):
+        (path,) = download(name, tmp_path)
+        (listed,) = path.parent.glob(".*.files")
+        listed.unlink()
+        path.with_name("corpus.jsonl.tar").unlink(missing_ok=True)
+        hub.asked.clear()
+        assert download(name, tmp_path) == [path] and not hub.asked
 
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz", "tar.bz2", "tar.xz"])
