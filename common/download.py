@@ -5,18 +5,18 @@ compares sha256 (huggingface_hub compares the size only), goes through hf-mirror
 limit of an hour a file (modelscope 1.40 has).
 """
 
-import lzma
 import re
 import tarfile
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from common.files import DAMAGE, open_decompressed
 from common.hub_data import IDENTIFIER, find_files
 from common.hub_files import HubFile
 from common.messages import InputError, say
@@ -96,15 +96,17 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
 def unpack(archive: Path) -> list[Path]:
     """Unpack the files of a tar archive beside it, each under its bare name: no path in it can lead elsewhere.
 
-    Links, devices and hidden files are left out, which is said.
+    Links, devices and hidden files are left out, which is said. All streams of a compressed one are read.
 
     Raises:
-        InputError: the archive is damaged, two files have one name, or the disk is too small.
+        InputError: the archive is damaged or cut off, two files have one name, or the disk is too small.
     """
     say(f"{archive}: unpacking")
     unpacked = []
     try:
-        with tarfile.open(archive, "r|*") as tar:
+        name = re.sub("tgz$", "tar.gz", archive.name)
+        # Not tarfile's own "r|*", which reads the first stream of a compressed archive and takes it for all.
+        with open_decompressed(name, partial(archive.open, "rb")) as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
             for member in tar:
                 target = archive.parent / PurePosixPath(member.name.replace("\\", "/")).name
                 if member.isdir():
@@ -120,9 +122,21 @@ def unpack(archive: Path) -> list[Path]:
                     with tar.extractfile(member) as stream, part_of(target).open("wb") as out:
                         digest = copy(stream, out, "unpacking", target, member.size)
                     finish(target, digest)
-    except (tarfile.TarError, EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            _check_end(tar)
+    except (tarfile.TarError, *DAMAGE) as error:
         raise InputError(f"{archive}: cannot be unpacked ({type(error).__name__}: {error}).") from None
     return unpacked
+
+
+def _check_end(tar: tarfile.TarFile) -> None:
+    """Raise ReadError unless zeros follow the block at which tarfile stopped, to the end: it takes damage for one."""
+    behind = 0
+    while chunk := tar.fileobj.read(tarfile.RECORDSIZE):
+        if chunk.strip(b"\0"):
+            raise tarfile.ReadError("its files end at a damaged header, or another archive follows")
+        behind += len(chunk)
+    if not behind:
+        raise tarfile.ReadError("it is cut off: the two blocks that end an archive are not there")
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Downloading corpora: interrupted, altered, truncated, archived, and found again."""
 
+import bz2
 import gzip
 import io
+import lzma
 import random
 import shutil
 import subprocess
@@ -375,6 +377,38 @@ def test_a_damaged_archive(tmp_path, mode):
     archive.write_bytes(gzip.compress(b"no archive"))
     with pytest.raises(InputError, match="cannot be unpacked"):
         unpack(archive)
+
+
+@pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.bz2", "tar.xz"])
+@pytest.mark.parametrize("at", [512, 3 * 512, 3 * 512 + 100, 10_000])
+def test_an_archive_of_several_streams(tmp_path, suffix, at):
+    """As pbzip2 and pigz write them, and ``cat``; cut between two blocks of the archive, and in one."""
+    compress = {"tar.gz": gzip.compress, "tgz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}[suffix]
+    content = archive_of({"a.jsonl": b"1" * 600, "b.jsonl": b"2" * 600, "c.jsonl": b"3"}, "w:")
+    archive = tmp_path / f"x.{suffix}"
+    archive.write_bytes(compress(content[:at]) + compress(content[at:]))
+    assert [path.read_bytes() for path in unpack(archive)] == [b"1" * 600, b"2" * 600, b"3"]
+
+
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+def test_an_archive_that_tarfile_takes_for_whole(tmp_path, suffix):
+    """Cut off between two files; a header overwritten; a second archive behind the first."""
+    content = archive_of({"a.jsonl": b"1", "b.jsonl": b"2"}, "w:")
+    damaged = bytearray(content)
+    damaged[1024:1034] = b"x" * 10
+    archive = tmp_path / f"x.{suffix}"
+    for kind, reason in ((content[:1024], "cut off"), (damaged, "damaged header"), (content * 2, "another archive")):
+        archive.write_bytes(bytes(kind) if suffix == "tar" else gzip.compress(kind))
+        with pytest.raises(InputError, match=f"cannot be unpacked.*{reason}"):
+            unpack(archive)
+
+
+def test_a_cut_off_archive_is_refused_again(hub, tmp_path):
+    """What was unpacked of it is not taken for all of it at the next call, recipes' included."""
+    hub.files["corpus.jsonl.tar"] = archive_of({"corpus.jsonl": b"1", "more.jsonl": b"2"}, "w:")[:1024]
+    for verify in (True, False):
+        with pytest.raises(InputError, match="cut off"):
+            download("owner/name:corpus.jsonl.tar", tmp_path, verify)
 
 
 def test_two_files_of_one_name_in_an_archive(tmp_path):
