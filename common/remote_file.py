@@ -15,6 +15,7 @@ ATTEMPTS = 7  # in a row without SLOW_BYTES; the pauses between them are 1, 2, 4
 LONGEST_PAUSE_SECONDS = 30
 PASSING = {408, 425, 429, 500, 502, 503, 504}  # answers that a server takes back; any other error is final
 LOGIN = " (private, or its terms are to be accepted on the hub's page first; then export HF_TOKEN)"
+NO_URL = (requests.exceptions.MissingSchema, requests.exceptions.InvalidSchema, requests.exceptions.InvalidURL)
 BROKEN = (requests.RequestException, urllib3.exceptions.HTTPError, OSError)
 
 
@@ -119,7 +120,10 @@ class RemoteFile(io.RawIOBase):
             headers["Range"] = f"bytes={self._position}-"
             if self.version:
                 headers["If-Range"] = self.version
-        response = requests.get(self.url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, SILENCE_SECONDS))
+        try:
+            response = requests.get(self.url, headers=headers, stream=True, timeout=(CONNECT_SECONDS, SILENCE_SECONDS))
+        except NO_URL as error:  # will not get better
+            self._refuse(f"cannot be asked for ({error})")
         self._response, self._window_bytes, self._window_seconds = response, 0, 0.0
         if response.status_code in PASSING:
             error = ConnectionError(f"HTTP {response.status_code} {response.reason}")

@@ -1,4 +1,4 @@
-"""One remote file -> one local file: resumed where it broke off, compared with its sha256, and recognised next time."""
+"""One file of a hub -> one local file: resumed where it broke off, compared with its sha256, recognised next time."""
 
 import hashlib
 import shutil
@@ -47,6 +47,8 @@ def is_here(target: Path, announced: str | None, verify: bool = True) -> bool:
 def fetch_file(file: HubFile, target: Path) -> None:
     """Write ``target`` and TARGET.sha256, going on from the TARGET.part that an interrupted download left.
 
+    A file that a cache holds is copied.
+
     Raises:
         InputError: the server stays away (what has come is kept), or two downloads do not have the announced sha256.
     """
@@ -69,8 +71,11 @@ def fetch_file(file: HubFile, target: Path) -> None:
 
 
 def _fetch_rest(file: HubFile, target: Path):
-    """Append to the part of ``target`` what is missing of it, and return the digest of the whole."""
+    """Append to the part of ``target`` what is missing of it (all, from a cache); return the digest of the whole."""
     part, version = part_of(target), target.with_name(target.name + ".part.version")
+    if file.local is not None:
+        with file.open() as cached, part.open("wb") as out:
+            return copy(cached, out, "copying", target, file.size_bytes)
     begun = None
     if file.sha256 is None and size_of(part) and version.exists():  # the server's word is all there is to compare
         begun = version.read_text(encoding="utf-8") or None

@@ -19,6 +19,7 @@ from conftest import ROOT
 from stand_in import be_impatient, running, use_hubs
 
 from common import download as download_module
+from common import hub_data
 from common.download import CORPORA, Corpus, download, unpack
 from common.messages import InputError
 from common.remote_file import ATTEMPTS
@@ -254,6 +255,30 @@ def test_a_hub_without_checksums(monkeypatch, tmp_path):
         server.faults["wiki.json"].extend(["", "cut 1000"])
         (path,) = download("owner/name:wiki.json", tmp_path)
         assert path.read_bytes() == CONTENT and recorded(path)[0] == sha256(CONTENT).hexdigest()
+
+
+@pytest.mark.parametrize("place", ["Hugging Face's cache", "ModelScope's cache"])
+def test_a_data_set_that_only_a_cache_holds(monkeypatch, tmp_path, capsys, place):
+    """Offline: it is copied from there, afresh after an interruption."""
+    be_impatient(monkeypatch)
+    cache = tmp_path / "cache"
+    for name, content in FILES.items():
+        (cache / name).parent.mkdir(parents=True, exist_ok=True)
+        (cache / name).write_bytes(content)
+
+    def nothing(_):
+        raise OSError("nothing here")
+
+    snapshots = {"Hugging Face's cache": "hugging_face_snapshot", "ModelScope's cache": "modelscope_snapshot"}
+    for cached, snapshot in snapshots.items():
+        monkeypatch.setattr(hub_data, snapshot, (lambda _: str(cache)) if cached == place else nothing)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    part = tmp_path / OWN / "wiki.json.part"
+    part.parent.mkdir()
+    part.write_bytes(b"?" * 1000)
+    (path,) = download("owner/name:wiki.json", tmp_path)
+    assert path.read_bytes() == CONTENT and recorded(path)[0] == sha256(CONTENT).hexdigest()
+    assert f"1 files from {place}" in capsys.readouterr().out and not part.exists()
 
 
 def test_a_disk_that_is_too_small(hub, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import time
 
 import pytest
@@ -95,6 +96,14 @@ def test_a_final_answer_is_not_asked_for_again(server, status, text):
     with pytest.raises(InputError, match=text):
         RemoteFile(server.url)
     assert len(server.asked) == 1
+
+
+@pytest.mark.parametrize("url", ["data/a.bin", "ftp://127.0.0.1/a.bin", "http://", "http://*bad/a.bin"])
+def test_what_is_no_url_is_not_asked_for_again(url, monkeypatch, capsys):
+    be_impatient(monkeypatch)
+    with pytest.raises(InputError, match=f"{re.escape(url)}: cannot be asked for"):
+        bounded(lambda: RemoteFile(url), 2)
+    assert "again in" not in capsys.readouterr().out
 
 
 def test_a_truncated_file_is_refused(server):
