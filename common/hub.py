@@ -76,6 +76,11 @@ def _fetch_repository(what: str, name: str, files: list[str], needed: list[str])
     return _fetch(f"{what} {name}", flag, from_modelscope, from_hugging_face, complete)
 
 
+def offline(*flags: str) -> str:
+    """Return the one of ``flags`` (variables of the environment, such as HF_HUB_OFFLINE) that is set, or ""."""
+    return next((flag for flag in flags if os.environ.get(flag, "").upper() in {"1", "ON", "YES", "TRUE"}), "")
+
+
 def hub_endpoints() -> dict[str, str]:
     """Return the hubs and their URLs in the order in which they are asked."""
     modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
@@ -86,14 +91,17 @@ def hub_endpoints() -> dict[str, str]:
 
 
 def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, complete: Callable[[Path], bool]) -> str:
-    """Try the caches of both hubs, then every hub that answers; the first complete result wins."""
+    """Try the caches of both hubs, then (not with HF_HUB_OFFLINE) every hub that answers; the first result wins."""
     failures = []
     for cache, fetch in (("ModelScope's cache", from_modelscope), ("Hugging Face's cache", from_hugging_face)):
         path, reason = _attempt(fetch, complete, local_files_only=True)
         if path is not None:
             return path
         failures.append(f"  {cache}: {reason}")
-    endpoints = hub_endpoints()
+    flag_set = offline("HF_HUB_OFFLINE")
+    if flag_set:
+        failures.append(f"  no hub is asked: {flag_set} is set")
+    endpoints = {} if flag_set else hub_endpoints()
     answering = answering_hubs(endpoints.values())
     for hub, url in endpoints.items():
         if url not in answering:

@@ -6,14 +6,13 @@ only, read at import, holds a JSON array in memory whole (wiki-zh is one of 2 GB
 that answers "too many requests". What ``datasets`` decides here is which files of a repository are the train split.
 """
 
-import os
 import re
 from collections import Counter
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
-from common.hub import answering_hubs, hub_endpoints, three_ways_on
+from common.hub import answering_hubs, hub_endpoints, offline, three_ways_on
 from common.hub_files import HubFile, cached_files, hugging_face_snapshot, modelscope_snapshot, remote_files
 from common.messages import InputError, say
 from common.readers import Records, file_records
@@ -46,12 +45,13 @@ def find_files(identifier: str) -> tuple[str, list[HubFile]]:
     if not IDENTIFIER.fullmatch(identifier):
         raise InputError(f"{identifier}: not a hub id like owner/name, owner/name:subset or owner/name:file.")
     repository, subset = IDENTIFIER.fullmatch(identifier).groups()
-    endpoints = {} if _offline() else hub_endpoints()
+    flag_set = offline("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    endpoints = {} if flag_set else hub_endpoints()
     answering = answering_hubs(endpoints.values())
     places = {hub: partial(remote_files, repository, hub, url) for hub, url in endpoints.items()}
     places |= {"ModelScope's cache": partial(cached_files, repository, modelscope_snapshot)}
     places |= {"Hugging Face's cache": partial(cached_files, repository, hugging_face_snapshot)}
-    failures = []
+    failures = [f"  no hub is asked: {flag_set} is set"] if flag_set else []
     for place, list_files in places.items():
         if place in endpoints and endpoints[place] not in answering:
             failures.append(f"  {place}: does not answer")
@@ -116,8 +116,3 @@ def _check_shards(paths: list[str]) -> None:
             raise ValueError(
                 f"{count} of {total} shards {before}NNNNN-of-{total:05}{after} are there: download it again"
             )
-
-
-def _offline() -> bool:
-    flags = (os.environ.get(name, "") for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"))
-    return any(flag.upper() in {"1", "ON", "YES", "TRUE"} for flag in flags)

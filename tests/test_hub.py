@@ -109,7 +109,7 @@ def closed_port() -> int:
         return free.getsockname()[1]
 
 
-def fetch(call: str, port: int, caches) -> subprocess.CompletedProcess:
+def fetch(call: str, port: int, caches, **more: str) -> subprocess.CompletedProcess:
     """Call in a process of its own (the endpoints are read at import), where every hub but ``port`` is closed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "RANK"))}
     environment |= dict(
@@ -120,9 +120,9 @@ def fetch(call: str, port: int, caches) -> subprocess.CompletedProcess:
         HTTPS_PROXY="http://127.0.0.1:9",  # so that hf-mirror.com is closed on a connected machine, too
         NO_PROXY="127.0.0.1",
     )
-    code = f"from common.hub import fetch_tokenizer; print({call})"
+    code = f"from common.hub import fetch_model, fetch_tokenizer; print({call})"
     command = [sys.executable, "-W", "ignore", "-c", code]
-    return subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, env=environment | more, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 
 def files_in(folder) -> dict[str, bytes]:
@@ -139,9 +139,20 @@ def path_in(result: subprocess.CompletedProcess):
 def test_a_tokenizer_is_downloaded_and_found_again(hub, tmp_path):
     folder = path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path))
     assert files_in(folder) == {name: c for name, c in FILES.items() if name.endswith(".json")}  # and no weights
+    asked = len(hub.asked)
+    assert path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path, HF_HUB_OFFLINE="1")) == folder
+    assert len(hub.asked) == asked
     hub.shutdown()
     hub.server_close()
     assert path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path)) == folder
+
+
+@pytest.mark.parametrize("call", ["fetch_tokenizer('owner/small')", "fetch_model('owner/small', True)"])
+def test_offline_no_hub_is_asked(hub, tmp_path, call):
+    result = fetch(call, hub.server_port, tmp_path, HF_HUB_OFFLINE="1")
+    assert result.returncode == 1 and not hub.asked
+    assert "no hub is asked: HF_HUB_OFFLINE is set" in result.stderr and "Three ways on" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_unreachable_hubs(closed_port, tmp_path):
