@@ -1,5 +1,6 @@
 """A name -> a local folder: local path, then ModelScope, then Hugging Face or its mirror."""
 
+import json
 import os
 import threading
 from collections.abc import Callable, Iterable
@@ -10,8 +11,11 @@ from common.messages import InputError, say
 PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
 HUGGING_FACE, HUGGING_FACE_MIRROR = "https://huggingface.co", "https://hf-mirror.com"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
-TOKENIZER_VOCABULARIES = ["tokenizer.json", "*.model", "vocab.json", "vocab.txt", "*.tiktoken"]
 WEIGHT_FILES = ["*.safetensors"]
+# Without all files of one of these sets, a folder cannot be loaded.
+TOKENIZER_NEEDS = [["tokenizer.json"], ["*.model"], ["vocab.json", "merges.txt"], ["vocab.txt"], ["*.tiktoken"]]
+# With these, a folder is whole, whoever filled it; without, its hub may have more.
+USUAL_FILES = ["tokenizer.json", "tokenizer_config.json"]
 
 
 def three_ways_on(flag: str) -> str:
@@ -36,7 +40,7 @@ def fetch_tokenizer(name: str) -> str:
         InputError: it is neither a folder nor on a hub that answers. Hubs that do not are given up within 30 seconds;
             one that answers and then stalls takes as long as its own library waits.
     """
-    return _fetch_repository("tokenizer", name, TOKENIZER_FILES, TOKENIZER_VOCABULARIES)
+    return _fetch_repository("tokenizer", name, TOKENIZER_FILES, TOKENIZER_NEEDS)
 
 
 def fetch_model(name: str, weights: bool) -> str:
@@ -46,12 +50,12 @@ def fetch_model(name: str, weights: bool) -> str:
         InputError: as ``fetch_tokenizer``. Weights are safetensors: a model that has only others counts as not there.
     """
     if weights:
-        return _fetch_repository("model", name, [*TOKENIZER_FILES, *WEIGHT_FILES], WEIGHT_FILES)
-    return _fetch_repository("model", name, TOKENIZER_FILES, ["config.json"])
+        return _fetch_repository("model", name, [*TOKENIZER_FILES, *WEIGHT_FILES], [["config.json", *WEIGHT_FILES]])
+    return _fetch_repository("model", name, TOKENIZER_FILES, [["config.json"]])
 
 
-def _fetch_repository(what: str, name: str, files: list[str], needed: list[str]) -> str:
-    """Return a folder with the ``files`` (globs) of the model ``name``, at least one of ``needed`` among them."""
+def _fetch_repository(what: str, name: str, files: list[str], needs: list[list[str]]) -> str:
+    """Return a folder with the ``files`` (globs) of the model ``name``, all of one of ``needs`` among them."""
     flag = f"--{what}"
     if Path(name).is_dir():
         return name
@@ -70,10 +74,28 @@ def _fetch_repository(what: str, name: str, files: list[str], needed: list[str])
             HfApi(**where).model_info(name, timeout=PROBE_SECONDS)
         return snapshot_download(name, allow_patterns=files, **where)
 
-    def complete(folder: Path) -> bool:  # a cache may hold the config alone
-        return any(list(folder.glob(pattern)) for pattern in needed)
+    def lack(folder: Path) -> str:
+        return lack_of(folder, needs)
 
-    return _fetch(f"{what} {name}", flag, from_modelscope, from_hugging_face, complete)
+    def lack_of_whole(folder: Path) -> str:
+        unfinished = [f"{path.name} was left unfinished" for path in folder.rglob("*.incomplete")]  # by ModelScope
+        return lack_of(folder, [[*needs[0], *USUAL_FILES]]) or "".join(unfinished[:1])
+
+    return _fetch(f"{what} {name}", flag, from_modelscope, from_hugging_face, lack, lack_of_whole)
+
+
+def lack_of(folder: Path, needs: list[list[str]]) -> str:
+    """Return what ``folder`` lacks of ``needs`` (all of one of these sets of globs), or of its weights, or ""."""
+    if not any(all(any(folder.glob(glob)) for glob in files) for files in needs):
+        return "does not have " + " or ".join(" + ".join(files) for files in needs)
+    if not set(WEIGHT_FILES) & set(needs[0]) or (folder / "model.safetensors").exists():
+        return ""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return f"does not have {index.name}" if any(folder.glob("*-of-*.safetensors")) else ""
+    shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    absent = [shard for shard in shards if not (folder / shard).exists()]
+    return f"does not have {len(absent)} of {len(shards)} shards, {absent[0]} the first" if absent else ""
 
 
 def offline(*flags: str) -> str:
@@ -90,11 +112,16 @@ def hub_endpoints() -> dict[str, str]:
     return {hub: url if "://" in url else f"https://{url}" for hub, url in endpoints.items()}
 
 
-def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, complete: Callable[[Path], bool]) -> str:
-    """Try the caches of both hubs, then (not with HF_HUB_OFFLINE) every hub that answers; the first result wins."""
+def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, lack: Callable, lack_of_whole: Callable) -> str:
+    """Try the caches of both hubs, then (not with HF_HUB_OFFLINE) every hub that answers; the first result wins.
+
+    Neither library always knows whether its cache holds a part, where a download was stopped, or the whole. One that
+    does not show to be whole is used last: by then its hub was asked for what is missing, or could not be.
+    """
     failures = []
-    for cache, fetch in (("ModelScope's cache", from_modelscope), ("Hugging Face's cache", from_hugging_face)):
-        path, reason = _attempt(fetch, complete, local_files_only=True)
+    caches = {"ModelScope's cache": from_modelscope, "Hugging Face's cache": from_hugging_face}
+    for cache, fetch in caches.items():
+        path, reason = _attempt(fetch, lack_of_whole, local_files_only=True)
         if path is not None:
             return path
         failures.append(f"  {cache}: {reason}")
@@ -109,22 +136,28 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, complete: C
             continue
         say(f"fetching {what} from {hub}")
         if hub == "ModelScope":
-            path, reason = _attempt(from_modelscope, complete)
+            path, reason = _attempt(from_modelscope, lack)
         else:
-            path, reason = _attempt(from_hugging_face, complete, endpoint=url)
+            path, reason = _attempt(from_hugging_face, lack, endpoint=url)
         if path is not None:
             return path
         failures.append(f"  {hub}: {reason}")
+    for cache, fetch in caches.items():
+        path, _ = _attempt(fetch, lack, local_files_only=True)
+        if path is not None:
+            say("\n".join([f"note: {what}: taken from {cache}, which may hold a part of it only:", *failures]))
+            return path
     raise InputError("\n".join([f"cannot fetch {what}:", *failures, three_ways_on(flag)]))
 
 
-def _attempt(fetch: Callable, complete: Callable[[Path], bool], **where) -> tuple[str | None, str]:
+def _attempt(fetch: Callable, lack: Callable[[Path], str], **where) -> tuple[str | None, str]:
     """Return (path, "") or (None, why not). Each hub library has exceptions of its own: all are caught, and named."""
     try:
         path = fetch(**where)
+        reason = lack(Path(path))
     except Exception as error:
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
-    return (path, "") if complete(Path(path)) else (None, "does not have it")
+    return (None, reason) if reason else (path, "")
 
 
 def answering_hubs(urls: Iterable[str]) -> set[str]:

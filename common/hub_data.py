@@ -40,7 +40,8 @@ def find_files(identifier: str) -> tuple[str, list[HubFile]]:
     """Return the first place that has the data set, and the files of its train split there.
 
     Asked are ModelScope, Hugging Face (HF_ENDPOINT), its mirror, and last the caches of both libraries; these alone
-    where HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set.
+    where HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set. A cache does not tell whether it holds all files: which it has
+    is said.
     """
     if not IDENTIFIER.fullmatch(identifier):
         raise InputError(f"{identifier}: not a hub id like owner/name, owner/name:subset or owner/name:file.")
@@ -57,9 +58,15 @@ def find_files(identifier: str) -> tuple[str, list[HubFile]]:
             failures.append(f"  {place}: does not answer")
             continue
         try:
-            return place, train_files(list_files(), subset)
+            files = train_files(list_files(), subset)
         except (Exception, InputError) as error:  # each library has exceptions of its own: all are caught, and named
             failures.append(f"  {place}: {type(error).__name__}: {error}".replace("\n", " "))
+            continue
+        paths = [file.path for file in files]
+        if place not in endpoints and paths != [subset]:
+            what = f"{len(paths)} files: {', '.join(paths[:5])}{', ...' * (len(paths) > 5)}"
+            say("\n".join([f"note: {identifier}: {place} may hold a part of it only, {what}", *failures]))
+        return place, files
     raise InputError("\n".join([f"cannot find data set {identifier}:", *failures, three_ways_on("--data")]))
 
 

@@ -89,8 +89,11 @@ def hugging_face_snapshot(repository: str) -> str:
 
 
 def cached_files(repository: str, snapshot: Callable[[str], str]) -> list[HubFile]:
+    """List what a cache holds of a data set; ValueError if a download was stopped in the middle of one of its files."""
     folder = Path(snapshot(repository))
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    if unfinished := [path.name for path in paths if path.suffix == ".incomplete"]:  # as ModelScope's library calls it
+        raise ValueError(f"{unfinished[0]} was left unfinished: download it again")
     return [HubFile(p.relative_to(folder).as_posix(), p.stat().st_size, None, local=p) for p in paths]
 
 

@@ -16,7 +16,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from conftest import ROOT
 
-from common.hub import fetch_tokenizer
+from common.hub import TOKENIZER_NEEDS, fetch_tokenizer, lack_of
 from common.messages import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -145,6 +145,68 @@ def test_a_tokenizer_is_downloaded_and_found_again(hub, tmp_path):
     hub.shutdown()
     hub.server_close()
     assert path_in(fetch("fetch_tokenizer('owner/small')", hub.server_port, tmp_path)) == folder
+
+
+SHARDS = [f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+INDEX = json.dumps({"weight_map": dict(zip("abc", SHARDS, strict=True))}).encode()
+
+
+@pytest.mark.parametrize("hub", [ModelScope], indirect=True)
+@pytest.mark.parametrize("call", ["fetch_model('owner/small', True)", "fetch_tokenizer('owner/small')"])
+def test_a_part_in_modelscopes_cache_is_completed(hub, tmp_path, monkeypatch, call):
+    """Its library takes what a killed download left for the whole; Hugging Face's does not."""
+    weights = dict.fromkeys(SHARDS, b"weights") | {"model.safetensors.index.json": INDEX}
+    files = {"config.json": b"{}", "vocab.json": b"{}", "merges.txt": b"", **FILES} | weights
+    del files["model.safetensors"]
+    monkeypatch.setattr("test_hub.FILES", files)
+    folder = path_in(fetch(call, hub.server_port, tmp_path))
+    expected = {name: c for name, c in files.items() if "model" in call or name.endswith((".json", ".txt"))}
+    assert files_in(folder) == expected
+    asked = len(hub.asked)
+    assert path_in(fetch(call, hub.server_port, tmp_path)) == folder and len(hub.asked) == asked
+    for path in folder.glob("*.*"):
+        if path.name not in {SHARDS[0], "model.safetensors.index.json", "config.json", "vocab.json"}:
+            path.unlink()
+    assert path_in(fetch(call, hub.server_port, tmp_path)) == folder and files_in(folder) == expected
+    (folder / SHARDS[1]).unlink(missing_ok=True)
+    (folder / "tokenizer_config.json").unlink()
+    offline = fetch(call, hub.server_port, tmp_path, HF_HUB_OFFLINE="1")
+    if "model" in call:
+        assert offline.returncode == 1 and "cannot fetch model owner/small" in offline.stderr
+    else:  # could be all that there is
+        assert path_in(offline) == folder and "may hold a part of it only" in offline.stdout
+
+
+@pytest.mark.parametrize(
+    ("names", "lack"),
+    [
+        (["config.json", "model.safetensors"], ""),
+        (["config.json", "x.safetensors"], ""),
+        (["config.json", "model.safetensors.index.json", *SHARDS], ""),
+        (
+            ["config.json", "model.safetensors.index.json", SHARDS[1]],
+            "does not have 2 of 3 shards, model-00001",
+        ),
+        (["config.json", *SHARDS], "does not have model.safetensors.index.json"),
+        (["model.safetensors"], r"does not have config.json \+ \*.safetensors"),
+        (["config.json", "model.safetensors.index.json"], r"does not have config.json \+ \*.safetensors"),
+    ],
+)
+def test_what_weights_lack(tmp_path, names, lack):
+    for name in names:
+        (tmp_path / name).write_bytes(INDEX)
+    found = lack_of(tmp_path, [["config.json", "*.safetensors"]])
+    assert re.match(lack, found) if lack else found == ""
+
+
+@pytest.mark.parametrize(
+    ("names", "loads"),
+    [("vocab.json", False), ("merges.txt", False), ("vocab.json merges.txt", True), ("a.model", True), ("", False)],
+)
+def test_what_a_tokenizer_lacks(tmp_path, names, loads):
+    for name in names.split():
+        (tmp_path / name).write_bytes(b"")
+    assert (lack_of(tmp_path, TOKENIZER_NEEDS) == "") == loads
 
 
 @pytest.mark.parametrize("call", ["fetch_tokenizer('owner/small')", "fetch_model('owner/small', True)"])

@@ -224,6 +224,26 @@ def test_what_is_no_identifier(identifier):
         texts_of(identifier)
 
 
+def test_what_a_cache_holds_is_said_and_a_hub_that_answers_knows_better(hub, tmp_path, monkeypatch, capsys):
+    """Of files without numbers, nothing in ModelScope's cache shows that others are missing."""
+    from common import hub_data
+
+    monkeypatch.setattr(hub_data, "modelscope_snapshot", lambda _: str(tmp_path))
+    (tmp_path / "part1.jsonl").write_bytes(jsonl(["one"]))
+    hub.files = {"part1.jsonl": jsonl(["one"]), "part2.jsonl": jsonl(["two"])}
+    assert texts_of() == ["one", "two"] and "note:" not in capsys.readouterr().out
+    hub.answer = lambda path, query: None  # it answers, and nothing of use
+    assert texts_of() == ["one"]
+    said = capsys.readouterr().out
+    assert "ModelScope's cache may hold a part of it only, 1 files: part1.jsonl\n" in said and f"  {hub.kind}" in said
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert texts_of() == ["one"] and "may hold a part of it only" in capsys.readouterr().out
+    assert texts_of("owner/name:part1.jsonl") == ["one"] and "note:" not in capsys.readouterr().out
+    (tmp_path / "part2.jsonl.incomplete").write_bytes(b"{")
+    with pytest.raises(InputError, match="ModelScope's cache: ValueError: part2.jsonl.incomplete was left unfinished"):
+        texts_of()
+
+
 def in_process(code: str, home, **environment) -> subprocess.CompletedProcess:
     """Run in a process of its own, for the libraries read at import where their caches are."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "RANK"))}
