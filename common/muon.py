@@ -3,14 +3,14 @@
 Muon replaces the (momentum of the) gradient of a matrix by the nearest matrix whose singular values are all about 1,
 so that every direction is learnt at the same pace. torch.optim.Muon does that one matrix after another, some 25 small
 kernels each; here matrices of the same shape go through the iteration together. Sharded matrices (FSDP2) are gathered
-for it; DeepSpeed's ZeRO flattens them beyond recognition, so there the optimizer is AdamW.
+for it, those of a shape at once; DeepSpeed's ZeRO flattens them beyond recognition, so there the optimizer is AdamW.
 
 Sources: https://kellerjordan.github.io/posts/muon/ (the method, its coefficients), https://arxiv.org/abs/2502.16982
 (the scale by which the two optimizers share learning rate and weight decay).
 """
 
 import torch
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from transformers import PreTrainedModel
 
 MOMENTUM = 0.95
@@ -69,19 +69,21 @@ class MuonWithAdamW(torch.optim.AdamW):
             rate = group["lr"] * UPDATE_SIZE * max(shape) ** 0.5  # the orthogonal matrix has 1 / max(shape) ** 0.5
             for first in range(0, len(parameters), at_once):
                 some = parameters[first : first + at_once]
-                updates = orthogonalized(torch.stack([whole(self._with_momentum(p)) for p in some]))
-                for parameter, update in zip(some, updates, strict=True):
-                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                    parameter.add_(placed_like(parameter, update), alpha=-rate)
+                updates = orthogonalized(gathered(self._with_momentum(some), some[0]))
+                weights = [local(parameter) for parameter in some]
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(weights, placed_like(some[0], updates).unbind(), alpha=-rate)
 
-    def _with_momentum(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        """Return the gradient after Nesterov's momentum."""
-        state = self.state[parameter]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(parameter)
-            state["step"] = torch.zeros(())  # AdamW looks for it in every loaded state
-        state["momentum_buffer"].lerp_(parameter.grad, 1 - MOMENTUM)
-        return parameter.grad.lerp(state["momentum_buffer"], MOMENTUM)
+    def _with_momentum(self, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+        """Return this process's gradients of ``parameters`` after Nesterov's momentum."""
+        for parameter in parameters:
+            if "momentum_buffer" not in self.state[parameter]:
+                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+                self.state[parameter]["step"] = torch.zeros(())  # AdamW looks for it in every loaded state
+        momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        gradients = [local(parameter.grad) for parameter in parameters]
+        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
+        return list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
@@ -106,10 +108,38 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def placed_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """Shard ``tensor``, which every process has whole, as ``parameter`` is, if it is."""
-    tensor = tensor.to(parameter.dtype)
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return what this process has of a tensor that may be sharded: the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gathered(shards: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
+    """Stack matrices (n, rows, columns), whole, of which every process has ``shards``, cut as ``parameter`` is.
+
+    All of them in one exchange: with one for each matrix, the CPU could not keep up with the GPUs.
+    """
+    stack = torch.stack(shards)
     if not isinstance(parameter, DTensor):
-        return tensor
+        return stack
+    rows, columns = parameter.shape
+    shape, stride = torch.Size([len(shards), rows, columns]), (rows * columns, columns, 1)
+    places = _of_stack(parameter)
+    return DTensor.from_local(stack, parameter.device_mesh, places, shape=shape, stride=stride).full_tensor()
+
+
+def placed_like(parameter: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
+    """Return this process's part of a ``stack`` of matrices, which all have whole, cut as ``parameter`` is."""
+    stack = stack.to(parameter.dtype)
+    if not isinstance(parameter, DTensor):
+        return stack
     everywhere = [Replicate()] * parameter.device_mesh.ndim
-    return DTensor.from_local(tensor, parameter.device_mesh, everywhere).redistribute(placements=parameter.placements)
+    return (
+        DTensor.from_local(stack, parameter.device_mesh, everywhere)
+        .redistribute(placements=_of_stack(parameter))
+        .to_local()
+    )
+
+
+def _of_stack(parameter: DTensor) -> list[Placement]:
+    """Return the placements of ``parameter`` for a stack of such: its dimensions come one later."""
+    return [Shard(place.dim + 1) if place.is_shard() else place for place in parameter.placements]

@@ -11,7 +11,7 @@ from two_processes import in_two_processes
 from common.muon import MuonWithAdamW, orthogonalized
 
 QWEN2 = dict(
-    model_type="qwen2", hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+    model_type="qwen2", hidden_size=32, intermediate_size=65, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, vocab_size=100, tie_word_embeddings=True,
 )  # fmt: skip
 SETTINGS = dict(lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
