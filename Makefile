@@ -33,11 +33,12 @@ demo: .venv/ready
 
 test: .venv/ready-to-test
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m 'not heavy'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not heavy' -n 2 --dist loadfile
 
 test-all: .venv/ready-to-test-all
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not heavy' -n 2 --dist loadfile
+	$(BIN)/python -m pytest -m heavy
 
 style: .venv/ready-to-test
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -14,7 +14,6 @@ document, and took 7.1 kB and 116 microseconds a document where this one takes 2
 """
 
 import json
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +23,7 @@ from pathlib import Path
 
 import numpy as np
 
+from common.cores import usable_cores
 from common.messages import InputError
 from common.shingles import shingle_hashes
 
@@ -91,7 +91,7 @@ def bands_and_rows(threshold: float) -> tuple[int, int]:
 
 def _without_near_duplicates(documents, threshold, report, counts, signatures_of, index) -> Iterator[str]:
     groups = _groups(documents)
-    workers = os.cpu_count() or 1
+    workers = usable_cores()
     report.parent.mkdir(parents=True, exist_ok=True)
     with report.open("w", encoding="utf-8", buffering=1) as lines, ThreadPoolExecutor(workers) as pool:
         while wave := list(islice(groups, 2 * workers)):

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.context_parallel import check_parallelism, row_readers
+from common.cores import take_cores
 from common.launch import check_launch, choose_optimizer, set_batch
 from common.memory import GIB, Setting, predict
 from common.messages import InputError, say
@@ -89,7 +90,8 @@ def preflight(
     if training.deepspeed_plugin is not None:
         check_deepspeed(training)
     say(f"processes: {processes(training)}")
-    say(f"strategy: {strategy}{', offloading to main memory' if offloads(training) else ''}; trained: {method}")
+    moved = f", offloading to main memory, with {take_cores()} threads there" if offloads(training) else ""
+    say(f"strategy: {strategy}{moved}; trained: {method}")
     say(f"precision: {precision(training)}")
     owner = recompute_owner() or ("--gradient_checkpointing" if training.gradient_checkpointing else None)
     say(f"compile: {compiled} (the YAML's dynamo_config); recompute: {f'yes ({owner})' if owner else 'no'}")

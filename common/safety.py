@@ -50,9 +50,15 @@ class Safety(TrainerCallback):
         self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device
         self.failed_saves, self.unwritten = 0, set()  # names of files that a full disk had no room for
 
+    def _wishes(self) -> torch.Tensor:
+        """Return what this process was asked to do, on its device; the copy waits for nothing there."""
+        device = self.trainer.args.device
+        wishes = torch.tensor(self.interruption.wishes(), pin_memory=device.type == "cuda")
+        return wishes.to(device, non_blocking=True)
+
     def check_evaluation(self) -> None:
         """Raise EvaluationStopped, on all processes, if one of them was asked to end."""
-        wishes = torch.tensor(self.interruption.wishes(), device=self.trainer.args.device)
+        wishes = self._wishes()
         if self.trainer.args.world_size > 1:
             torch.distributed.all_reduce(wishes)
         self.interruption.agree(wishes.tolist())
@@ -69,8 +75,7 @@ class Safety(TrainerCallback):
         # DeepSpeed without clipping has no norm.
         norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=device)
         loss = torch.stack(self.micro_losses).sum().float()
-        wishes = torch.tensor(self.interruption.wishes(), device=device)
-        numbers = torch.cat([torch.stack([loss, whole(norm)]) / world, wishes])
+        numbers = torch.cat([torch.stack([loss, whole(norm)]) / world, self._wishes()])
         if world > 1:
             torch.distributed.all_reduce(numbers)
         loss, norm, *wishes = numbers.tolist()

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import SharedArguments
+from common.cores import usable_cores
 from common.corpus import CorpusCounts, read_documents
 from common.encoding import Encoder, encoder_of
 from common.messages import InputError, say
@@ -97,7 +98,7 @@ def write_token_store(
     Args:
         counts: kept by whoever reads ``documents``; goes into the sidecar, with ``origin`` (JSON types).
         size_bytes: of the files that are read, for the time left; 0 if it is not known.
-        workers: threads that tokenize; one for each core if None.
+        workers: threads that tokenize; one for each usable core if None.
 
     Raises:
         InputError: the disk is full; what was half-written is removed.
@@ -113,7 +114,7 @@ def write_token_store(
         encoded = _in_order(
             lambda texts: _encode(texts, encoder, tokenizer.eos_token_id, dtype),
             _batches(documents),
-            workers or os.cpu_count() or 1,
+            workers or usable_cores(),
         )
         partial = f"{prefix}.partial"
         try:
