@@ -11,6 +11,7 @@
 
 import argparse
 import json
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -22,6 +23,7 @@ from common.near_duplicates import NearDuplicateCounts, without_near_duplicates
 from common.sources import Source, resolve_sources
 from common.splits import content_hash, held_out_below
 from common.token_merge import merge_token_stores
+from common.token_pair import LEGACY_PAIR, PAIR
 from common.token_store import TokenStore
 from common.token_writer import FILES, origin_of, write_token_store
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -147,17 +149,29 @@ def at_least_one(text: str) -> int:
     return int(text)
 
 
+def store_prefix(text: str) -> str:
+    """Return the prefix of the token store that ``text`` names, itself or by one of its files, for argparse."""
+    suffix = next((suffix for suffix in (*PAIR, *LEGACY_PAIR) if text.endswith(suffix)), "")
+    prefix = text.removesuffix(suffix)
+    if os.path.basename(prefix) in ("", ".", ".."):
+        raise argparse.ArgumentTypeError(
+            f"{text}: names a folder; give the beginning of the files' names too, such as "
+            f"{os.path.join(os.path.dirname(prefix), 'corpus')}"
+        )
+    return prefix
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    def command(name: str, run: Callable, output: str | None) -> argparse.ArgumentParser:
+    def command(name: str, run: Callable, output: str | None, kind: Callable = str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=run.__doc__, description=run.__doc__, allow_abbrev=False)
         sub.set_defaults(run=run)
         if output is not None:
-            sub.add_argument("--output", required=True, help=output)
+            sub.add_argument("--output", required=True, type=kind, help=output)
         return sub
 
     def add_source_flags(sub: argparse.ArgumentParser) -> None:
@@ -165,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
         sub.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
         sub.add_argument("--skip_malformed", action="store_true", help="Count malformed documents and go on.")
 
-    sub = command("tokenize", tokenize, "Prefix of the .bin and .idx.")
+    sub = command("tokenize", tokenize, "Prefix of the .bin and .idx.", store_prefix)
     add_source_flags(sub)
     sub.add_argument("--tokenizer", required=True, help="A folder, or a ModelScope or Hugging Face id.")
     sub.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
@@ -179,7 +193,7 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("--documents", type=int, default=3, help="How many documents to show (3).")
     sub.add_argument("--tokens", type=int, default=60, help="Of each, how many tokens (60).")
 
-    sub = command("merge", merge, "Prefix of the result.")
+    sub = command("merge", merge, "Prefix of the result.", store_prefix)
     sub.add_argument("--input", nargs="+", required=True, help="Token stores, in the order of the result.")
     sub.add_argument("--legacy", action="store_true", help="Write the older _ids.npy and _idx.npz.")
 

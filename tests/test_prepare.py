@@ -63,6 +63,28 @@ def test_run_again_it_finds_its_result_and_refuses_anothers(tokenizer, tmp_path,
     assert (tmp_path / "b.bin").read_bytes() == (tmp_path / "a.bin").read_bytes()
 
 
+def test_an_output_is_the_same_by_its_prefix_and_by_its_files(tokenizer, tmp_path, capsys):
+    zh, en = str(SAMPLE), str(ROOT / "data" / "sample_en.jsonl")
+    flags = ["tokenize", "--tokenizer", tokenizer, "--output", str(tmp_path / "a.bin"), "--input"]
+    prepare.main([*flags, zh])
+    assert last_line(capsys)["documents"] == TokenStore(tmp_path / "a").documents
+    flags[4] = str(tmp_path / "a.idx")
+    with pytest.raises(InputError, match=r"a\.bin: is there already, made otherwise \(sources"):
+        prepare.main([*flags, en])
+    prepare.main(["merge", "--input", str(tmp_path / "a"), "--output", str(tmp_path / "m.bin")])
+    assert {path.name for path in tmp_path.glob("m*")} == {"m.bin", "m.idx", "m.json", "m.hashes.npy"}
+
+
+@pytest.mark.parametrize("folder", ["a/", "./", "..", "a/.", "a/.bin"])
+def test_an_output_that_names_a_folder_is_refused(tmp_path, monkeypatch, capsys, folder):
+    monkeypatch.chdir(tmp_path)
+    for command in (["tokenize", "--tokenizer", "t"], ["merge"]):
+        with pytest.raises(SystemExit):
+            prepare.main([*command, "--input", str(SAMPLE), "--output", folder])
+        assert f"--output: {folder}: names a folder" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_copies_are_removed_and_counted_unless_they_are_kept(tokenizer, tmp_path, capsys):
     data = tmp_path / "c.jsonl"
     texts = ["one text", "another text", "one text"]
