@@ -28,6 +28,15 @@ def load_hashes(path: Path, documents: int) -> np.ndarray:
     return hashes
 
 
+def kind_of_hashes(pair: TokenPair) -> str | None:
+    """Return what the hashes beside ``pair`` are of, "text" or "tokens"; None if there are none, or it is not known."""
+    if not Path(pair.prefix + ".hashes.npy").exists():
+        return None
+    # Sidecars from before it was written down: of text, unless a merge took in pairs of other writers, whose text and
+    # therefore its size is not known.
+    return pair.sidecar.get("hashes", "text" if "text_bytes" in pair.sidecar else None)
+
+
 def hash_documents(tokens: JoinedTokens, starts: np.ndarray) -> np.ndarray:
     """Return ``content_hash`` of each document [starts[i], starts[i + 1]), uint64.
 

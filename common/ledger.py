@@ -9,7 +9,7 @@ from common.arguments import SharedArguments
 from common.messages import InputError
 from common.packing import JoinedRows, PackedRows
 from common.splits import Split, split_by_hash, split_in_order
-from common.token_store import TokenStore
+from common.token_store import TokenStore, make_hashes_comparable
 
 
 @dataclass
@@ -140,6 +140,7 @@ def split_rows(
 
 def _splits(stores: list[TokenStore], arguments: SharedArguments) -> list[Split]:
     """Return the split of each store. Hashes are looked at together: a copy in another source is a copy too."""
+    make_hashes_comparable(stores)
     hashes = np.concatenate([store.document_hashes() for store in stores])
     documents = [store.documents for store in stores]
     if arguments.split is None:

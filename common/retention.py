@@ -15,7 +15,7 @@ from common.messages import InputError, say
 from common.packing import JoinedRows, PackedRows
 from common.pretrained import check_start
 from common.splits import Split, repeated
-from common.token_store import TokenStore
+from common.token_store import TokenStore, make_hashes_comparable
 from common.trainer import PretrainingTrainer
 
 SETS = {"eval": "held out", "retain": "retained"}  # prefix of the metrics, name in the table
@@ -36,11 +36,7 @@ def retained_rows(
     Raises:
         InputError: less than one row is left.
     """
-    if len({hashes_text(store) for store in (*stores.values(), *training.values())}) > 1:
-        say(
-            "note: documents of --retain that are also trained on may not be recognized: some sources were tokenized "
-            "here and are known by their text, others are token files and known by their tokens"
-        )
+    make_hashes_comparable([*stores.values(), *training.values()])
     chosen = [rows.chosen for rows in train_rows.sources]
     trained_on = [store.document_hashes()[mask] for store, mask in zip(training.values(), chosen, strict=True)]
     hashes = np.concatenate([store.document_hashes() for store in stores.values()])
@@ -64,11 +60,6 @@ def retained_rows(
         )
     counted = {name: asdict(ledger) for name, ledger in ledgers.items()}
     return joined, {"retain_documents_trained_on": int(in_training.sum()), "retain_sources": counted}
-
-
-def hashes_text(store: TokenStore) -> bool:
-    """Whether the document hashes of ``store`` are of text, as of all that was tokenized here, and not of tokens."""
-    return all(pair.sidecar for pair in store.pairs)
 
 
 class MeasureBefore(TrainerCallback):

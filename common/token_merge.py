@@ -17,7 +17,7 @@ from common.messages import InputError, is_main_process
 from common.stored_array import CHUNK_TOKENS
 from common.token_index import write_index
 from common.token_pair import LEGACY_PAIR, PAIR, TokenPair
-from common.token_store import TokenStore, joined_sidecar
+from common.token_store import TokenStore, joined_sidecar, make_hashes_comparable
 
 NARROWEST_FIRST = [np.dtype(name) for name in "uint8 int8 uint16 int16 int32 uint32 int64 uint64".split()]
 
@@ -38,10 +38,12 @@ def merge_token_stores(inputs: list[TokenStore], output_prefix: str | Path, lega
     suffixes = LEGACY_PAIR if legacy else PAIR
     pairs = [pair for store in inputs for pair in store.pairs]
     dtype = _checked_dtype(inputs, pairs, str(output_prefix))
+    make_hashes_comparable(inputs)
     sidecar = {
         "documents": sum(pair.documents for pair in pairs),
         "tokens": sum(len(pair.tokens) for pair in pairs),
         **joined_sidecar(pairs),
+        "hashes": inputs[0].hashes_of,
         "inputs": [{"prefix": pair.prefix, "documents": pair.documents, **pair.sidecar} for pair in pairs],
     }
     sizes = np.concatenate([pair.sizes[:] for pair in pairs])  # (sequences,)

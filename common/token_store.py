@@ -8,14 +8,15 @@ which documents are held out and duplicates found. A folder of pairs is read as 
 
 import errno
 import hashlib
+from collections.abc import Iterable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
-from common.document_hashes import files_key, hash_documents, keep, load_hashes
-from common.messages import InputError, is_main_process
+from common.document_hashes import files_key, hash_documents, keep, kind_of_hashes, load_hashes
+from common.messages import InputError, is_main_process, say
 from common.splits import repeated
 from common.stored_array import CHUNK_TOKENS, JoinedTokens
 from common.token_pair import TokenPair, find_pairs, open_pair
@@ -29,6 +30,7 @@ class TokenStore:
         document_starts: where each document starts in ``tokens``, and the end: shape (documents + 1,), int64.
         sidecar: what is known of the tokens' origin, counts summed over the pairs; empty for another writer's pairs.
         pairs: what the store is made of.
+        hashes_of: what the document hashes are of: "text", or "tokens" where those of the text are not at hand.
     """
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None):
@@ -48,6 +50,7 @@ class TokenStore:
         self.tokens = joined_tokens(self.pairs)
         self.document_starts = joined_starts(list(starts))
         self.sidecar = self.pairs[0].sidecar if len(pairs) == 1 else joined_sidecar(self.pairs)
+        self.hashes_of = "text" if all(kind_of_hashes(pair) == "text" for pair in pairs) else "tokens"
         self._hashes: np.ndarray | None = None
 
     @property
@@ -55,13 +58,12 @@ class TokenStore:
         return len(self.document_starts) - 1
 
     def document_hashes(self) -> np.ndarray:
-        """Return a uniform 64-bit hash of each document: of its text, or of its tokens for another writer's pair."""
+        """Return a uniform 64-bit hash of each document, of what ``hashes_of`` says."""
         if self._hashes is None:
             parts, first = [], 0
             for pair in self.pairs:
-                stored = Path(pair.prefix + ".hashes.npy")
-                if pair.sidecar and stored.exists():
-                    parts.append(load_hashes(stored, pair.documents))
+                if kind_of_hashes(pair) == self.hashes_of:
+                    parts.append(load_hashes(Path(pair.prefix + ".hashes.npy"), pair.documents))
                 else:
                     parts.append(self._hashes_of_tokens(pair, first))
                 first += pair.documents
@@ -77,6 +79,11 @@ class TokenStore:
         if kept is not None:
             keep(kept, hashes)
         return hashes
+
+    def hash_tokens(self) -> None:
+        """Know the documents by their tokens from now on, whatever is at hand."""
+        if self.hashes_of == "text":
+            self.hashes_of, self._hashes = "tokens", None
 
     def duplicates(self) -> np.ndarray:
         """Return which documents have the hash of an earlier one: their indexes, ascending, int64."""
@@ -122,6 +129,15 @@ class TokenStore:
                 f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the tokenizer at hand has ids "
                 f"0 to {vocabulary_size - 1:,}: it was probably made with another. Give that one by --tokenizer."
             )
+
+
+def make_hashes_comparable(stores: Iterable[TokenStore]) -> None:
+    """Know the documents of all ``stores`` by their tokens if those of one are: a hash of text is equal to none."""
+    kinds = {store.hashes_of for store in stores}
+    if len(kinds) > 1:
+        say("note: the text of some sources is not at hand: the documents of all are compared by their tokens")
+        for store in stores:
+            store.hash_tokens()
 
 
 def joined_tokens(pairs: list[TokenPair]) -> JoinedTokens:

@@ -55,11 +55,12 @@ def token_store_of(source: Source, tokenizer: PreTrainedTokenizerBase, arguments
     for found in cache.glob(f"*-{key}/tokens.json"):  # whatever the source was called then
         prefix = found.with_suffix("")
         say(f"tokenized before: {prefix}.bin")
-        return TokenStore(prefix)
+        return TokenStore(prefix, cache)
     prefix = cache / f"{source.name}-{key}" / "tokens"
     counts = CorpusCounts()
     documents = read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
-    return write_token_store(documents, counts, tokenizer, prefix, origin, source.size_bytes)
+    write_token_store(documents, counts, tokenizer, prefix, origin, source.size_bytes)
+    return TokenStore(prefix, cache)
 
 
 def origin_of(
@@ -226,5 +227,5 @@ def _complete(partial: str, dtype: np.dtype, described: dict) -> None:
     np.save(f"{partial}.hashes.npy", hashes)
     # "tokens" are all of the .bin's: "end_tokens" are among them.
     counts = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), "end_tokens": len(sizes)}
-    sidecar = json.dumps(counts | described | counts, indent=1, ensure_ascii=False)
+    sidecar = json.dumps(counts | described | counts | {"hashes": "text"}, indent=1, ensure_ascii=False)
     Path(f"{partial}.json").write_text(sidecar + "\n", encoding="utf-8")

@@ -5,12 +5,19 @@ import pytest
 from conftest import store_of_tokens
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from test_token_store import write_pair
+from test_token_writer import SMALL, spelled
 
 from common.arguments import SharedArguments
 from common.ledger import Ledger, split_rows
 from common.messages import InputError
 from common.packing import PackedRows
+from common.retention import retained_rows
+from common.sources import resolve_sources
 from common.splits import Split
+from common.token_merge import merge_token_stores
+from common.token_store import TokenStore
+from common.token_writer import token_store_of
 
 documents_of_tokens = st.lists(st.lists(st.integers(1, 5), max_size=9), min_size=2, max_size=12)
 
@@ -95,6 +102,51 @@ def test_a_copy_in_another_source_is_a_duplicate(tmp_path):
     arguments = SharedArguments(split="1,1", context_length=2)
     _, _, _, ledgers = split_rows(stores, arguments)
     assert [ledger.documents_duplicate for ledger in ledgers.values()] == [0, 1]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
+    """Known by its text here, and there by its tokens alone; in two sources, or in one that was merged of them."""
+    documents = [[number, number + 1] for number in range(1, 81)]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in spelled(documents)))
+    write_pair(tmp_path / "b", [[*document, 0] for document in reversed(documents)], np.int32)
+    arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), held_out_fraction=0.5, context_length=2)
+    sources = resolve_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.bin")])
+    stores = {source.name: token_store_of(source, SMALL, arguments) for source in sources}
+    by_text = stores["a"].fingerprint()
+    if merged:
+        merge_token_stores(list(stores.values()), tmp_path / "merged")
+        stores = {"merged": TokenStore(tmp_path / "merged")}
+        assert stores["merged"].sidecar["hashes"] == "tokens"
+    train, held_out, _, ledgers = split_rows(stores, arguments)
+    assert sum(ledgers.values(), Ledger()).documents_duplicate == 80
+    sides = []
+    for rows in (train, held_out):
+        chosen = [
+            store.tokens[store.document_starts[i] : store.document_starts[i + 1]].tolist()
+            for store, part in zip(stores.values(), rows.sources, strict=True)
+            for i in np.flatnonzero(part.chosen)
+        ]
+        sides.append({str(tokens) for tokens in chosen})
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 80
+    if not merged:
+        assert stores["a"].fingerprint() != by_text  # a run that was split by text is another one
+        kept = token_store_of(sources[0], SMALL, arguments)  # as the next launch finds it
+        assert kept.fingerprint() == by_text
+        kept.hash_tokens()
+        assert kept.fingerprint() == stores["a"].fingerprint()
+        assert len(list((tmp_path / "cache" / "document_hashes").iterdir())) == 2
+
+
+def test_what_is_trained_on_is_known_in_a_retained_token_file(tmp_path):
+    documents = [[number, number + 1, 0] for number in range(1, 81)]
+    hashes = np.arange(80, dtype=np.uint64) * np.uint64(2**57)
+    ours = TokenStore(write_pair(tmp_path / "a", documents, sidecar={"hashes": "text"}, hashes=hashes))
+    foreign = TokenStore(write_pair(tmp_path / "b", documents))
+    arguments = SharedArguments(held_out_fraction=0.5, context_length=2)
+    train, _, _, ledgers = split_rows({"a": ours}, arguments)
+    _, counts = retained_rows({"b": foreign}, {"a": ours}, train, arguments)
+    assert counts["retain_documents_trained_on"] == ledgers["a"].documents_train == 16
 
 
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):

@@ -93,7 +93,9 @@ def test_the_merge_is_megatrons_byte_for_byte(tmp_path):
 
 def test_of_one_store_a_merge_is_a_conversion_and_back(tmp_path):
     hashes = np.array([7, 8], np.uint64)
-    first = TokenStore(write_pair(tmp_path / "a", [[1, 2], [3]], sidecar={"empty": 3, **MADE}, hashes=hashes))
+    first = TokenStore(
+        write_pair(tmp_path / "a", [[1, 2], [3]], sidecar={"empty": 3, "hashes": "text", **MADE}, hashes=hashes)
+    )
     legacy = merge_token_stores([first], tmp_path / "b", legacy=True)
     ids = np.load(tmp_path / "b_ids.npy", allow_pickle=False)
     assert ids.tolist() == [1, 2, 3] and ids.dtype == np.uint16
@@ -113,7 +115,7 @@ def test_the_sidecar_sums_counts_and_lists_the_inputs(tmp_path):
     foreign = TokenStore(write_pair(tmp_path / "b", [[4, 5]]))
     known = merge_token_stores([TokenStore(tmp_path / "a")], tmp_path / "known")
     assert {key: value for key, value in known.sidecar.items() if key != "inputs"} == {
-        "documents": 3, "tokens": 3, "empty": 3, "text_bytes": 30, **MADE
+        "documents": 3, "tokens": 3, "empty": 3, "text_bytes": 30, "hashes": "tokens", **MADE
     }  # fmt: skip
     assert [entry["documents"] for entry in known.sidecar["inputs"]] == [1, 2]
     half_known = merge_token_stores([known, foreign], tmp_path / "half")

@@ -231,7 +231,7 @@ def test_a_damaged_sidecar_is_refused(tmp_path, content, reason):
 
 @pytest.mark.parametrize("hashes", [np.zeros(3, np.uint64), np.zeros(2, np.int64), np.zeros((2, 1), np.uint64)])
 def test_damaged_hashes_are_refused(tmp_path, hashes):
-    store = TokenStore(write_pair(tmp_path / "pair", [[1], [2]], sidecar={"documents": 2}, hashes=hashes))
+    store = TokenStore(write_pair(tmp_path / "pair", [[1], [2]], sidecar={"hashes": "text"}, hashes=hashes))
     with pytest.raises(InputError, match=r"pair\.hashes\.npy"):
         store.document_hashes()
     (tmp_path / "pair.hashes.npy").write_bytes(b"")
@@ -240,8 +240,12 @@ def test_damaged_hashes_are_refused(tmp_path, hashes):
 
 
 def test_hashes_are_those_of_the_text_or_of_the_tokens(tmp_path):
-    ours = write_pair(tmp_path / "a", [[1], [2]], sidecar={"documents": 2}, hashes=np.array([9, 8], np.uint64))
+    ours = write_pair(tmp_path / "a", [[1], [2]], sidecar={"hashes": "text"}, hashes=np.array([9, 8], np.uint64))
     assert TokenStore(ours).document_hashes().tolist() == [9, 8]
+    for sidecar, hashes in (({"text_bytes": 2}, [9, 8]), ({"hashes": "tokens"}, [9, 8]), ({"documents": 2}, None)):
+        (tmp_path / "a.json").write_text(json.dumps(sidecar))  # the last: of a merge, before it said what they are of
+        expected = hashes or [content_hash(np.array([token], "<i4").tobytes()) for token in (1, 2)]
+        assert TokenStore(ours).document_hashes().tolist() == expected
     documents = [[1, 2], [], [3], [1, 2], [70_000]]
     expected = [content_hash(np.array(document, "<i4").tobytes()) for document in documents]
     for dtype in (np.int32, np.uint32, np.int64, np.float64):
