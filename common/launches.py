@@ -28,6 +28,7 @@ LAUNCHES_FILE = "launches.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "tokenizers")
 LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")  # what the YAML leaves in the environment
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
+NO_SECRET = "end_token"  # of a document
 ALWAYS_DIFFERENT = {"time", "commit", "python", "command"}
 
 
@@ -76,7 +77,10 @@ def _last(path: Path) -> dict:
 
 
 def command_line() -> str:
-    """Return the command of this process, or of the launcher that started it; the YAML is named nowhere else."""
+    """Return the command of this process, or of the launcher that started it; the YAML is named nowhere else.
+
+    Without secrets: reports and model cards show it, and are published.
+    """
     own = [Path(sys.argv[0]).name, *sys.argv[1:]] if len(sys.argv) > 1 else sys.argv
     try:
         started_by = psutil.Process().parent().cmdline()
@@ -84,8 +88,31 @@ def command_line() -> str:
         started_by = []
     names = [Path(word).name for word in started_by]
     if "launch" in names and any(name.startswith("accelerate") for name in names[: names.index("launch")]):
-        return shlex.join(["accelerate", *started_by[names.index("launch") :]])
-    return shlex.join(["python", *sys.argv]) if sys.argv[0].endswith(".py") else shlex.join(own)
+        words = ["accelerate", *started_by[names.index("launch") :]]
+    else:
+        words = ["python", *sys.argv] if sys.argv[0].endswith(".py") else own
+    return shlex.join(without_secrets(words))
+
+
+def without_secrets(words: list[str]) -> list[str]:
+    """Return the words of a command with HIDDEN for the value of every flag that has a word of SECRET in its name."""
+    shown, hide = [], False
+    for word in words:
+        flag, equals, _ = word.partition("=")
+        secret = names_secret(flag)
+        if secret and equals:
+            word = f"{flag}=HIDDEN"
+        elif hide and not word.startswith("--"):
+            word = "HIDDEN"
+        shown.append(word)
+        hide = secret and not equals
+    return shown
+
+
+def names_secret(flag: str) -> bool:
+    """Whether the value of ``flag`` is one: of --hub_token, not of --tokenizer, nor of --tokens_per_step."""
+    name = flag.lstrip("-").replace("-", "_")
+    return flag.startswith("-") and name != NO_SECRET and any(word in SECRET for word in name.upper().split("_"))
 
 
 def device_name(device: torch.device) -> str:

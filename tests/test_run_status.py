@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 from threading import Timer
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
 
 from common import run_status
-from common.launches import describe_launch, record_launch
+from common.launches import command_line, describe_launch, record_launch
 from common.messages import InputError
 from common.run_folder import claim_output_folder
 from common.run_status import append_lines, lock_folder, read_status, write_json, write_status
@@ -152,3 +153,17 @@ def test_no_secret_reaches_the_record(wiki, monkeypatch, tmp_path):
     found = json.loads(launch)
     assert found["launcher"]["ACCELERATE_MIXED_PRECISION"] == "no" and found["versions"]["torch"]
     assert found["arguments"]["training"]["learning_rate"] == training.learning_rate
+
+
+@pytest.mark.parametrize("launcher", [None, "/x/bin/python /x/bin/accelerate launch --aws_secret_access_key hunter2"])
+def test_no_secret_is_in_the_command(monkeypatch, launcher):
+    flags = "--hub_token hunter2 --hub-token=hunter2 --my_password hunter2 --api_key --end_token <end> --tokenizer t"
+    parent = launcher.split() + ["x.py", *flags.split()] if launcher else ["bash"]
+    monkeypatch.setattr("common.launches.psutil.Process.parent", lambda self: SimpleNamespace(cmdline=lambda: parent))
+    monkeypatch.setattr("sys.argv", ["x.py", *flags.split()])
+    command = command_line()
+    started = "accelerate launch --aws_secret_access_key HIDDEN" if launcher else "python"
+    assert command == (
+        f"{started} x.py --hub_token HIDDEN --hub-token=HIDDEN --my_password HIDDEN --api_key --end_token '<end>' "
+        "--tokenizer t"
+    )
