@@ -68,7 +68,8 @@ def record_launch(folder: str | Path, launch: dict) -> None:
 
 def _last(path: Path) -> dict:
     """Return the last whole line; a run that is killed may leave half of one behind."""
-    for line in reversed(path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []):
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in reversed(text.split("\n")):  # not splitlines: JSON holds other line breaks as they are
         try:
             return dict(json.loads(line))
         except (ValueError, TypeError):

@@ -71,7 +71,8 @@ def _json(path: Path) -> dict:
 def read_lines(path: Path) -> list[dict]:
     """Return the whole lines of a .jsonl file; a kill may have cut one off."""
     found = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.split("\n"):  # not splitlines: JSON holds U+0085, U+2028 and U+2029 as they are
         try:
             found.append(dict(json.loads(line)))
         except (ValueError, TypeError):

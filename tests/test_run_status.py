@@ -16,6 +16,7 @@ from common import run_status
 from common.launches import command_line, describe_launch, record_launch
 from common.messages import InputError
 from common.run_folder import claim_output_folder
+from common.run_record import read_lines
 from common.run_status import append_lines, lock_folder, read_status, write_json, write_status
 
 OWNER = (
@@ -125,6 +126,15 @@ def test_lines_are_added_wholly_or_not_at_all(tmp_path):
     path.write_bytes(before + b'{"half')
     append_lines(path, [{"e": 2}])
     assert path.read_bytes() == before + b'{"half\n{"e": 2}\n'
+
+
+def test_lines_are_read_back_whatever_line_breaks_their_texts_have(tmp_path, capsys):
+    entries = [{"text": text} for text in ("a\u2028b", "a\u2029b", "a\x85b", "a\r\nb\rc\x0b\x0c\x1c\x1d\x1e")]
+    append_lines(tmp_path / "samples.jsonl", entries)
+    assert read_lines(tmp_path / "samples.jsonl") == entries
+    record_launch(tmp_path, {"command": "x.py --prompts 'a\u2028b'", "processes": 1})
+    record_launch(tmp_path, {"command": "x.py", "processes": 2})
+    assert capsys.readouterr().out == "note: processes was 1 at the last launch, and is 2 now\n"
 
 
 def test_every_launch_is_recorded_and_what_changed_is_said(tmp_path, capsys):
