@@ -6,7 +6,7 @@ import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 
 from common.files import CountedFile, format_of, not_utf8
 from common.messages import InputError, say
@@ -14,6 +14,7 @@ from common.readers import TEXT_FIELDS, Records, file_records
 from common.sources import Source
 
 PLACES_SHOWN = 10  # of malformed documents, and of files without any
+RECORDS_JUDGED = 1_000  # by which the text field is chosen, where the first leaves it open
 # White space, control and format characters: what a document without text is made of.
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
@@ -26,7 +27,7 @@ class CorpusCounts:
 
     Attributes:
         documents: those handed out; ``text_bytes`` is their UTF-8 size.
-        empty: those of white space, control and format characters only.
+        empty: those of white space, control and format characters only, or of null.
         malformed: those that cannot be read; ``first_malformed`` says of a few where they are, and what is wrong.
         near_duplicates: those that ``data/prepare.py --near_duplicates`` left out of the ones handed out.
         file_bytes: read of local files so far, as they are on disk; beside ``Source.size_bytes``, for showing progress.
@@ -50,7 +51,7 @@ def read_documents(source: Source, text_field: str | None, skip_malformed: bool,
     Args:
         text_field: a field's name ("meta.text" is the field "text" of the field "meta"); or a template of several such
             as "{title}\\n\\n{text}", where a backslash and an n, as a shell hands it over, are a line break; or None:
-            the one field of the first record whose name is in TEXT_FIELDS. A .txt file has no fields: all is text.
+            the one field whose name is in TEXT_FIELDS and that holds text. A .txt file has no fields: all is text.
 
     Raises:
         InputError: a malformed document (named by file and line), a missing field (naming the fields there are), what
@@ -154,6 +155,8 @@ def text_of(record: object, names: list[str], pattern: str) -> str:
 def _value(record: dict, name: str) -> str:
     value: object = record
     for part in [name] if name in record else name.split("."):
+        if value is None:
+            break
         if not isinstance(value, dict) or part not in value:
             raise ValueError(f"no field {name!r}; the fields are {_field_names(record)} (choose with --text_field)")
         value = value[part]
@@ -162,25 +165,36 @@ def _value(record: dict, name: str) -> str:
             value = value.decode()
         except UnicodeDecodeError as error:
             raise not_utf8(error) from None
-    if not isinstance(value, str):
+    if not isinstance(value, str | None):
         raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
-    return value
+    return value or ""
 
 
 def _detect_text_field(source: Source, records: Records) -> str:
-    """Return the field of a document's text, judged by the first record; say which it is."""
-    where, record = next(((where, record) for where, record in records if isinstance(record, dict)), (None, None))
-    if record is None:
+    """Return the field of a document's text, judged by the first records; say which it is.
+
+    That is the first record alone where it has one usual field, which holds text. Otherwise another field may be null
+    there and the text behind it.
+    """
+    first, usual, holding = None, {}, {}  # dicts for sets in order
+    objects = ((where, record) for where, record in records if isinstance(record, dict))
+    for where, record in islice(objects, RECORDS_JUDGED):
+        first = first or (where, record)
+        found = {name: None for name in record if name.lower() in TEXT_FIELDS}
+        usual |= found
+        holding |= {name: None for name in found if isinstance(record[name], str | bytes)}
+        if len(usual) == len(holding) == 1:
+            break
+    if first is None:
         return TEXT_FIELDS[0]  # for reading on: why there is no record is said there
-    usual = [name for name in record if name.lower() in TEXT_FIELDS]
-    usual = [name for name in usual if isinstance(record[name], str)] if len(usual) > 1 else usual
-    if len(usual) != 1:
-        reason = f"may be in any of {usual}" if usual else f"is in none of the usual fields ({', '.join(TEXT_FIELDS)})"
+    names = list(holding or usual)
+    if len(names) != 1:
+        reason = f"may be in any of {names}" if names else f"is in none of the usual fields ({', '.join(TEXT_FIELDS)})"
         raise InputError(
-            f"{where}: the text {reason}. Choose with --text_field; the fields are {_field_names(record)}."
+            f"{first[0]}: the text {reason}. Choose with --text_field; the fields are {_field_names(first[1])}."
         )
-    say(f"{source.given}: the text is in field {usual[0]!r}")
-    return usual[0]
+    say(f"{source.given}: the text is in field {names[0]!r}")
+    return names[0]
 
 
 def _field_names(record: dict) -> list[str]:

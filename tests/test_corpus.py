@@ -102,6 +102,10 @@ def test_the_usual_names_are_found(read, capsys, record, field):
         ([{"text": "1", "body": "2"}], r"may be in any of \['text', 'body'\]\. .*--text_field; .*\['body', 'text'\]"),
         ([{"id": 1, "sentence": "x", "m": {"x": 1}}], r"is in none of .*text, content.*\['id', 'm\.x', 'sentence'\]"),
         ([{}], r"is in none of .*; the fields are \[\]"),
+        (
+            [{"text": None, "content": "summary"}, {"text": "1", "content": "2"}],
+            r"may be in any of \['content', 'text'\]",
+        ),
     ],
 )
 def test_a_field_that_is_not_clear(read, records, reason):
@@ -109,7 +113,15 @@ def test_a_field_that_is_not_clear(read, records, reason):
         read("a.jsonl", {"a.jsonl": lines(*records)})
 
 
-def test_the_field_is_found_behind_what_is_malformed(read):
+def test_the_field_is_found_behind_documents_that_have_none(read):
+    records = [{"text": None}, {"text": None, "body": None}, {"text": "one", "body": None}]
+    documents, counts = read("a.jsonl", {"a.jsonl": lines(*records)})
+    assert (documents, counts.empty, counts.malformed) == (["one"], 2, 0)
+    documents, counts = read("a.parquet", {"a.parquet": parquet(text=[b"one", None], body=[None, None])})
+    assert (documents, counts.empty, counts.malformed) == (["one"], 1, 0)
+
+
+def test_the_field_is_found_behind_what_what_is_malformed(read):
     content = b"nonsense\n[1]\n" + lines({"content": "one"})
     assert read("a.jsonl", {"a.jsonl": content}, skip_malformed=True)[0] == ["one"]
     with pytest.raises(InputError, match="^a.jsonl, line 1: malformed line"):
@@ -179,7 +191,6 @@ def test_a_parquet_or_csv_without_the_field_is_never_skipped(read):
         (b'{"text": "\\ud800"}', "not valid Unicode"),
         (b'{"txt": "one", "id": 2}', r"no field 'text'; the fields are \['id', 'txt'\]"),
         (b'{"text": ["one"]}', "field 'text' holds list, not text"),
-        (b'{"text": null}', "field 'text' holds NoneType, not text"),
         (b'"one"', "expected an object with a field 'text', found str"),
     ],
 )
@@ -205,7 +216,6 @@ def test_a_malformed_line_is_named_or_skipped_and_counted(read, capsys, line, re
         ("a.txt", b"one\n\ntwo\n\xff\n\nthree", "line 3"),
         ("a.csv", b"text,n\none,1\ntwo\nthree,3\n", "line 3"),
         ("a.csv", b"text,n\none,1\n\xd6\xd0,2\nthree,3\n", "line 3"),
-        ("a.parquet", parquet(text=["one", None, "three"]), "row 2"),
         ("a.parquet", parquet(text=[b"one", b"\xff", b"three"]), "row 2"),
     ],
 )
@@ -230,6 +240,19 @@ def test_documents_without_text_are_counted_as_empty(read, blank):
     documents, counts = read("a.jsonl", {"a.jsonl": lines({"text": blank}, {"text": blank + "x" + blank})})
     assert documents == [blank + "x" + blank]  # kept exactly
     assert (counts.documents, counts.empty) == (1, 1)
+
+
+@pytest.mark.parametrize("text_field", ["text", "meta.text", "{meta.text}{text}"])
+def test_a_document_of_null_is_counted_as_empty(read, text_field):
+    records = [
+        {"text": None, "meta": {"text": None}},
+        {"text": "x", "meta": {"text": "x"}},
+        {"text": None, "meta": None},
+    ]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), "a.parquet")
+    for name, files in (("a.jsonl", {"a.jsonl": lines(*records)}), ("a.parquet", {})):
+        documents, counts = read(name, files, text_field)
+        assert (documents, counts.documents, counts.empty) == (["x" * text_field.count("t}") or "x"], 1, 2)
 
 
 def test_every_white_space_or_control_character_is_blank(read):
