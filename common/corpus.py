@@ -79,13 +79,10 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
     if source.hub_id is not None:
         from common.hub_data import hub_records
 
-        names, pattern = parse_text_field(text_field or _detect_text_field(source, hub_records(source.hub_id)))
+        names, pattern = parse_text_field(text_field or detect_text_field(source))
         yield source.given, hub_records(source.hub_id, names), names, pattern
         return
-    if text_field is None:
-        paths = [path for path in source.files if format_of(path.name) != ".txt"]
-        first = chain.from_iterable(file_records(str(path), partial(path.open, "rb")) for path in paths)
-        text_field = _detect_text_field(source, first)
+    text_field = text_field or detect_text_field(source)
     bytes_before = counts.file_bytes
 
     def count_bytes(read: int) -> None:
@@ -170,14 +167,17 @@ def _value(record: dict, name: str) -> str:
     return value or ""
 
 
-def _detect_text_field(source: Source, records: Records) -> str:
+def detect_text_field(source: Source) -> str:
     """Return the field of a document's text, judged by the first records; say which it is.
 
     That is the first record alone where it has one usual field, which holds text. Otherwise another field may be null
     there and the text behind it.
+
+    Raises:
+        InputError: several fields may hold it, or none; or a file cannot be read.
     """
     first, usual, holding = None, {}, {}  # dicts for sets in order
-    objects = ((where, record) for where, record in records if isinstance(record, dict))
+    objects = ((where, record) for where, record in _records_with_fields(source) if isinstance(record, dict))
     for where, record in islice(objects, RECORDS_JUDGED):
         first = first or (where, record)
         found = {name: None for name in record if name.lower() in TEXT_FIELDS}
@@ -195,6 +195,15 @@ def _detect_text_field(source: Source, records: Records) -> str:
         )
     say(f"{source.given}: the text is in field {names[0]!r}")
     return names[0]
+
+
+def _records_with_fields(source: Source) -> Records:
+    if source.hub_id is not None:
+        from common.hub_data import hub_records
+
+        return hub_records(source.hub_id)
+    paths = [path for path in source.files if format_of(path.name) != ".txt"]
+    return chain.from_iterable(file_records(str(path), partial(path.open, "rb")) for path in paths)
 
 
 def _field_names(record: dict) -> list[str]:

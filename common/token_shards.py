@@ -13,7 +13,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from common.corpus import CorpusCounts, read_documents
+from common.corpus import CorpusCounts, detect_text_field, read_documents
 from common.messages import InputError, say
 from common.sources import Source
 from common.splits import repeated
@@ -36,8 +36,11 @@ def plan_shards(
 ) -> None:
     """Write the plan of ``tasks`` shards of ``sources`` into ``folder``, or find the same one there.
 
+    The field of the text is found here, once for each source: every task, judging by its own files, might find another.
+
     Raises:
-        InputError: fewer than one task, or the folder holds something else: another plan, or other token stores.
+        InputError: fewer than one task, the folder holds something else (another plan, or other token stores), or what
+            ``detect_text_field`` raises.
     """
     if tasks < 1:
         raise InputError(f"--tasks {tasks}: at least 1.")
@@ -48,10 +51,10 @@ def plan_shards(
         "tasks": tasks,
         "whole_files": shares is not None,
         "shares": [[_to_json(source) for source in share] for share in shares or [sources] * tasks],
+        "text_fields": {source.name: text_field or detect_text_field(source) for source in sources},
         "size_bytes": sum(source.size_bytes for source in sources),
         "tokenizer_name": os.path.abspath(tokenizer_name) if is_local else tokenizer_name,
         "end_token": end_token,
-        "text_field": text_field,
         "skip_malformed": skip_malformed,
         "origin": origin_of(sources, tokenizer, text_field, skip_malformed),
     }
@@ -110,7 +113,7 @@ def write_shard(_: object, rank: int, tasks: int, folder: str, threads: int) -> 
         return
     read, counts = CorpusCounts(), CorpusCounts()
     documents = chain.from_iterable(
-        read_documents(source, plan["text_field"], plan["skip_malformed"], read) for source in sources
+        read_documents(source, plan["text_fields"][source.name], plan["skip_malformed"], read) for source in sources
     )
     if plan["whole_files"]:
         counts = read

@@ -176,6 +176,21 @@ def test_every_file_is_in_one_share(tmp_path, seed):
         assert [path for share in shares for part in share for path in part.files] == list(source.files)
 
 
+def test_all_tasks_read_the_same_field(tmp_path, tokenizer):
+    """The second file alone looks as if its text were in another field; the third source has its own."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jsonl").write_text('{"text": "一一一", "summary": "a"}\n', encoding="utf-8")
+    (tmp_path / "in" / "1.jsonl").write_text('{"content": "no!"}\n{"text": "二二二"}\n', encoding="utf-8")
+    (tmp_path / "b.jsonl").write_text('{"content": "三三三", "summary": "a"}\n', encoding="utf-8")
+    sources = resolve_sources([str(tmp_path / "in"), str(tmp_path / "b.jsonl")])
+    folder = str(tmp_path / "out")
+    plan_shards(folder, sources, tokenizer.folder, None, None, True, 3)
+    for rank in range(3):
+        write_shard(None, rank, 3, folder, 1)
+    assert tokens_of(folder) == expected_tokens(["一一一", "二二二", "三三三"], tokenizer)
+    assert check_shards(folder)["malformed"] == 1
+
+
 def test_few_files_leave_a_task_without_one(many_files, tmp_path, tokenizer):
     path, texts = many_files
     folder = written(path, tmp_path / "out", tokenizer, 10)
