@@ -42,7 +42,9 @@ class CorpusCounts:
     first_malformed: list[str] = field(default_factory=list)
 
 
-def read_documents(source: Source, text_field: str | None, skip_malformed: bool, counts: CorpusCounts) -> Iterator[str]:
+def read_documents(
+    source: Source, text_field: str | None, skip_malformed: bool, counts: CorpusCounts, may_be_empty: bool = False
+) -> Iterator[str]:
     """Yield the text of every document of ``source`` in order, adding to ``counts`` as it goes.
 
     Dropped, and counted: documents without text (``empty``) and, with ``skip_malformed``, those that cannot be read
@@ -52,10 +54,11 @@ def read_documents(source: Source, text_field: str | None, skip_malformed: bool,
         text_field: a field's name ("meta.text" is the field "text" of the field "meta"); or a template of several such
             as "{title}\\n\\n{text}", where a backslash and an n, as a shell hands it over, are a line break; or None:
             the one field whose name is in TEXT_FIELDS and that holds text. A .txt file has no fields: all is text.
+        may_be_empty: ``source`` is a part of one, and whether there is any document is judged over all of it.
 
     Raises:
         InputError: a malformed document (named by file and line), a missing field (naming the fields there are), what
-            ``file_records`` and ``hub_records`` raise, no document at all.
+            ``file_records`` and ``hub_records`` raise, no document at all (unless it ``may_be_empty``).
     """
     if source.token_store is not None:
         raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
@@ -65,7 +68,7 @@ def read_documents(source: Source, text_field: str | None, skip_malformed: bool,
         yield from _documents(records, names, pattern, skip_malformed, counts)
         if counts.documents == found_before:
             without.append(name)
-    if counts.documents == found:
+    if counts.documents == found and not may_be_empty:
         raise InputError(f"{source.given}: no document in it ({counts.empty} empty, {counts.malformed} malformed).")
     if without:
         say(f"note: no document in {len(without):,} files of {source.given}: {_some(without)}")

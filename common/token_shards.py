@@ -113,7 +113,8 @@ def write_shard(_: object, rank: int, tasks: int, folder: str, threads: int) -> 
         return
     read, counts = CorpusCounts(), CorpusCounts()
     documents = chain.from_iterable(
-        read_documents(source, plan["text_fields"][source.name], plan["skip_malformed"], read) for source in sources
+        read_documents(source, plan["text_fields"][source.name], plan["skip_malformed"], read, may_be_empty=True)
+        for source in sources
     )
     if plan["whole_files"]:
         counts = read
@@ -136,7 +137,7 @@ def check_shards(folder: str) -> dict[str, int]:
         are in the shards, and a recipe leaves them out), ``empty``, ``malformed``, ``bytes`` (UTF-8), ``shards``.
 
     Raises:
-        InputError: a shard is missing or damaged, the shards do not add up.
+        InputError: a shard is missing or damaged, the shards do not add up, there is no document in any.
     """
     plan = _read_plan(folder)
     expected = [rank for rank, share in enumerate(plan["shares"]) if share]
@@ -162,13 +163,19 @@ def check_shards(folder: str) -> dict[str, int]:
             f"{plan['size_bytes']:,}, {store.documents:,} documents in all. Did the input change meanwhile, or other "
             "files get into the folder? Remove the folder and launch again."
         )
+    empty, malformed = (sum(sidecar[name] for sidecar in sidecars) for name in ("empty", "malformed"))
+    if store.documents == 0:
+        raise InputError(
+            f"{folder}: no document in any shard ({empty:,} empty, {malformed:,} malformed in the input). Remove the "
+            "folder and launch with other input, or another --text_field."
+        )
     return {
         "documents": store.documents,
         "tokens": len(store.tokens) - store.documents,
         "end_tokens": store.documents,
         "duplicates": int(repeated(store.document_hashes()).sum()),
-        "empty": sum(sidecar["empty"] for sidecar in sidecars),
-        "malformed": sum(sidecar["malformed"] for sidecar in sidecars),
+        "empty": empty,
+        "malformed": malformed,
         "bytes": sum(sidecar["text_bytes"] for sidecar in sidecars),
         "shards": len(expected),
     }

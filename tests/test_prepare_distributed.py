@@ -191,6 +191,20 @@ def test_all_tasks_read_the_same_field(tmp_path, tokenizer):
     assert check_shards(folder)["malformed"] == 1
 
 
+def test_a_share_may_be_without_documents_but_not_all(tmp_path, tokenizer):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "0.jsonl").write_text('{"text": "一一一"}\n', encoding="utf-8")
+    (tmp_path / "in" / "1.jsonl").write_text('{"text": "   "}\n{"text": 3}\n', encoding="utf-8")
+    folder = written(tmp_path / "in", tmp_path / "out", tokenizer, 2)
+    counts = check_shards(folder)
+    assert [counts[name] for name in ("documents", "empty", "malformed", "shards")] == [1, 1, 1, 2]
+    assert tokens_of(folder) == expected_tokens(["一一一"], tokenizer)
+    for tasks in (1, 2):
+        folder = written(tmp_path / "in" / "1.jsonl", tmp_path / f"none{tasks}", tokenizer, tasks)
+        with pytest.raises(InputError, match=r"no document in any shard \(1 empty, 1 malformed"):
+            check_shards(folder)
+
+
 def test_few_files_leave_a_task_without_one(many_files, tmp_path, tokenizer):
     path, texts = many_files
     folder = written(path, tmp_path / "out", tokenizer, 10)
