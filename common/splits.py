@@ -74,25 +74,32 @@ def split_in_order(documents: list[int], hashes: np.ndarray, shares: str, keep_d
     Source: ``get_train_valid_test_split_`` in
         https://github.com/PaddlePaddle/PaddleNLP/blob/develop/paddlenlp/data/causal_dataset.py
     """
+    ends = [_ends_in_order(count, shares) for count in documents]
+    # 0, 1 or 2: the share a document falls into.
+    which = [np.searchsorted(two, np.arange(count), side="right") for two, count in zip(ends, documents, strict=True)]
+    which = np.concatenate(which)
+    duplicate = np.zeros(len(which), dtype=bool) if keep_duplicates else repeated(hashes)
+    return Split(*((which == part) & ~duplicate for part in range(3)), duplicate)
+
+
+def training_documents(documents: int, shares: str) -> int:
+    """Return how many documents of a source, the first ones, train where it is split by ``shares`` in order."""
+    return max(0, _ends_in_order(documents, shares)[0])
+
+
+def _ends_in_order(documents: int, shares: str) -> tuple[int, int]:
+    """Return where the documents for training and the held-out ones of a source end."""
     try:
         parts = [float(share) for share in shares.split(",")]
     except ValueError:
         parts = []
     if len(parts) not in (2, 3) or not all(0 <= part < np.inf for part in parts) or not parts[0] * parts[1]:
         raise InputError(f"--split {shares!r}: give two or three shares such as 949,50,1; the first two above 0.")
-    which = np.concatenate([_shares_in_order(count, parts) for count in documents])
-    duplicate = np.zeros(len(which), dtype=bool) if keep_duplicates else repeated(hashes)
-    return Split(*((which == part) & ~duplicate for part in range(3)), duplicate)
-
-
-def _shares_in_order(documents: int, parts: list[float]) -> np.ndarray:
-    """Return 0, 1 or 2 for every document of a source: the share it falls into."""
     ends = [0]
     for part in [*parts, 0.0][:3]:
         ends.append(ends[-1] + int(round(part / sum(parts) * documents)))
     excess = ends[-1] - documents
-    ends = [0, *(end - excess for end in ends[1:])]
-    return np.searchsorted(ends[1:3], np.arange(documents), side="right")
+    return ends[1] - excess, ends[2] - excess
 
 
 def repeated(hashes: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ import hashlib
 import heapq
 import json
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from uuid import uuid4
 
@@ -15,7 +15,7 @@ from common.corpus import CorpusCounts, read_documents
 from common.encoding import encoder_of
 from common.messages import InputError, say
 from common.sources import Source, mark_as_cache
-from common.splits import content_hash, held_out_below
+from common.splits import content_hash, held_out_below, training_documents
 from common.tokenizer import load_tokenizer
 
 END_TOKEN = "<|endoftext|>"  # Qwen's and GPT-2's end-of-document token
@@ -33,27 +33,20 @@ LARGEST_SHARE = 100  # no document gives more than 1/100 of the sample: a librar
 
 
 def tokenizer_trained_on(sources: list[Source], arguments: SharedArguments) -> PreTrainedTokenizerBase:
-    """Train a tokenizer on a sample of the documents that are not held out by hash, or find it in the cache."""
+    """Train a tokenizer on a sample of the documents that train, or find it in the cache."""
     for source in sources:
         if source.token_store is not None:
             raise InputError(
                 f"--tokenizer train: {source.given} holds tokens, not text. Give the tokenizer that made them."
             )
-    limit = held_out_below(arguments.held_out_fraction)
-    decides = [[source.fingerprint() for source in sources], arguments.text_field, arguments.vocabulary_size, limit]
+    held_out = arguments.split or held_out_below(arguments.held_out_fraction)
+    decides = [[source.fingerprint() for source in sources], arguments.text_field, arguments.vocabulary_size, held_out]
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     folder = mark_as_cache(Path(arguments.cache_dir)) / f"{sources[0].name}-tokenizer-{key}"
     if not folder.exists():
         say(f"training a tokenizer of {arguments.vocabulary_size:,} tokens on {', '.join(s.given for s in sources)}")
-        texts = (
-            text
-            for source in sources
-            for text in read_documents(source, arguments.text_field, arguments.skip_malformed, CorpusCounts())
-            if content_hash(text.encode()) >= limit
-        )
-        sample, _ = sample_of(texts)
         partial = folder.with_name(f"{folder.name}.partial-{uuid4().hex[:8]}")
-        train_tokenizer(sample, arguments.vocabulary_size).save_pretrained(partial)
+        train_tokenizer(training_sample(sources, arguments), arguments.vocabulary_size).save_pretrained(partial)
         try:
             partial.rename(folder)
         except OSError:  # another launch was faster
@@ -61,12 +54,42 @@ def tokenizer_trained_on(sources: list[Source], arguments: SharedArguments) -> P
     return load_tokenizer(str(folder))
 
 
-def sample_of(documents: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> tuple[list[str], dict[str, int]]:
+def training_sample(sources: list[Source], arguments: SharedArguments) -> list[str]:
+    """Return a sample of the documents of ``sources`` that are not held out, by their hash or by --split.
+
+    Where --split ends a share is known when all documents are read: of the sample, those behind it are left out then.
+    """
+    counts = [CorpusCounts() for _ in sources]
+    texts = (
+        text
+        for source, count in zip(sources, counts, strict=True)
+        for text in read_documents(source, arguments.text_field, arguments.skip_malformed, count)
+    )
+    if arguments.split is None:
+        limit = held_out_below(arguments.held_out_fraction)
+        return sample_of(text for text in texts if content_hash(text.encode()) >= limit)[0]
+
+    def trains(number: int) -> bool:
+        for documents in (count.documents for count in counts):
+            if number < documents:
+                return number < training_documents(documents, arguments.split)
+            number -= documents
+        raise AssertionError("a document of no source")
+
+    return sample_of(texts, may_be_used=trains)[0]
+
+
+def sample_of(
+    documents: Iterable[str], limit_bytes: int = SAMPLE_BYTES, may_be_used: Callable[[int], bool] | None = None
+) -> tuple[list[str], dict[str, int]]:
     """Choose about ``limit_bytes`` of ``documents`` at random, holding no more than that in memory.
 
     Chosen are the documents with the lowest ``content_hash`` that fit together: a choice that depends on their texts
     alone, not on their order, and takes every document with the same probability. Of a document larger than
     1/LARGEST_SHARE of the limit only the beginning is taken; an exact copy is not taken again.
+
+    Args:
+        may_be_used: asked, with its number, of every document chosen, after all were read.
 
     Returns:
         The sample, by rising hash, and the counts ``documents``, ``bytes`` (UTF-8, of the source),
@@ -78,7 +101,8 @@ def sample_of(documents: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> tupl
     largest = limit_bytes // LARGEST_SHARE
     if largest < 1:
         raise InputError(f"a sample of {limit_bytes} bytes: give at least {LARGEST_SHARE}; {SAMPLE_BYTES:,} is usual.")
-    chosen: dict[int, tuple[bytes, bool]] = {}  # content_hash -> what is taken of the document, whether it was cut
+    # content_hash -> what is taken of the document, whether it was cut, the document's number
+    chosen: dict[int, tuple[bytes, bool, int]] = {}
     highest: list[int] = []  # a heap of the negated hashes in ``chosen``
     below = 2**64  # documents with a hash from here on did not fit
     source_documents = source_bytes = sampled_bytes = 0
@@ -89,27 +113,30 @@ def sample_of(documents: Iterable[str], limit_bytes: int = SAMPLE_BYTES) -> tupl
         document_hash = content_hash(content)
         if document_hash >= below or document_hash in chosen:
             continue
-        chosen[document_hash] = _beginning(content, largest), len(content) > largest
+        chosen[document_hash] = _beginning(content, largest), len(content) > largest, source_documents - 1
         heapq.heappush(highest, -document_hash)
         sampled_bytes += len(chosen[document_hash][0])
         while sampled_bytes > limit_bytes:
             below = -heapq.heappop(highest)
             sampled_bytes -= len(chosen.pop(below)[0])
-    if not chosen:
-        raise InputError("no document to train a tokenizer on.")
     sample = [chosen[document_hash] for document_hash in sorted(chosen)]
+    if may_be_used is not None:
+        sample = [taken for taken in sample if may_be_used(taken[2])]
+        sampled_bytes = sum(len(content) for content, _, _ in sample)
+    if not sample:
+        raise InputError("no document to train a tokenizer on.")
     counts = {
         "documents": source_documents,
         "bytes": source_bytes,
         "sampled_documents": len(sample),
         "sampled_bytes": sampled_bytes,
-        "cut": sum(cut for _, cut in sample),
+        "cut": sum(cut for _, cut, _ in sample),
     }
     say(
         f"sampled {sampled_bytes / 1e6:,.1f} of {source_bytes / 1e6:,.1f} MB, {len(sample):,} of {source_documents:,} "
         f"documents ({counts['cut']:,} cut to their first {largest:,} bytes)"
     )
-    return [content.decode() for content, _ in sample], counts
+    return [content.decode() for content, _, _ in sample], counts
 
 
 def _beginning(content: bytes, limit: int) -> bytes:

@@ -224,14 +224,14 @@ def test_a_trained_tokenizer_is_cached(tmp_path):
     assert [*cache.glob("a-*")] == [folder]
     assert (folder / "tokenizer.json").stat().st_mtime_ns == written
 
-    for change in (dict(vocabulary_size=299), dict(held_out_fraction=0.3)):
+    for change in (dict(vocabulary_size=299), dict(held_out_fraction=0.3), dict(split="1,1")):
         changed = SharedArguments(**{"vocabulary_size": 300, "cache_dir": str(cache)} | change)
         tokenizer_trained_on([resolve_source(str(data))], changed)
-    assert len([*cache.glob("a-*")]) == 3
+    assert len([*cache.glob("a-*")]) == 4
     with data.open("a") as more:
         more.write('{"text": "more"}\n')
     tokenizer_trained_on([resolve_source(str(data))], arguments)
-    assert len([*cache.glob("a-*")]) == 4
+    assert len([*cache.glob("a-*")]) == 5
 
 
 def test_a_failed_training_leaves_nothing_in_the_cache(tmp_path):

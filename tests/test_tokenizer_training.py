@@ -4,14 +4,24 @@ import json
 import random
 import unicodedata
 
+import numpy as np
 import pytest
 from conftest import ROOT
 from hypothesis import given
 from hypothesis import strategies as st
 
+from common.arguments import SharedArguments
 from common.messages import InputError
-from common.splits import content_hash, held_out_below
-from common.tokenizer_training import END_TOKEN, SAMPLE_BYTES, sample_of, tokenizer_report, train_tokenizer
+from common.sources import resolve_sources
+from common.splits import content_hash, held_out_below, split_in_order
+from common.tokenizer_training import (
+    END_TOKEN,
+    SAMPLE_BYTES,
+    sample_of,
+    tokenizer_report,
+    train_tokenizer,
+    training_sample,
+)
 
 
 def bundled(name: str) -> list[str]:
@@ -105,6 +115,22 @@ def test_held_out_documents_are_not_in_the_sample():
     held_out = {text for text in CHINESE if content_hash(text.encode()) < limit}
     sample, _ = sample_of((text for text in CHINESE if content_hash(text.encode()) >= limit), SAMPLE_BYTES)
     assert held_out and held_out.isdisjoint(sample) and held_out | set(sample) == set(CHINESE)
+
+
+@pytest.mark.parametrize("split", ["1,1", "2,1,1"])
+def test_documents_held_out_by_order_are_not_in_the_sample(tmp_path, split):
+    """Nor those of the test, of each source; nor a copy of one of them that stands where documents train."""
+    files = {"a": [*CHINESE[:40], CHINESE[3]], "b": [CHINESE[30], *CHINESE[40:61]]}
+    for name, texts in files.items():
+        lines = [json.dumps({"text": text}) for text in ["", *texts]]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    sources = resolve_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    sample = training_sample(sources, SharedArguments(split=split))
+    texts = files["a"] + files["b"]
+    hashes = np.array([content_hash(text.encode()) for text in texts], np.uint64)
+    rows = split_in_order([41, 22], hashes, split).train  # what the rows train on
+    assert sorted(sample) == sorted(text for text, trains in zip(texts, rows, strict=True) if trains)
+    assert len(sample) in (30, 31) and CHINESE[30] not in sample
 
 
 @pytest.mark.parametrize("limit_bytes", [99, 0, -5])
