@@ -67,7 +67,9 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
     )
     if arguments.split is None:
         limit = held_out_below(arguments.held_out_fraction)
-        return sample_of(text for text in texts if content_hash(text.encode()) >= limit)[0]
+        sample, sampled = sample_of(text for text in texts if content_hash(text.encode()) >= limit)
+        none_held_out = sampled["documents"] == sum(count.documents for count in counts)
+        return sample[1:] if none_held_out else sample  # that of the lowest hash is held out then: see split_by_hash
 
     def trains(number: int) -> bool:
         for documents in (count.documents for count in counts):

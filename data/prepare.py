@@ -129,6 +129,12 @@ def train(arguments: argparse.Namespace) -> None:
                 room -= len(text.encode())
 
     sample, counts = sample_of(training_documents(), int(arguments.sample_mb * 1e6))
+    if not held_out:  # few documents: a recipe holds out that of the lowest hash then
+        held_out.append(sample.pop(0))
+        counts["sampled_documents"] -= 1
+        counts["sampled_bytes"] -= len(held_out[0].encode())
+    if not sample:
+        raise InputError("the corpus has 1 distinct document; give more: one is held out, to judge the tokenizer by.")
     tokenizer = train_tokenizer(sample, arguments.vocabulary_size)
     tokenizer.save_pretrained(arguments.output)
     reference = None if arguments.reference is None else load_tokenizer(arguments.reference)

@@ -7,8 +7,13 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from common.arguments import SharedArguments
 from common.messages import InputError
+from common.sources import resolve_sources
+from common.splits import content_hash, split_by_hash
 from common.token_store import TokenStore
+from common.tokenizer import load_tokenizer
+from common.tokenizer_training import tokenizer_trained_on
 
 spec = importlib.util.spec_from_file_location("prepare", ROOT / "data" / "prepare.py")
 prepare = importlib.util.module_from_spec(spec)
@@ -134,6 +139,28 @@ def test_a_trained_tokenizer_is_judged_on_held_out_text(tokenizer, tmp_path, cap
     assert 1 < report["bytes_per_token"] < report["reference_bytes_per_token"]
     assert report["embedding_parameters"] == 640 * 512
     assert report["sample"]["documents"] < 263
+
+
+def test_a_tokenizer_of_few_documents_is_judged_on_the_one_that_a_recipe_holds_out(tmp_path, capsys):
+    texts = [f" {word}" * 50 for word in ("ab", "cd", "ef", "gh", "ij")]  # each a token if it is trained on
+    hashes = np.array([content_hash(text.encode()) for text in texts], np.uint64)
+    held_out = split_by_hash(hashes, 0.005).held_out.tolist()
+    data, output = tmp_path / "a.jsonl", str(tmp_path / "t")
+    flags = ["train-tokenizer", "--input", str(data), "--vocabulary_size", "300", "--output", output]
+    data.write_text(json.dumps({"text": texts[0]}), encoding="utf-8")
+    with pytest.raises(InputError, match="1 distinct document; give more"):
+        prepare.main(flags)
+    assert not (tmp_path / "t").exists()
+    data.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+    prepare.main(flags)
+    report = last_line(capsys)
+    assert report["held_out_bytes"] == 150 and report["sample"]["documents"] == 5
+    assert (report["sample"]["sampled_documents"], report["sample"]["sampled_bytes"]) == (4, 600)
+    arguments = SharedArguments(vocabulary_size=300, cache_dir=str(tmp_path / "cache"))
+    recipes = tokenizer_trained_on(resolve_sources([str(data)]), arguments)
+    for tokenizer in (load_tokenizer(output), recipes):
+        words = ("ab", "cd", "ef", "gh", "ij")
+        assert [f"Ġ{word}" not in tokenizer.get_vocab() for word in words] == held_out
 
 
 @pytest.mark.parametrize(
