@@ -4,7 +4,7 @@ import re
 import string
 import unicodedata
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 
@@ -28,7 +28,8 @@ class CorpusCounts:
     Attributes:
         documents: those handed out; ``text_bytes`` is their UTF-8 size.
         empty: those of white space, control and format characters only, or of null.
-        malformed: those that cannot be read; ``first_malformed`` says of a few where they are, and what is wrong.
+        malformed: those that cannot be read; ``first_malformed`` says of a few of each source where they are, and what
+            is wrong.
         near_duplicates: those that ``data/prepare.py --near_duplicates`` left out of the ones handed out.
         file_bytes: read of local files so far, as they are on disk; beside ``Source.size_bytes``, for showing progress.
     """
@@ -62,19 +63,20 @@ def read_documents(
     """
     if source.token_store is not None:
         raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
-    found, malformed, without = counts.documents, counts.malformed, []
+    before, places, without = replace(counts), len(counts.first_malformed), []
     for name, records, names, pattern in _parts(source, text_field, counts):
         found_before = counts.documents
-        yield from _documents(records, names, pattern, skip_malformed, counts)
+        yield from _documents(records, names, pattern, skip_malformed, counts, places + PLACES_SHOWN)
         if counts.documents == found_before:
             without.append(name)
-    if counts.documents == found and not may_be_empty:
-        raise InputError(f"{source.given}: no document in it ({counts.empty} empty, {counts.malformed} malformed).")
+    empty, malformed = counts.empty - before.empty, counts.malformed - before.malformed
+    if counts.documents == before.documents and not may_be_empty:
+        raise InputError(f"{source.given}: no document in it ({empty} empty, {malformed} malformed).")
     if without:
         say(f"note: no document in {len(without):,} files of {source.given}: {_some(without)}")
-    if counts.malformed > malformed:
-        say(f"note: {counts.malformed - malformed:,} malformed documents of {source.given} were skipped, the first:")
-        say("\n".join(f"  {place}" for place in counts.first_malformed))
+    if malformed:
+        say(f"note: {malformed:,} malformed documents of {source.given} were skipped, the first:")
+        say("\n".join(f"  {place}" for place in counts.first_malformed[places:]))
 
 
 def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iterator[tuple]:
@@ -99,7 +101,7 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
 
 
 def _documents(
-    records: Records, names: list[str], pattern: str, skip_malformed: bool, counts: CorpusCounts
+    records: Records, names: list[str], pattern: str, skip_malformed: bool, counts: CorpusCounts, most_places: int
 ) -> Iterator[str]:
     for where, record in records:
         try:
@@ -111,7 +113,7 @@ def _documents(
                 advice = "Repair it, or count and skip such documents with --skip_malformed."
                 raise InputError(f"{where}: {reason}. {advice}") from None
             counts.malformed += 1
-            if len(counts.first_malformed) < PLACES_SHOWN:
+            if len(counts.first_malformed) < most_places:
                 counts.first_malformed.append(f"{where}: {reason}")
             continue
         if not text:

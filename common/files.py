@@ -1,19 +1,25 @@
 """Files of documents: which formats are known, and opening them so that a damaged or cut-off file is noticed."""
 
+import bz2
 import io
 import lzma
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-# pyarrow and not the standard library, whose bz2 and lzma take a damaged second stream for the end of the file, nor
-# zstandard, whose reader takes a file that is cut off for a shorter one. xz is read below, as pyarrow has no xz.
-PYARROW_CODECS = {".gz": "gzip", ".bz2": "bz2", ".zst": "zstd", ".zstd": "zstd"}
-COMPRESSIONS = {*PYARROW_CODECS, ".xz"}
+from common.messages import InputError
+
+# pyarrow and not zstandard, whose reader takes a file that is cut off for a shorter one. pyarrow has no xz, and ends at
+# an empty stream of bz2; the files of the standard library take a damaged second stream for the end: see _StreamFile.
+PYARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+DECODERS = {".bz2": bz2.BZ2Decompressor, ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)}
+COMPRESSIONS = {*PYARROW_CODECS, *DECODERS}
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
 FORMATS = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", *TABLE_DELIMITERS}
 LARGEST_DOCUMENT_BYTES = 1 << 28  # beyond it, it is not one document but a file without separators
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # as Windows editors write it
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 DAMAGE = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises
 BUFFER_BYTES = 1 << 20
 
@@ -45,17 +51,22 @@ def open_decompressed(name: str, open_raw: Callable[[], BinaryIO]) -> io.Buffere
 
     Raises:
         One of DAMAGE, here or at any later read: the file is damaged or cut off.
+        InputError: it is UTF-16.
     """
     raw, suffix = open_raw(), Path(name).suffix.lower()
-    if suffix == ".xz":
-        raw = _XzFile(io.BufferedReader(raw, BUFFER_BYTES))
+    if suffix in DECODERS:
+        raw = _StreamFile(io.BufferedReader(raw, BUFFER_BYTES), DECODERS[suffix])
     elif suffix in PYARROW_CODECS:
         import pyarrow
 
         raw = pyarrow.input_stream(io.BufferedReader(raw, BUFFER_BYTES), compression=PYARROW_CODECS[suffix])
     # Twice: one fills its buffer with a single read, however short; the other then has a whole one to peek into.
     stream = io.BufferedReader(io.BufferedReader(raw, BUFFER_BYTES), BUFFER_BYTES)
-    if stream.peek(3).startswith(BYTE_ORDER_MARK):
+    start = stream.peek(3)
+    if start.startswith(UTF16_MARKS):
+        stream.close()
+        raise InputError(f"{name}: is UTF-16, by its first two bytes. Convert it: iconv -f UTF-16 -t UTF-8")
+    if start.startswith(BYTE_ORDER_MARK):
         stream.read(3)
     return stream
 
@@ -78,12 +89,12 @@ class CountedFile(io.FileIO):
         return read
 
 
-class _XzFile(io.RawIOBase):
-    """An .xz file of one or more streams, with padding between them; anything else behind a stream is an error."""
+class _StreamFile(io.RawIOBase):
+    """A file of one or more streams, with padding between them; anything else behind a stream is an error."""
 
-    def __init__(self, file: io.BufferedReader):
-        self._file = file
-        self._decoder: lzma.LZMADecompressor | None = None  # None between two streams
+    def __init__(self, file: io.BufferedReader, new_decoder: Callable):
+        self._file, self._new_decoder = file, new_decoder
+        self._decoder: bz2.BZ2Decompressor | lzma.LZMADecompressor | None = None  # None between two streams
         self._pending = b""  # read from the file, not yet given to a decoder
 
     def readable(self) -> bool:
@@ -101,7 +112,7 @@ class _XzFile(io.RawIOBase):
                 self._pending = self._pending.lstrip(b"\0")
                 if not self._pending:
                     continue
-                self._decoder = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+                self._decoder = self._new_decoder()
             chunk = self._decoder.decompress(self._pending, max_length=len(buffer))
             self._pending = b""
             if self._decoder.eof:

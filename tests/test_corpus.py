@@ -321,6 +321,18 @@ def test_counts_of_several_sources_add_up(read):
         list(read_documents(resolve_source("b.jsonl"), None, False, counts))
 
 
+def test_what_is_said_of_a_source_is_of_it_alone(read, capsys):
+    files = {"a.jsonl": lines({"text": "x"}, {"text": ""}, *range(20)), "b.jsonl": lines({"text": "x"}, 1, 2)}
+    counts = read("a.jsonl", files | {"c.jsonl": lines({"text": ""}, 1)}, skip_malformed=True)[1]
+    capsys.readouterr()
+    list(read_documents(resolve_source("b.jsonl"), None, True, counts))
+    said = capsys.readouterr().out.partition("note: ")[2]
+    assert said.startswith("2 malformed documents of b.jsonl were skipped, the first:\n  b.jsonl, line 2: ")
+    assert "  b.jsonl, line 3: " in said and "a.jsonl" not in said and counts.malformed == 22
+    with pytest.raises(InputError, match=r"^c.jsonl: no document in it \(1 empty, 1 malformed\)"):
+        list(read_documents(resolve_source("c.jsonl"), None, True, counts))
+
+
 def test_progress_never_passes_the_size_of_the_source(read):
     files = {f"d/{i}.jsonl": lines(*({"text": "x" * 3_000} for _ in range(1_000))) for i in range(3)}
     read("d", files)

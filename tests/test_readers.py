@@ -222,6 +222,8 @@ def test_several_members_frames_or_streams(suffix):
     assert [record for _, record in read("a.jsonl" + suffix, pieces)] == RECORDS
     with_empty_ones = compress(b"") + compress(JSONL) + compress(b"")
     assert [record for _, record in read("a.jsonl" + suffix, with_empty_ones)] == RECORDS
+    with_one_inside = compress(JSONL[:7]) + compress(b"") * 2 + compress(JSONL[7:])
+    assert [record for _, record in read("a.jsonl" + suffix, with_one_inside)] == RECORDS
     # Cut off between two of them: a whole file, as far as anyone can see.
     assert len(read("a.jsonl" + suffix, compress(JSONL))) == 3
 
@@ -253,6 +255,13 @@ def test_damage_beyond_the_first_buffer(suffix):
         list(records)
     inverted = bytes(255 - byte for byte in whole[middle : middle + 99])
     refused("a.jsonl" + suffix, whole[:middle] + inverted + whole[middle + 99 :], ": damaged or cut off")
+
+
+@pytest.mark.parametrize("order", ["utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv", "a.jsonl.gz"])
+def test_utf16_is_named(name, order):
+    content = "\ufefftext\n今天".encode(order)
+    refused(name, gzip.compress(content) if name.endswith(".gz") else content, ": is UTF-16, .*iconv -f UTF-16")
 
 
 def test_xz_padding_between_streams():
