@@ -40,9 +40,10 @@ def remove_dead_locks() -> None:
 
 def held_here(lock: Path) -> bool:
     """Return whether a process of this machine has the file open."""
+    path = os.path.realpath(lock)  # as psutil names it, whatever links lead there
     for process in psutil.process_iter():
         try:
-            if str(lock) in (file.path for file in process.open_files()):
+            if path in (file.path for file in process.open_files()):
                 return True
         except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
             continue

@@ -160,7 +160,7 @@ def environment(run: Run) -> dict[str, str]:
         "device": f"{launch.get('processes', '?')} x {launch.get('device', 'unknown')}",
         "python": str(launch.get("python", "?")),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
-        "commit": str(launch.get("commit")),
+        "commit": str(launch.get("commit") or "unknown"),
         "launcher": " ".join(f"{name}={value}" for name, value in launch.get("launcher", {}).items()),
         "launches": f"{len(run.launches)} (launches.jsonl has all arguments of each)",
     }
@@ -169,10 +169,13 @@ def environment(run: Run) -> dict[str, str]:
 def reproduce(run: Run) -> str:
     """Return the commands that give this run again, as HTML."""
     launch = run.launches[-1] if run.launches else {}
-    lines = [f"git checkout {str(launch.get('commit')).removesuffix('-dirty')}"]
-    lines += ["pip install " + " ".join(f"{name}=={version}" for name, version in launch.get("versions", {}).items())]
+    commit = launch.get("commit") or ""
+    # PyPI has no local versions, such as the 2.13.0+cpu of PyTorch's own index.
+    versions = {name: version.partition("+")[0] for name, version in launch.get("versions", {}).items()}
+    lines = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
+    lines += ["pip install " + " ".join(f"{name}=={version}" for name, version in versions.items())] if versions else []
     lines += [str(launch.get("command", "unknown command"))]
-    dirty = str(launch.get("commit")).endswith("-dirty")
+    dirty = commit.endswith("-dirty")
     note = "<p>Files had been changed since that commit.</p>" if dirty else ""
     return f"<pre>{escape(chr(10).join(lines))}</pre>{note}<p class=dim>run.json has what decides the losses.</p>"
 

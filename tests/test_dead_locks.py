@@ -39,6 +39,13 @@ def test_one_that_is_held_is_left(lock, capsys):
     assert lock.exists() and not capsys.readouterr().out
 
 
+def test_one_that_is_held_is_left_behind_a_link_too(lock, monkeypatch, tmp_path_factory, capsys):
+    link = tmp_path_factory.mktemp("link") / "extensions"
+    link.symlink_to(lock.parent.parent)
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(link))
+    test_one_that_is_held_is_left(lock, capsys)
+
+
 def test_a_young_one_may_be_of_another_machine(lock, monkeypatch, capsys):
     monkeypatch.setattr(dead_locks, "FOREIGN_SECONDS", 1.5)
     remove_dead_locks()

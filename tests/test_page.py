@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT, load_recipe, small_run
 
 from common.messages import InputError
-from common.page import page, write_report
+from common.page import page, reproduce, write_report
 from common.run_record import Run
 from common.svg import Line, clock, line_plot, short, stacked_bar, ticks
 
@@ -124,6 +124,14 @@ def test_what_a_killed_run_left_still_gives_a_report(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "a", "text": "b"}\n{"step": 2, "pro')
     assert "1,000" in Elements(write_report(tmp_path).read_text(encoding="utf-8")).text, "of the newest checkpoint"
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_to_be_repeated_can_be():
+    launch = {"commit": "abc-dirty", "versions": {"torch": "2.13.0+cpu", "numpy": "2.1.0"}, "command": "python x.py"}
+    shown = reproduce(Run("r", [], launches=[launch]))
+    assert "<pre>git checkout abc\npip install torch==2.13.0 numpy==2.1.0\npython x.py</pre>" in shown
+    shown = reproduce(Run("r", [], launches=[launch | {"commit": None, "versions": {}}]))
+    assert "<pre>python x.py</pre>" in shown and "had been changed" not in shown
 
 
 @pytest.fixture(scope="module")
