@@ -203,6 +203,7 @@ def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someon
     card = ModelCard.load(folder / CARD_FILE)
     data = card.data.to_dict()
     assert data["language"] == "zh" and data["library_name"] == "transformers" and "license" not in data
+    assert "datasets" not in data  # none known by a hub's id: a source's name is not one
     metrics = {metric.metric_type: metric.metric_value for metric in card.data.eval_results}
     assert metrics["bits_per_byte"] == pytest.approx(results["eval_bits_per_byte"], rel=1e-5)
     write_card(folder, "r", results, [], "second")
