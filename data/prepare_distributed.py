@@ -25,6 +25,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+from common.cores import usable_cores
 from common.messages import InputError, say
 from common.sources import resolve_sources
 from common.token_shards import WORK_FOLDER, plan_shards, report_shards, write_shard
@@ -102,7 +103,7 @@ def main(argv: list[str] | None = None) -> None:
         arguments.tasks,
     )
     logs = str(Path(folder, WORK_FOLDER, "tokenize"))
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     if arguments.executor == "local" and arguments.workers == -1:
         arguments.workers = min(arguments.tasks, cores)
     threads = max(1, cores // arguments.workers) if arguments.executor == "local" else arguments.cpus_per_task
