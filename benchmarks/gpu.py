@@ -6,17 +6,16 @@
 Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml and trains on random tokens,
 so that nothing but speed can be read off. Tokens a second are the median over intervals of two steps after the fourth;
 the seconds to the first step include compiling, from an empty compiler cache for each job's first compiled variant.
-MFU is model FLOPs (common/flops.py: attention in full, recomputation not counted) over the card's dense bf16 peak.
+MFU is model FLOPs (common/flops.py: attention in full, recomputation not counted) over the card's dense bf16 peak, and
+of FP8 not given.
 The ratio is to the job's variant "tutorial".
 """
 
 import argparse
 import fnmatch
 import json
-import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from launching import compact, launcher, one_gpu, result_of
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.attention import choose_attention
@@ -37,7 +37,6 @@ from common.token_index import write_index
 from common.token_store import TokenStore
 from common.trainer import PretrainingTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_STEPS, INTERVAL = 4, 2
 
 # What is trained: shape, dtype of the parameters, context length, tokens a step, steps.
@@ -183,6 +182,7 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         save_strategy="no", disable_tqdm=True, gradient_checkpointing=described.get("recompute", False),
         **launch_defaults(),
     )  # fmt: skip
+    assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
     shape = {**described["shape"], "max_position_embeddings": described["context_length"]}
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
@@ -199,10 +199,11 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
+    in_fp8 = "fp8" in described.get("launcher", [])  # whose peak is another
     return {
         "parameters": parameters,
         "tokens_per_second": rate,
-        "mfu": rate * flops / 1e12 / peak_tflops(training.device, half_precision=True),
+        "mfu": None if in_fp8 else rate * flops / 1e12 / peak_tflops(training.device, half_precision=True),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "first_step_seconds": clock.first_step_seconds,
         "kernels": clock.kernels,
@@ -219,7 +220,24 @@ def train_tutorial(model, training, data, clock) -> None:
 
 
 def train_recipe(model, training, data, rows_per_step, optimizer, clock) -> None:
-    PretrainingTrainer(model, training, data, data, rows_per_step, optimizer, callbacks=[clock]).train()
+    before = first_rows(model)
+    trainer = PretrainingTrainer(model, training, data, data, rows_per_step, optimizer, callbacks=[clock])
+    trainer.train()
+    check_all_trained(model, trainer.optimizer, before)
+
+
+def first_rows(model) -> list[list[torch.Tensor]]:
+    """Return a copy of the first row of every matrix, layer by layer."""
+    return [[p[0].detach().clone() for p in layer.parameters() if p.dim() == 2] for layer in model.model.layers]
+
+
+def check_all_trained(model, optimizer, before: list[list[torch.Tensor]]) -> None:
+    """Fail unless the optimizer has exactly the parameters to be trained, and the matrices of every layer moved."""
+    held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert held == trained, f"the optimizer has {len(held & trained)} of the model's {len(trained)} parameters"
+    for layer, (was, now) in enumerate(zip(before, first_rows(model), strict=True)):
+        assert not all(map(torch.equal, was, now)), f"no matrix of layer {layer} was trained"
 
 
 def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
@@ -246,29 +264,20 @@ def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
 
 
 def launch(name: str, described: dict, profile: bool, cache: str, limit: float) -> dict | str:
-    """Run a variant in a process of its own; return its row, or the end of what it printed."""
+    """Run a variant in a process of its own; return its row, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-        command += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
+        command = launcher("single_gpu.yaml")
         command += [] if described["compiled"] else ["--dynamo_backend", "no"]
         command += described.get("launcher", [])
         command += [__file__, "--worker", name, "--folder", folder, *(["--profile"] if profile else [])]
-        environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": cache}
-        try:
-            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return f"not done after {limit:.0f} s"
-        result = Path(folder, "result.json")
-        lines = (done.stdout + done.stderr).strip().splitlines()
-        errors = [line for line in lines if "Error" in line and "CalledProcessError" not in line] or lines
-        return json.loads(result.read_text()) if result.exists() else errors[-1][:200]
+        return result_of(command, folder, one_gpu(TORCHINDUCTOR_CACHE_DIR=cache), limit)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=["*"], help="names or patterns, such as '0.5B*'")
     parser.add_argument("--profile", action="store_true", help="also print where the time goes")
-    parser.add_argument("--limit", type=float, default=120, help="seconds a variant may take")
+    parser.add_argument("--limit", type=float, default=300, help="seconds a variant may take")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
@@ -280,18 +289,13 @@ def main(argv: list[str] | None = None) -> None:
     if not chosen:
         sys.exit(f"--variants {arguments.variants}: none of {', '.join(VARIANTS)}")
     found = {}
-    with tempfile.TemporaryDirectory() as cache:
-        for name in chosen:
-            found[name] = launch(name, VARIANTS[name], arguments.profile, cache, arguments.limit)
-            print(name, compact(found[name]), file=sys.stderr, flush=True)
-    print(table(found))
-
-
-def compact(row: dict | str) -> str:
-    """Return a row as JSON, numbers to four digits."""
-    return json.dumps(
-        row if isinstance(row, str) else json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
-    )
+    try:
+        with tempfile.TemporaryDirectory() as cache:
+            for name in chosen:
+                found[name] = launch(name, VARIANTS[name], arguments.profile, cache, arguments.limit)
+                print(name, compact(found[name]), file=sys.stderr, flush=True)
+    finally:  # what was measured before Ctrl-C, too
+        print(table(found), flush=True)
 
 
 def table(found: dict[str, dict | str]) -> str:
@@ -305,9 +309,10 @@ def table(found: dict[str, dict | str]) -> str:
         if isinstance(row, str):
             lines.append(f"| {name} | {rows} | failed: {row} | | | | |")
             continue
+        mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         ratio = f"{row['tokens_per_second'] / baseline['tokens_per_second']:.2f}" if isinstance(baseline, dict) else "-"
         lines.append(
-            f"| {name} | {rows} | {row['tokens_per_second']:,.0f} | {row['mfu']:.1%} | {row['peak_gib']:.1f} "
+            f"| {name} | {rows} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_gib']:.1f} "
             f"| {row['first_step_seconds']:.1f} | {ratio} |"
         )
     profiled = {name: row["kernels"] for name, row in found.items() if isinstance(row, dict) and row["kernels"]}

@@ -1,11 +1,20 @@
 """The benchmarks' tables and jobs, without a GPU."""
 
 import importlib.util
+import os
+import signal
+import sys
+import threading
+import time
 
+import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, store_of_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
+
+sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there
+import launching
 
 
 def load(name: str):
@@ -17,6 +26,96 @@ def load(name: str):
 
 gpu, learning, low_memory = load("gpu"), load("learning"), load("low_memory")
 scaling, multi_gpu = load("scaling"), load("multi_gpu")
+
+
+# A stand-in for torch's launcher, whose worker is in a session of its own and outlives a signal to the launcher.
+LAUNCHER = """
+import subprocess, sys, time
+worker = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"], start_new_session=True)
+open(sys.argv[1], "w").write(str(worker.pid))
+print("launched", flush=True)
+time.sleep(300)
+"""
+
+
+def gone(process: int) -> bool:
+    return not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+
+
+def test_a_run_that_takes_too_long_leaves_no_process_behind(tmp_path):
+    output, failure = launching.run([sys.executable, "-c", LAUNCHER, str(tmp_path / "pid")], dict(os.environ), 3)
+    assert (output, failure) == ("launched\n", "not done after 3 s")
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_control_c_and_termination_end_the_worker_too(tmp_path, number):
+    def interrupt():
+        while not (tmp_path / "pid").exists():
+            time.sleep(0.05)
+        time.sleep(0.5)
+        signal.pthread_kill(threading.main_thread().ident, number)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(KeyboardInterrupt):
+        launching.run([sys.executable, "-c", LAUNCHER, str(tmp_path / "pid")], dict(os.environ))
+    assert gone(int((tmp_path / "pid").read_text()))
+
+
+@pytest.mark.parametrize(("visible", "first"), [(None, "0"), ("3,5", "3"), ("", ""), ("GPU-1a,GPU-2b", "GPU-1a")])
+def test_what_is_for_one_gpu_sees_one(monkeypatch, visible, first):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert launching.one_gpu()["CUDA_VISIBLE_DEVICES"] == first
+
+
+def test_a_failed_worker_says_why(tmp_path):
+    """Its own last error, not the traceback that the launcher adds; out of memory before all."""
+    worker = "print('ValueError: mine'); print('bye')"
+    launcher = f"""import subprocess, sys
+subprocess.run([sys.executable, "-c", "{worker}"])
+print('Traceback (most recent call last):\\n  File "<frozen runpy>", line 1\\nCalledProcessError: x', file=sys.stderr)
+sys.exit(1)"""
+    assert launching.result_of([sys.executable, "-c", launcher], str(tmp_path), dict(os.environ)) == "ValueError: mine"
+    own = 'Traceback (most recent call last):\n  File "<frozen runpy>", line 1\nValueError: no such YAML'
+    assert launching.error_in(launching.less_the_launchers(own)) == "ValueError: no such YAML"
+    assert launching.error_in("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: x").endswith("of memory.")
+
+
+@pytest.mark.parametrize("module", [gpu])
+def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, module):
+    names, failure = list(module.VARIANTS)[:3], iter(["Error: x", KeyboardInterrupt])
+
+    def launch(*_):
+        if isinstance(said := next(failure), str):
+            return said
+        raise said
+
+    monkeypatch.setattr(module, "launch", launch)
+    with pytest.raises(KeyboardInterrupt):
+        module.main(["--variants", *names])
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith(f"| {names[0]} ") and "failed: Error: x" in line for line in lines)
+
+
+def test_a_layer_that_is_not_trained_is_noticed():
+    """As when the parameters are exchanged after the optimizer was made of them."""
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", num_key_value_heads=1, **shape))
+    before, optimizer = gpu.first_rows(model), torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.arange(20)[None], labels=torch.arange(20)[None]).loss.backward()
+    for parameter in model.model.layers[1].parameters():
+        parameter.grad = None
+    optimizer.step()
+    with pytest.raises(AssertionError, match="no matrix of layer 1"):
+        gpu.check_all_trained(model, optimizer, before)
+    gpu.check_all_trained(model, optimizer, [before[0], [row + 1 for row in before[1]]])
+    linear = model.model.layers[0].mlp.up_proj
+    linear.weight = torch.nn.Parameter(linear.weight.detach() + 1)
+    with pytest.raises(AssertionError, match="the optimizer has"):
+        gpu.check_all_trained(model, optimizer, before)
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
@@ -77,8 +176,10 @@ def test_the_table_has_ratios_and_names_failures():
             "123M tutorial": row,
             "123M recipe": row | {"tokens_per_second": 450_000.0, "kernels": {"loss": 0.25, "idle": 0.5}},
             "7B recipe": "CUDA out of memory",
+            "7B recipe, FP8": row | {"mfu": None},
         }
     )
+    assert "| 7B recipe, FP8 | 1 | 100,000 | - | 30.0 |" in table
     assert "| 123M recipe | 64 | 450,000 | 10.0% | 30.0 | 2.0 | 4.50 |" in table
     assert "| 7B recipe | 1 | failed: CUDA out of memory |" in table
     assert "| 123M recipe | 25.0% | 50.0% |" in table
@@ -92,8 +193,6 @@ def test_seconds_to_a_goal_lie_on_a_line_between_points():
 
 
 def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):
-    from conftest import store_of_tokens
-
     store = store_of_tokens(tmp_path, [[1] * 1030, [2] * 511, [3] * 512])
     chunks = learning.chunks_of_the_tutorial(store, torch.tensor([True, True, True]).numpy())
     assert [chunk["input_ids"].unique().tolist() for chunk in chunks] == [[1], [1], [3]]
