@@ -21,28 +21,36 @@ backward exclude it. Without a cap.
 import argparse
 import fnmatch
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from launching import ROOT, compact, launcher, one_gpu, result_of
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments, set_seed
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from common.adapters import ALL_LINEAR, add_adapters
 from common.arguments import SharedArguments
 from common.attention import choose_attention
+from common.clock import synchronize
 from common.launch import launch_defaults
 from common.loss import use_fused_loss
 from common.low_memory import compute_dtype, optimizer_for
 from common.memory import CONTEXT_BYTES, GIB, memory_gib, predict
 from common.model import model_from_config, numbers_of
 from common.packing import JoinedRows, PackedRows
-from common.plan import StepTimer, setting_of_trainer
+from common.plan import setting_of_trainer
 from common.sizes import PRESETS
 from common.sources import resolve_sources
 from common.token_index import write_index
@@ -51,7 +59,6 @@ from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer
 from common.trainer import PretrainingTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
 WARM_STEPS, STEPS = 3, 10
 CAPS = {"bf16": 15.5, "T4": 14.5}  # GiB
 
@@ -131,12 +138,31 @@ JOBS = {  # of --loss: context length, rows a step, learning rate, which documen
 }
 
 
+class StepTimer(TrainerCallback):
+    """Note the seconds from the end of each step to that of the next, which has its batch fetched in between."""
+
+    def __init__(self):
+        self.seconds = []
+
+    def on_train_begin(self, *_, **__):
+        synchronize()
+        self.ended = time.perf_counter()
+
+    def on_step_end(self, *_, **__):
+        synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self.ended)
+        self.ended = now
+
+
 def training_arguments(described: dict, folder: str, **settings) -> TrainingArguments:
-    return TrainingArguments(
+    training = TrainingArguments(
         output_dir=folder, optim=described["optim"], gradient_checkpointing=described["recompute"],
         gradient_accumulation_steps=1, weight_decay=0.1, adam_beta2=0.95, logging_nan_inf_filter=False,
         report_to="none", save_strategy="no", disable_tqdm=True, **settings, **launch_defaults(),
     )  # fmt: skip
+    assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
+    return training
 
 
 def work(described: dict, capped: bool, folder: str) -> dict:
@@ -151,11 +177,10 @@ def work(described: dict, capped: bool, folder: str) -> dict:
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.enable_cudnn_sdp(False)
     limit = CAPS[described["card"]] if capped else None
-    if limit and described["method"] != "qlora":
+    if described["method"] != "qlora":
         cap(limit)
     model = random_model_of(described, compute_dtype(training), training.device)
-    if limit:
-        cap(limit)
+    cap(limit)
     data = random_rows(described, folder)
     choose_attention(model, "auto", False, training.device)
     if described["fused_head"]:
@@ -164,7 +189,7 @@ def work(described: dict, capped: bool, folder: str) -> dict:
         model = add_adapters(model, 16, [ALL_LINEAR], train_embedding=False)
     dtype = None if described["method"] != "full" else model.dtype
     own = optimizer_for(dtype, in_backward, training)
-    timer = StepTimer(stop_after=STEPS)
+    timer = StepTimer()
     trainer = PretrainingTrainer(model, training, data, data, 1, optimizer_cls_and_kwargs=own, callbacks=[timer])
     predicted = predict(model, setting_of_trainer(trainer)).total - CONTEXT_BYTES
     trainer.train()
@@ -182,10 +207,11 @@ def work(described: dict, capped: bool, folder: str) -> dict:
     }
 
 
-def cap(limit_gib: float) -> None:
-    """Make torch's allocator refuse more than ``limit_gib``, from now on, and forget the peak so far."""
+def cap(limit_gib: float | None) -> None:
+    """Make torch's allocator refuse more than ``limit_gib``, if given, from now on, and forget the peak so far."""
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
+    if limit_gib is not None:
+        torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
     torch.cuda.reset_peak_memory_stats()
 
 
@@ -223,13 +249,17 @@ def random_rows(described: dict, folder: str) -> JoinedRows:
     return JoinedRows([PackedRows(TokenStore(f"{folder}/tokens.bin"), np.ones(1, bool), length)])
 
 
+def token_stores(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[TokenStore]]:
+    """Return the tokenizer and the tokenized sources of --loss, found again once they were made."""
+    tokenizer, shared = load_tokenizer(arguments.tokenizer, None), SharedArguments(cache_dir=arguments.cache_dir)
+    return tokenizer, [token_store_of(source, tokenizer, shared) for source in resolve_sources(arguments.data)]
+
+
 def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) -> dict:
     """Train one run of --loss in this process; return its row of the table of losses."""
     job = JOBS[arguments.job]
     length, rows = job["context_length"], job["rows"]
-    shared = SharedArguments(cache_dir=arguments.cache_dir)
-    tokenizer = load_tokenizer(arguments.tokenizer, None)
-    stores = [token_store_of(source, tokenizer, shared) for source in resolve_sources(arguments.data)]
+    tokenizer, stores = token_stores(arguments)
     train_rows, held_out_rows = (
         JoinedRows(
             [PackedRows(store, (np.arange(store.documents) % job["every"] == 0) == out, length) for store in stores]
@@ -249,7 +279,7 @@ def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) ->
     own = optimizer_for(model.dtype, described["in_backward"], training)
     if own is not None:
         own[1]["stochastic"] = described.get("stochastic", True)
-    timer = StepTimer(stop_after=training.max_steps)
+    timer = StepTimer()
     trainer = PretrainingTrainer(
         model, training, train_rows, held_out_rows, rows, processing_class=tokenizer, optimizer_cls_and_kwargs=own,
         callbacks=[timer],
@@ -267,33 +297,13 @@ def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) ->
 
 
 def launch(name: str, described: dict, flags: list[str], compiled: bool, limit: float) -> dict | str:
-    """Run a variant in a process of its own; return its row, or the end of what it printed."""
+    """Run a variant in a process of its own; return its row, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
         precision = "fp16" if described.get("card") == "T4" else "bf16"
-        command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--config_file"]
-        yaml = "single_gpu.yaml" if torch.cuda.is_available() else "cpu.yaml"
-        command += [str(ROOT / "accelerate_configs" / yaml), "--mixed_precision", precision]
-        command += [] if compiled else ["--dynamo_backend", "no"]
+        command = launcher("single_gpu.yaml" if torch.cuda.is_available() else "cpu.yaml")
+        command += ["--mixed_precision", precision, *([] if compiled else ["--dynamo_backend", "no"])]
         command += [__file__, *flags, "--worker", name, "--folder", folder]
-        try:
-            done = subprocess.run(command, env=os.environ, capture_output=True, text=True, timeout=limit)
-        except subprocess.TimeoutExpired:
-            return f"not done after {limit:.0f} s"
-        result = Path(folder, "result.json")
-        if result.exists():
-            return json.loads(result.read_text(encoding="utf-8"))
-        lines = (done.stdout + done.stderr).strip().splitlines() or ["nothing was printed"]
-        wanted = [line for line in lines if "out of memory" in line.lower()] or [
-            line for line in lines if ("Error" in line or ": " in line) and "CalledProcessError" not in line
-        ]
-        return (wanted or lines)[-1].strip()[:200]
-
-
-def compact(row: dict | str) -> str:
-    """Return a row as JSON, numbers to four digits."""
-    return json.dumps(
-        row if isinstance(row, str) else json.loads(json.dumps(row), parse_float=lambda x: float(f"{float(x):.4g}"))
-    )
+        return result_of(command, folder, one_gpu(), limit)
 
 
 def table(found: dict[str, dict | str]) -> str:
@@ -338,7 +348,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", nargs="+", default=["*"], help="names or patterns, such as 'bf16: 0.5B*'")
     parser.add_argument("--compiled", action="store_true", help="compile the layers, as the recipe's YAML does")
-    parser.add_argument("--limit", type=float, default=180, help="seconds a variant may take")
+    parser.add_argument("--limit", type=float, help="seconds a variant may take: 180, with --loss 600")
     parser.add_argument("--loss", action="store_true", help="the table of losses instead")
     parser.add_argument("--data", nargs="+", help="with --loss: documents")
     parser.add_argument("--tokenizer", help="with --loss: a folder or id")
@@ -363,15 +373,20 @@ def main(argv: list[str] | None = None) -> None:
     chosen = [name for name in runs if any(fnmatch.fnmatch(name, pattern) for pattern in arguments.variants)]
     if not chosen:
         sys.exit(f"--variants {arguments.variants}: none of {', '.join(runs)}")
+    if arguments.loss:
+        token_stores(arguments)  # so that no run's time goes into tokenizing
+    limit = arguments.limit or (600 if arguments.loss else 180)
     found = {}
-    for name in chosen:
-        row = launch(name, runs[name], argv, arguments.compiled, arguments.limit)
-        if isinstance(row, str) and "out of memory" in row.lower() and not arguments.loss:
-            print(f"{name}: refused: {row}", flush=True)
-            row = launch(name, runs[name], [*argv, "--uncapped"], arguments.compiled, arguments.limit)
-        found[name] = row
-        print(name, compact(row), flush=True)
-    print(loss_table(found) if arguments.loss else table(found), flush=True)
+    try:
+        for name in chosen:
+            row = launch(name, runs[name], argv, arguments.compiled, limit)
+            if isinstance(row, str) and "out of memory" in row.lower() and not arguments.loss:
+                print(f"{name}: refused: {row}", flush=True)
+                row = launch(name, runs[name], [*argv, "--uncapped"], arguments.compiled, limit)
+            found[name] = row
+            print(name, compact(row), flush=True)
+    finally:  # what was measured before Ctrl-C, too
+        print(loss_table(found) if arguments.loss else table(found), flush=True)
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ sys.exit(1)"""
     assert launching.error_in("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: x").endswith("of memory.")
 
 
-@pytest.mark.parametrize("module", [gpu])
+@pytest.mark.parametrize("module", [gpu, low_memory])
 def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, module):
     names, failure = list(module.VARIANTS)[:3], iter(["Error: x", KeyboardInterrupt])
 
@@ -116,6 +116,15 @@ def test_a_layer_that_is_not_trained_is_noticed():
     linear.weight = torch.nn.Parameter(linear.weight.detach() + 1)
     with pytest.raises(AssertionError, match="the optimizer has"):
         gpu.check_all_trained(model, optimizer, before)
+
+
+def test_a_step_is_timed_with_the_fetching_of_its_batch():
+    timer = low_memory.StepTimer()
+    timer.on_train_begin()
+    time.sleep(0.2)  # the batch
+    timer.on_step_begin(None, None, None)
+    timer.on_step_end()
+    assert timer.seconds[0] >= 0.2
 
 
 def test_the_variants_are_whole_batches_and_have_their_baseline():
