@@ -6,41 +6,45 @@ The model is wiki_zh_scratch's, 123M parameters. Every 50th document of each fil
 its own and starts with nothing compiled in memory; the clock runs from the first step on, compiling included, and
 stands still while held-out text is evaluated. Every run draws all points with the same code. Results are kept in
 --output as one JSON file a run; the table and the plot, learning.png, are made of all that are there, so that runs can
-be added one by one: --runs recipe.
+be added one by one: --runs recipe. Of another commit, version, device or corpus they are refused, not mixed.
+
+Bits per byte are of text alone: the ends of documents, which have no bytes, are no targets here.
 
 The tutorial's recipe is SwanLab's wiki tutorial: chunks of exactly 512 tokens within a document, the rest dropped, no
 end-of-document token, transformers' own loss, no padding of the vocabulary, batch, schedule and optimizer as there.
+Its warm-up of 200 steps leaves the cosine only the last 70 of these 270; and their 35.4M tokens are several passes over
+a corpus of some 9M.
 """
 
 import argparse
-import importlib.util
+import hashlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from launching import ROOT, circumstances, compact, error_in, launcher, load_recipe, one_gpu, run
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
 from common.attention import choose_attention, generating
+from common.clock import synchronize
 from common.launch import choose_optimizer, launch_defaults, set_batch
 from common.loss import use_fused_loss
 from common.model import model_from_config
 from common.packing import JoinedRows, PackedRows, collate_rows
 from common.preflight import derive_micro_batch
 from common.sources import resolve_sources
+from common.token_store import TokenStore
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer
 from common.tokenizer_training import tokenizer_trained_on
 from common.trainer import PretrainingTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
 CONTEXT_LENGTH = 512
 POINTS = 8  # evaluations a run
 TUTORIAL = dict(
@@ -69,7 +73,8 @@ class Race(TrainerCallback):
     """Measure bits per byte POINTS times on the way, and stop the clock meanwhile."""
 
     def __init__(self, rows: JoinedRows, tokenizer):
-        self.rows, self.bytes, self.points, self.seconds = rows, rows.target_bytes(tokenizer), [], 0.0
+        self.rows, self.bytes, self.end = rows, rows.target_bytes(tokenizer), tokenizer.eos_token_id
+        self.points, self.seconds = [], 0.0
 
     def on_train_begin(self, *_, **__):
         self.started = now()
@@ -80,33 +85,37 @@ class Race(TrainerCallback):
         self.seconds += now() - self.started
         point = {"step": state.global_step, "seconds": self.seconds}
         if state.global_step > 1:
-            point["bits_per_byte"] = held_out_nats(model, self.rows) / math.log(2) / self.bytes
+            point["bits_per_byte"] = held_out_nats(model, self.rows, self.end) / math.log(2) / self.bytes
         self.points.append(point)
         self.started = now()
 
 
 def now() -> float:
-    torch.cuda.synchronize()
+    synchronize()
     return time.perf_counter()
 
 
 @torch.no_grad()
-def held_out_nats(model, rows: JoinedRows, at_once: int = 32) -> float:
-    """Return the sum of the losses of all targets, computed from whole logits."""
+def held_out_nats(model, rows: JoinedRows, end: int, at_once: int = 32) -> float:
+    """Return the sum of the losses of all targets but ``end``, computed from whole logits.
+
+    The end of a document has no bytes, and the tutorial's chunks never have one: it would be charged for all of them.
+    """
     total = 0.0
     model.eval()
-    with torch.autocast("cuda", torch.bfloat16), generating(model):
+    with torch.autocast(model.device.type, torch.bfloat16), generating(model):
         for start in range(0, len(rows), at_once):
             batch = collate_rows([rows[row] for row in range(start, min(start + at_once, len(rows)))])
-            logits = model(input_ids=batch["input_ids"].cuda(), use_cache=False).logits.float().flatten(0, 1)
+            ids, targets = (batch[name].to(model.device) for name in ("input_ids", "shift_labels"))
+            logits = model(input_ids=ids, use_cache=False).logits.float().flatten(0, 1)
             total += torch.nn.functional.cross_entropy(
-                logits, batch["shift_labels"].cuda().flatten(), reduction="sum"
+                logits, targets.flatten(), ignore_index=end, reduction="sum"
             ).item()
     model.train()
     return total
 
 
-def chunks_of_the_tutorial(store, chosen: np.ndarray) -> list[dict]:
+def chunks_of_the_tutorial(store: TokenStore, chosen: np.ndarray) -> list[dict]:
     """Return the chunks of exactly CONTEXT_LENGTH tokens of each document, without its end token."""
     rows = []
     for document in np.flatnonzero(chosen):
@@ -117,9 +126,14 @@ def chunks_of_the_tutorial(store, chosen: np.ndarray) -> list[dict]:
     return rows
 
 
+def documents_fingerprint(stores: list[TokenStore]) -> str:
+    """Return 16 hex digits that change with the documents, not with the tokenizer."""
+    return hashlib.blake2b(np.concatenate([store.document_hashes() for store in stores]), digest_size=8).hexdigest()
+
+
 def work(name: str, arguments: argparse.Namespace) -> dict:
     """Train one run in this process; return its points and counts."""
-    changes, recipe = dict(RUNS[name]), load_recipe()
+    changes, recipe = dict(RUNS[name]), load_recipe("wiki_zh_scratch.py")
     tokens, vocabulary = changes.pop("tokens", arguments.tokens), changes.pop("vocabulary", None)
     set_seed(42)
     shared = SharedArguments(vocabulary_size=vocabulary or 0, cache_dir=arguments.cache_dir)
@@ -162,6 +176,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         trainer = PretrainingTrainer(
             model, training, rows, race_rows, rows_per_step, optimizer, processing_class=tokenizer
         )
+    assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
     trainer.add_callback(race)
     trainer.train()
     first, last = race.points[0], race.points[-1]
@@ -169,23 +184,17 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         "name": name, "points": race.points, "tokens_per_step": tokens_per_step,
         "tokens": last["step"] * tokens_per_step, "parameters": model.num_parameters(),
         "tokens_per_second": (last["step"] - 1) * tokens_per_step / (last["seconds"] - first["seconds"]),
-        "training_tokens": rows.stream_tokens, "held_out_bytes": race.bytes, "device": torch.cuda.get_device_name(),
+        "training_tokens": rows.stream_tokens, "held_out_bytes": race.bytes,
+        "circumstances": {**circumstances(), "data": documents_fingerprint(stores)},
     }  # fmt: skip
 
 
-def load_recipe():
-    """Import recipes/wiki_zh_scratch.py for its dicts."""
-    spec = importlib.util.spec_from_file_location("wiki_zh_scratch", ROOT / "recipes" / "wiki_zh_scratch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def launch(name: str, arguments: list[str]) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", str(ROOT / "accelerate_configs" / "single_gpu.yaml")]
+def launch(name: str, arguments: list[str]) -> str:
+    """Train a run in a process of its own, which leaves its JSON file; return what went wrong, "" if nothing did."""
+    command = launcher("single_gpu.yaml")
     command += ["--dynamo_backend", "no"] if name == "tutorial" else []  # it does not compile
-    subprocess.run([*command, __file__, *arguments, "--worker", name], check=True, env=os.environ)
+    output, failure = run([*command, __file__, *arguments, "--worker", name], one_gpu())
+    return error_in(output) if failure else ""
 
 
 def seconds_to(points: list[dict], bits: float) -> float | None:
@@ -201,7 +210,16 @@ def seconds_to(points: list[dict], bits: float) -> float | None:
     return None
 
 
-def table(results: list[dict]) -> str:
+def unlike(results: list[dict]) -> str:
+    """Return what keeps ``results`` from being compared, "" if nothing does."""
+    found = {result["name"]: result.get("circumstances", {}) for result in results}
+    names = dict.fromkeys(name for circumstances in found.values() for name in circumstances)
+    seen = {name: {run: circumstances.get(name) for run, circumstances in found.items()} for name in names}
+    different = {name: runs for name, runs in seen.items() if len({json.dumps(value) for value in runs.values()}) > 1}
+    return "; ".join(f"{name}: {json.dumps(runs)}" for name, runs in different.items())
+
+
+def table(results: list[dict], failures: dict[str, str] | None = None) -> str:
     """Return the runs as a Markdown table; the last column is against the tutorial's last point."""
     tutorial = next((result for result in results if result["name"] == "tutorial"), None)
     goal = tutorial["points"][-1]["bits_per_byte"] if tutorial else None
@@ -217,6 +235,7 @@ def table(results: list[dict]) -> str:
             f"| {result['tokens'] / 1e6:.1f}M | {result['tokens_per_second']:,.0f} | {last['seconds']:.0f} "
             f"| {last['bits_per_byte']:.4f} | {'-' if seconds is None else f'{seconds:.0f}'} |"
         )
+    lines += [f"| {name} | failed: {why} | | | | | | |" for name, why in (failures or {}).items()]
     return "\n".join(lines)
 
 
@@ -258,12 +277,34 @@ def main(argv: list[str] | None = None) -> None:
         return
     if unknown := set(arguments.runs) - set(RUNS):
         sys.exit(f"--runs {', '.join(unknown)}: not among {', '.join(RUNS)}")
-    for name in arguments.runs:
-        launch(name, argv)
+    kept = [result for result in results_in(output) if result["name"] not in arguments.runs]
+    for result in kept:  # the data are known when they are tokenized
+        here = {**circumstances(), "data": result.get("circumstances", {}).get("data")}
+        if difference := unlike([result, {"name": "this machine now", "circumstances": here}]):
+            sys.exit(f"{output} has a run that does not compare. Use another --output. {difference}")
+    failures = {}
+    try:
+        for name in arguments.runs:
+            if failure := launch(name, argv):
+                failures[name] = failure
+            print(name, compact(failure or "done"), file=sys.stderr, flush=True)
+    finally:  # what was measured before Ctrl-C, too
+        report([result for result in results_in(output) if result["name"] not in failures], failures, output)
+
+
+def results_in(output: Path) -> list[dict]:
+    """Return the results of all runs in a folder, in the order of RUNS."""
     results = [json.loads(file.read_text(encoding="utf-8")) for file in output.glob("*.json")]
-    results.sort(key=lambda result: list(RUNS).index(result["name"]))
-    print(table(results))
-    plot(results, output / "learning.png")
+    return sorted(results, key=lambda result: list(RUNS).index(result["name"]))
+
+
+def report(results: list[dict], failures: dict[str, str], output: Path) -> None:
+    """Print the table and draw the plot, if the results compare."""
+    if difference := unlike(results):
+        sys.exit(f"{output} has runs that do not compare, and so gives no table. Use another --output. {difference}")
+    print(table(results, failures), flush=True)
+    if results:
+        plot(results, output / "learning.png")
 
 
 if __name__ == "__main__":

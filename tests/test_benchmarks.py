@@ -1,6 +1,7 @@
 """The benchmarks' tables and jobs, without a GPU."""
 
 import importlib.util
+import json
 import os
 import signal
 import sys
@@ -12,6 +13,8 @@ import pytest
 import torch
 from conftest import ROOT, store_of_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from common.packing import JoinedRows, PackedRows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there
 import launching
@@ -206,6 +209,53 @@ def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):
     chunks = learning.chunks_of_the_tutorial(store, torch.tensor([True, True, True]).numpy())
     assert [chunk["input_ids"].unique().tolist() for chunk in chunks] == [[1], [1], [3]]
     assert all(len(chunk["input_ids"]) == 512 for chunk in chunks)
+
+
+def test_the_ends_of_documents_are_no_targets(tmp_path):
+    """By hand: a model that gives each of 64 tokens the same probability pays 6 bits for each of the others."""
+    store = store_of_tokens(tmp_path, [[1, 2, 3]] * 9, end=[63])
+    rows = JoinedRows([PackedRows(store, torch.ones(9, dtype=bool).numpy(), 7)])
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", num_key_value_heads=1, **shape))
+    torch.nn.init.zeros_(model.lm_head.weight)
+    targets = [target for row in range(5) for target in rows[row]["shift_labels"].tolist() if target != 63]
+    assert len(rows) == 5 and 20 < len(targets) < 35
+    found = learning.held_out_nats(model, rows, end=63, at_once=2)
+    assert found == pytest.approx(len(targets) * torch.tensor(64.0).log().item(), rel=1e-5)
+
+
+def test_a_corpus_is_known_by_its_documents(tmp_path):
+    first, same, other = (
+        learning.documents_fingerprint([store_of_tokens(tmp_path, documents)])
+        for documents in ([[1, 2]], [[1, 2]], [[1, 3]])
+    )
+    assert first == same != other
+
+
+def learnt(name: str, **changes) -> dict:
+    points = [{"step": 1, "seconds": 1.0}, {"step": 9, "seconds": 9.0, "bits_per_byte": 2.0}]
+    row = dict(name=name, points=points, tokens_per_step=512, tokens=1e6, parameters=1e6, tokens_per_second=1e3)
+    return row | {"circumstances": {**launching.circumstances(), "data": "d", **changes}}
+
+
+def test_learning_goes_on_after_a_failed_run_and_mixes_nothing(monkeypatch, tmp_path, capsys):
+    def launch(name, _):
+        if name == "recipe":
+            return "Error: x"
+        (tmp_path / f"{name}.json").write_text(json.dumps(learnt(name)))
+        return ""
+
+    monkeypatch.setattr(learning, "launch", launch)
+    flags = ["--data", "x", "--tokenizer", "y", "--output", str(tmp_path), "--runs"]
+    learning.main([*flags, "recipe", "tutorial"])
+    printed = capsys.readouterr().out
+    assert "| recipe | failed: Error: x |" in printed and "| tutorial | 1.0M |" in printed
+    (tmp_path / "2e_3.json").write_text(json.dumps(learnt("2e-3", data="another")))
+    with pytest.raises(SystemExit, match='do not compare.*data: {"tutorial": "d", "2e-3": "another"}'):
+        learning.main(flags)
+    (tmp_path / "2e_3.json").write_text(json.dumps(learnt("2e-3", commit="another")))
+    with pytest.raises(SystemExit, match="does not compare.*commit"):  # before anything is run
+        learning.main([*flags, "tutorial"])
 
 
 @pytest.mark.parametrize(
