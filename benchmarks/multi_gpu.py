@@ -5,19 +5,27 @@
     python benchmarks/multi_gpu.py --data zh.jsonl --folder runs --plan --plot losses.png
 
 Each YAML is launched once, in a process of its own, on all visible GPUs or --num_processes of them; those for one GPU
-on the first. All take the same steps on the same rows: the recipe divides its tokens a step among the cards. A row of
-the table is printed when its run is done; a failed one shows the end of its log, and the rest goes on. With --folder
-the runs are kept, and those that are there already are read, not run again, if their flags are the same.
+on the first. What is launched is the recipe up to the end of training: it neither evaluates nor saves. Tokens are made
+before the first run. A row of the table is printed when its run is done; one that failed, or was not done in time, has
+what it logged until then and shows the end of what it printed, and the rest goes on. With --folder the runs are kept,
+and those that are there already are read, not run again, if flags, commit, versions and device are the same.
+
+Scaling is strong scaling: all runs take the same steps of the same tokens, which the recipe divides among the cards, so
+that each of several has fewer rows to hide its messages behind. It is tokens a second and GPU over those of the
+baseline, the first run that logged a step: single_gpu.yaml's if it is among them and fits (of --job 7B it does not, and
+is left out). The deviation is the largest of all steps' losses, relative to the baseline's.
 
 Tokens a second and MFU are medians over the steps after the fifth; the loss is read at every step, which costs a little
-speed. Scaling is tokens a second and GPU over single_gpu.yaml's. The deviation is the largest of all steps' losses,
-relative to the first run's in the table, which is single_gpu.yaml if it is among them.
+speed. The peak is that of the process with the highest.
 """
+
+import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 import argparse
 import fnmatch
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -25,29 +33,38 @@ import tempfile
 from pathlib import Path
 
 import torch
+import yaml
+from accelerate.utils import gather_object
+from launching import ROOT, circumstances, launcher, load_recipe, one_gpu
+from launching import run as run_command
 
+from common.launcher import compile_settings
 from common.memory import CONTEXT_BYTES, GIB
+from common.run_status import append_lines
+from common.trainer import PretrainingTrainer
 
-ROOT = Path(__file__).resolve().parent.parent
 BASELINE = "single_gpu"
 ONE_GPU = (BASELINE, "fp16")
 NOT_HERE = ("cpu", "cpu_2proc", "multi_node", "fsdp2_context_parallel")
 WARM_STEPS = 5
+HISTORY_FILE, KEPT_FILE = "history.jsonl", "kept.json"
 
-# What is trained: recipe and its flags, rows of a micro-batch, steps. AdamW, which every strategy has.
+# What is trained: recipe and its flags, rows of a micro-batch, steps, YAMLs. AdamW, which every strategy has.
 JOBS = {
-    "123M": ("wiki_zh_scratch.py --learning_rate 1e-3 --tokens_per_step 131072", 128, 60),
+    "123M": ("wiki_zh_scratch.py --learning_rate 1e-3 --tokens_per_step 131072", 128, 60, ["*"]),
     "0.5B": (  # Qwen2.5-0.5B's shape
         "openwebtext_continue.py --from_scratch --learning_rate 5e-4 --context_length 2048 --tokens_per_step 131072 "
         "--held_out_fraction 0.01",
         16,
         60,
+        ["*"],
     ),
     "7B": (  # Llama-2-7B's; with --tokenizer train its vocabulary, too
         "wiki_zh_scratch.py --model llama-2-7b --vocabulary_size 32000 --learning_rate 1e-4 --context_length 4096 "
         "--tokens_per_step 32768 --held_out_fraction 0.02",
         1,
         12,
+        ["fsdp2*", "zero2_recompute", "zero3_offload"],  # that fit two cards of 80 GB, by --plan
     ),
 }
 HEADS = [
@@ -55,7 +72,7 @@ HEADS = [
     "GPUs",
     "tokens/s per GPU",
     "MFU",
-    "scaling",
+    "strong scaling",
     "peak GiB",
     "predicted",
     "first loss",
@@ -65,13 +82,47 @@ HEADS = [
 ]
 
 
+class TrainingOnly(PretrainingTrainer):
+    """Train, keep each log as it comes, and end the process: no evaluation, no samples, no model saved."""
+
+    def train(self, **kwargs) -> None:
+        super().train(**kwargs)
+        self.accelerator.end_training()  # as the recipes end
+        sys.exit()
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        super().log(logs, start_time)
+        if "loss" not in logs:
+            return
+        with self.clock.interval.paused():
+            logs = {**self.state.log_history[-1], "memory_peak_gib": max(gather_object([logs["memory_peak_gib"]]))}
+            if self.is_world_process_zero():
+                append_lines(Path(self.args.output_dir, HISTORY_FILE), [logs])
+
+
+def work(until: str, recipe: str, flags: list[str]) -> None:
+    """Run a recipe in this process until its "data" are tokenized, or its "training" is done.
+
+    For that, the recipe gets another Trainer, or one of its steps is its end.
+    """
+    module = load_recipe(recipe)
+    if until == "data":
+        module.split_rows = lambda *_: sys.exit()  # what it does first with the tokens
+    else:
+        module.PretrainingTrainer = TrainingOnly
+    module.main(flags)
+
+
 def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["--worker"]:
+        return work(argv[1], argv[2], argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=list(JOBS), default="123M")
     parser.add_argument("--data", nargs="+", help="as the recipe's; without it, what the recipe downloads")
     parser.add_argument("--tokenizer", help="as the recipe's")
     parser.add_argument("--cache_dir", default=str(ROOT / "data" / "cache"), help="as the recipe's")
-    parser.add_argument("--yamls", nargs="+", default=["*"], help="names or patterns, such as 'zero*'")
+    parser.add_argument("--yamls", nargs="+", help="names or patterns, such as 'zero*'; all that the job fits")
     parser.add_argument("--num_processes", type=int, default=torch.accelerator.device_count())
     parser.add_argument("--steps", type=int, help="instead of the job's")
     parser.add_argument("--rows", type=int, help="of a micro-batch, instead of the job's")
@@ -86,23 +137,25 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit("no accelerator here. To try this script out on CPUs: --num_processes 1 --yamls cpu --recipe --sample")
     if arguments.steps is not None and arguments.steps <= WARM_STEPS:
         sys.exit(f"--steps {arguments.steps}: the first {WARM_STEPS} are left out of the rates. Use more.")
-    names = chosen(arguments.yamls)
+    names = chosen(arguments.yamls or JOBS[arguments.job][-1])
     if not names:
         sys.exit(f"--yamls {arguments.yamls}: none of {', '.join(chosen(['*']))}")
+    prepare(arguments)
     print("| " + " | ".join(HEADS) + " |\n" + "|---" * len(HEADS) + "|", flush=True)
     histories: dict[str, list[dict]] = {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(arguments.folder or temporary).resolve() / arguments.job
         for name in names:
-            histories[name], end = run(name, arguments, folder / name)
-            baseline = histories[names[0]]
-            print(row(name, gpus(name, arguments), histories[name], baseline, plan(name, arguments)), flush=True)
-            if end:
-                print(end, file=sys.stderr, flush=True)
+            histories[name], failure, output = run(name, arguments, folder / name)
+            predicted = plan(name, arguments) if arguments.plan else None
+            print(row(name, gpus(name, arguments), histories, predicted, failure), flush=True)
+            if failure:
+                print(f"{name}:\n{output[-3000:]}", file=sys.stderr, flush=True)
     if arguments.plot:
         plot(histories, arguments)
-    about = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"\n{arguments.job}, {about}, torch {torch.__version__}, deviation from {names[0]}.yaml")
+    about, logged = circumstances(), baseline_of(histories)
+    print(f"\n{arguments.job}, {about['device']}, torch {torch.__version__}, commit {about['commit']}", end="")
+    print(f"; the baseline is {logged}.yaml" if logged else "")
 
 
 def chosen(patterns: list[str]) -> list[str]:
@@ -120,57 +173,85 @@ def gpus(name: str, arguments: argparse.Namespace) -> int:
     return 1 if name in ONE_GPU else arguments.num_processes
 
 
+def baseline_of(histories: dict[str, list[dict]]) -> str | None:
+    """Return the first run that logged a step."""
+    return next((name for name, history in histories.items() if by_step(history)), None)
+
+
 def job_flags(arguments: argparse.Namespace) -> list[str]:
     """Return recipe and flags of the job."""
-    recipe, rows, steps = JOBS[arguments.job]
-    flags = f"recipes/{recipe} --optimizer adamw --per_device_train_batch_size {arguments.rows or rows}".split()
+    recipe, rows, steps, _ = JOBS[arguments.job]
+    flags = f"{recipe} --optimizer adamw --per_device_train_batch_size {arguments.rows or rows}".split()
     flags += ["--max_steps", str(arguments.steps or steps)]
     flags += ["--tokenizer", arguments.tokenizer] if arguments.tokenizer else []
-    return flags + arguments.recipe.split()
-
-
-def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], str]:
-    """Launch the recipe with a YAML; return its logs, and the end of what it printed if it failed."""
-    state, kept = folder / "trainer_state.json", folder.with_suffix(".flags")
-    flags = [*arguments.launcher.split(), "--num_processes", str(gpus(name, arguments)), *job_flags(arguments)]
     flags += ["--data", *arguments.data] if arguments.data else []
-    if kept.exists() and json.loads(kept.read_text(encoding="utf-8")) != flags:
-        sys.exit(f"{folder} is a run with other flags ({kept}). Use another --folder.")
-    if state.exists():
-        return json.loads(state.read_text(encoding="utf-8"))["log_history"], ""
-    command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    command += ["--config_file", f"accelerate_configs/{name}.yaml"]
-    command += [*flags, "--output_dir", str(folder), "--cache_dir", arguments.cache_dir]
-    command += "--logging_steps 1 --eval_strategy no --max_eval_rows 32 --save_strategy no".split()
-    command += "--swanlab off --disable_tqdm true".split()
-    environment = dict(os.environ)
-    if name in ONE_GPU:  # with several visible, Trainer would take them all, the slow way
-        environment["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(flags), encoding="utf-8")
-    try:
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, timeout=arguments.limit,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )  # fmt: skip
-        output, failed = done.stdout, done.returncode != 0
-    except subprocess.TimeoutExpired as error:
-        output, failed = (error.stdout or b"").decode(errors="replace") + "\nnot done in time", True
-    history = json.loads(state.read_text(encoding="utf-8"))["log_history"] if state.exists() else []
-    own = output.split('Traceback (most recent call last):\n  File "<frozen runpy>')[0]  # before the launcher's
-    return history, f"{name}:\n{own[-3000:]}" if failed or not history else ""
+    flags += ["--cache_dir", arguments.cache_dir]
+    flags += "--logging_steps 1 --eval_strategy no --max_eval_rows 32 --save_strategy no".split()
+    return flags + "--swanlab off --disable_tqdm true".split() + arguments.recipe.split()
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Tokenize what the runs train on, so that none of their time goes into it."""
+    command = [*launcher("cpu.yaml"), __file__, "--worker", "data", *job_flags(arguments)]
+    with tempfile.TemporaryDirectory() as folder:
+        output, failure = run_command([*command, "--output_dir", folder], one_gpu(CUDA_VISIBLE_DEVICES=""), cwd=ROOT)
+    if failure:
+        sys.exit(f"the data of the job could not be prepared:\n{output[-3000:]}")
+
+
+def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], str, str]:
+    """Train with a YAML; return its logs, how it failed ("": not at all), and what it printed."""
+    kept, history = folder / KEPT_FILE, folder / HISTORY_FILE
+    launched = [*arguments.launcher.split(), "--num_processes", str(gpus(name, arguments))]
+    flags = job_flags(arguments)
+    described = {"launcher": launched, "flags": flags, **circumstances()}
+    if folder.exists():
+        there = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+        different = [key for key, value in described.items() if there.get(key) != value]
+        if not different:
+            return logged_in(history), "", ""
+        why = f"other {', '.join(different)}" if there else "it was not finished, and is not continued"
+        print(f"note: {folder} is run again: {why}", file=sys.stderr, flush=True)
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    command = [*launcher(f"{name}.yaml"), *launched, __file__, "--worker", "training", *flags]
+    command += ["--output_dir", str(folder)]
+    environment = one_gpu() if name in ONE_GPU else dict(os.environ)
+    output, failure = run_command(command, environment, arguments.limit, cwd=ROOT)
+    if not failure:
+        kept.write_text(json.dumps(described), encoding="utf-8")
+    return logged_in(history), failure, output
+
+
+def logged_in(path: Path) -> list[dict]:
+    """Return the whole lines of a history; a killed run may leave half of one."""
+    text = path.read_text(encoding="utf-8") if path.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def plan(name: str, arguments: argparse.Namespace) -> float | None:
-    """Return the GiB that the recipe's --plan predicts for torch's allocator, or None if it was not asked for."""
-    if not arguments.plan:
-        return None
-    command = [sys.executable, *job_flags(arguments), "--plan", "--plan_config", f"accelerate_configs/{name}.yaml"]
-    command += ["--plan_processes", str(gpus(name, arguments))]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    """Return the GiB that the recipe's --plan predicts for torch's allocator, or None, with a note, if it cannot."""
+    recipe, *flags = job_flags(arguments)
+    with tempfile.TemporaryDirectory() as folder:
+        config = planned_yaml(name, arguments.launcher.split(), Path(folder))
+        command = [sys.executable, str(ROOT / "recipes" / recipe), *flags, "--plan", "--plan_config", str(config)]
+        command += ["--plan_processes", str(gpus(name, arguments))]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
-        sys.exit(f"{' '.join(command)}:\n{done.stderr[-1000:]}")
+        print(f"note: no plan for {name}: {done.stderr[-1000:]}", file=sys.stderr, flush=True)
+        return None
     return json.loads(done.stdout.splitlines()[-1])["total_gib"] - CONTEXT_BYTES / GIB
+
+
+def planned_yaml(name: str, flags: list[str], folder: Path) -> Path:
+    """Write the YAML, compiled or not as the launcher's ``flags`` leave it."""
+    path = ROOT / "accelerate_configs" / f"{name}.yaml"
+    compiled = compile_settings(["--config_file", str(path), *flags, "script.py"])
+    config = yaml.safe_load(path.read_text(encoding="utf-8"))
+    config["dynamo_config"] = {"dynamo_backend": compiled["ACCELERATE_DYNAMO_BACKEND"]}
+    planned = folder / path.name
+    planned.write_text(yaml.safe_dump(config), encoding="utf-8")
+    return planned
 
 
 def by_step(history: list[dict], key: str = "loss") -> dict[int, float]:
@@ -182,20 +263,25 @@ def warm_median(history: list[dict], key: str) -> float | None:
     return statistics.median(values) if values else None
 
 
-def row(name: str, gpus: int, history: list[dict], baseline: list[dict], predicted: float | None = None) -> str:
-    """Return a line of the table; ``baseline`` are the logs of its first run."""
+def row(
+    name: str, gpus: int, histories: dict[str, list[dict]], predicted: float | None = None, failure: str = ""
+) -> str:
+    """Return a line of the table; ``histories`` are the logs of the runs so far."""
+    history, baseline = histories[name], histories.get(baseline_of(histories), [])
     losses, theirs = by_step(history), by_step(baseline)
-    rate = warm_median(history, "tokens_per_second_per_device")
-    if rate is None:
-        return f"| {name} | {gpus} | failed" + " |" * (len(HEADS) - 2)
+    if failure:
+        name += f", {failure}, after step {max(losses, default=0)}"
+    if not losses:
+        return f"| {name} | {gpus}" + " | -" * (len(HEADS) - 2) + " |"
+    rate, reference = (warm_median(logs, "tokens_per_second_per_device") for logs in (history, baseline))
     mfu, deviations = warm_median(history, "mfu"), [abs(losses[s] / theirs[s] - 1) for s in losses.keys() & theirs]
     peak = max(by_step(history, "memory_peak_gib").values())
     cells = [
         name,
         gpus,
-        f"{rate:,.0f}",
+        "-" if rate is None else f"{rate:,.0f}",
         "-" if mfu is None else f"{mfu:.1%}",
-        f"{rate / warm_median(baseline, 'tokens_per_second_per_device'):.0%}" if theirs else "-",
+        "-" if rate is None or reference is None else f"{rate / reference:.0%}",
         f"{peak:.1f}",
         "-" if predicted is None else f"{predicted:.1f} ({predicted / peak - 1:+.0%})",
         f"{losses[min(losses)]:.4f}",

@@ -1,5 +1,6 @@
 """The benchmarks' tables and jobs, without a GPU."""
 
+import argparse
 import importlib.util
 import json
 import os
@@ -11,7 +12,7 @@ import time
 import psutil
 import pytest
 import torch
-from conftest import ROOT, store_of_tokens
+from conftest import ROOT, small_run, store_of_tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.packing import JoinedRows, PackedRows
@@ -72,6 +73,24 @@ def test_what_is_for_one_gpu_sees_one(monkeypatch, visible, first):
     if visible is not None:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
     assert launching.one_gpu()["CUDA_VISIBLE_DEVICES"] == first
+
+
+def test_all_launches_for_one_gpu_hide_the_others(monkeypatch, tmp_path):
+    seen = []
+
+    def record(command, environment, *_, **__):
+        seen.append(environment["CUDA_VISIBLE_DEVICES"])
+        return "", "failed"
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,3")
+    for module, name in ((launching, "run"), (learning, "run"), (multi_gpu, "run_command")):
+        monkeypatch.setattr(module, name, record)
+    gpu.launch("123M recipe", gpu.VARIANTS["123M recipe"], False, "", 1)
+    low_memory.launch("T4: 0.5B", low_memory.VARIANTS["T4: 0.5B"], [], False, 1)
+    learning.launch("tutorial", [])
+    for yaml in ("single_gpu", "fp16", "ddp"):
+        multi_gpu.run(yaml, multi_gpu_arguments(tmp_path), tmp_path / yaml)
+    assert seen == ["2"] * 5 + ["2,3"]
 
 
 def test_a_failed_worker_says_why(tmp_path):
@@ -175,10 +194,75 @@ def test_a_strategys_row_has_medians_of_warm_steps_and_the_largest_deviation():
         dict(step=step, loss=loss, tokens_per_second_per_device=8000.0)
         for step, loss in ((1, 9.0), (2, 10.0), (3, 7.0), (9, 1.0))
     ]
-    row = multi_gpu.row("ddp", 2, [*history, {"eval_loss": 1.0}], baseline, predicted=5.0)
+    histories = {"single_gpu": baseline, "ddp": [*history, {"eval_loss": 1.0}], "zero3": [], "zero2": history[:6]}
+    row = multi_gpu.row("ddp", 2, histories, predicted=5.0)
     assert row == "| ddp | 2 | 7,000 | 30.0% | 88% | 4.0 | 5.0 (+25%) | 9.0000 | 2.0000 | 20.000% | 31.7 |"
-    failed = multi_gpu.row("zero3", 2, [], baseline)
-    assert "failed" in failed and failed.count("|") == row.count("|")
+    failed = multi_gpu.row("zero3", 2, histories, failure="failed")
+    assert "| zero3, failed, after step 0 |" in failed and failed.count("|") == row.count("|")
+    late = multi_gpu.row("zero2", 2, histories, failure="not done after 9 s")
+    assert late.startswith("| zero2, not done after 9 s, after step 6 | 2 | 6,000 | 30.0% | 75% |")
+    assert multi_gpu.baseline_of({"single_gpu": [], "ddp": history}) == "ddp"
+
+
+def multi_gpu_arguments(cache_dir, **changes) -> argparse.Namespace:
+    given = dict(job="123M", data=None, tokenizer=None, num_processes=2, steps=None, rows=None, launcher="", recipe="")
+    return argparse.Namespace(**{**given, "cache_dir": str(cache_dir), "limit": 60, **changes})
+
+
+def stand_in(lines: int, status: int) -> list[str]:
+    """Return a command that logs ``lines`` steps into --output_dir and half of the next, and ends with ``status``."""
+    script = f"""import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+text = "".join(json.dumps(dict(step=step, loss=9.0)) + "\\n" for step in range(1, {lines} + 1))
+(folder / "history.jsonl").write_text(text + '{{"step": ')
+print("the end")
+sys.exit({status})"""
+    return [sys.executable, "-c", script]
+
+
+def test_a_failed_strategy_has_what_it_logged_and_only_a_finished_one_is_kept(monkeypatch, tmp_path, capsys):
+    arguments, folder = multi_gpu_arguments(tmp_path), tmp_path / "123M" / "ddp"
+    monkeypatch.setattr(multi_gpu, "launcher", lambda _: stand_in(3, 1))
+    history, failure, output = multi_gpu.run("ddp", arguments, folder)
+    assert (len(history), failure, output) == (3, "failed", "the end\n")
+    monkeypatch.setattr(multi_gpu, "launcher", lambda _: stand_in(4, 0))
+    assert len(multi_gpu.run("ddp", arguments, folder)[0]) == 4  # again, as it failed
+    monkeypatch.setattr(multi_gpu, "launcher", lambda _: stand_in(5, 0))
+    assert len(multi_gpu.run("ddp", arguments, folder)[0]) == 4  # read
+    monkeypatch.setattr(multi_gpu, "circumstances", lambda: launching.circumstances() | {"commit": "another"})
+    assert len(multi_gpu.run("ddp", arguments, folder)[0]) == 5
+    assert "run again: other commit" in capsys.readouterr().err
+
+
+def test_a_worker_ends_with_the_data_or_with_training(cache_dir, tmp_path):
+    """As launched: no evaluation, no samples, no model; every step's log is in a file."""
+    flags = small_run(cache_dir, tmp_path, "--eval_strategy", "no", "--save_strategy", "no")
+    with pytest.raises(SystemExit) as end:
+        multi_gpu.main(["--worker", "data", "wiki_zh_scratch.py", *flags])
+    assert not end.value.code and list(cache_dir.glob("sample_zh-*/tokens.bin"))
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+    with pytest.raises(SystemExit) as end:
+        multi_gpu.main(["--worker", "training", "wiki_zh_scratch.py", *flags])
+    assert not end.value.code
+    history = multi_gpu.logged_in(tmp_path / "history.jsonl")
+    assert [entry["step"] for entry in history] == [1, 2, 3, 4, 5, 6]
+    assert all({"loss", "tokens_per_second_per_device", "memory_peak_gib"} <= entry.keys() for entry in history)
+    assert not {"model.safetensors", "samples.jsonl", "all_results.json"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_plan_follows_the_launcher_and_its_failure_loses_nothing(tmp_path, capsys):
+    compiled = multi_gpu.planned_yaml("zero2_recompute", [], tmp_path).read_text(encoding="utf-8")
+    eager = multi_gpu.planned_yaml("zero2_recompute", ["--dynamo_backend", "no"], tmp_path).read_text(encoding="utf-8")
+    assert "dynamo_backend: INDUCTOR" in compiled and "INDUCTOR" not in eager
+    assert multi_gpu.plan("ddp", multi_gpu_arguments(tmp_path, recipe="--nonsense")) is None
+    assert "no plan for ddp" in capsys.readouterr().err
+    assert multi_gpu.plan("ddp", multi_gpu_arguments(tmp_path)) > 10
+
+
+def test_7b_has_yamls_that_fit():
+    assert multi_gpu.chosen(multi_gpu.JOBS["7B"][-1]) == [
+        "fsdp2", "fsdp2_offload", "fsdp2_recompute", "zero2_recompute", "zero3_offload",
+    ]  # fmt: skip
 
 
 def test_the_table_has_ratios_and_names_failures():
