@@ -8,8 +8,8 @@ read every row once. Seconds are of that work, without imports. The tutorials' r
 
 import argparse
 import json
+import math
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +19,7 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import psutil
 from transformers import AutoTokenizer
 
 from common.arguments import SharedArguments
@@ -85,8 +86,17 @@ def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
         kept = VARIANTS[variant](data, tokenizer, Path(folder), processes)
         seconds = time.perf_counter() - began
         disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
+    return {"seconds": seconds, "kept": kept, "disk": disk, "peak_mb": peak_mb()}
+
+
+def peak_mb() -> float:
+    """Return the most memory that this process or one of its children had; on Windows, of this process alone."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset / 2**20
+    import resource  # POSIX only
+
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return {"seconds": seconds, "kept": kept, "disk": disk, "peak_mb": peak / 1024}
+    return peak / (2**20 if sys.platform == "darwin" else 1024)
 
 
 def totals(data: str, tokenizer_folder: str) -> tuple[int, int]:
@@ -112,27 +122,41 @@ def main() -> None:
         return
     runs = [("group_texts", processes) for processes in arguments.num_proc]
     runs += [("whole_chunks", arguments.num_proc[-1]), ("ours", cores)]
-    results = {}
-    for variant, processes in runs:
-        command = [sys.executable, __file__, "--data", arguments.data, "--tokenizer", arguments.tokenizer]
-        command += ["--variant", variant, "--processes", str(processes)]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{variant} with {processes} processes failed:\n{done.stderr[-2000:]}")
-        results[variant, processes] = json.loads(done.stdout.splitlines()[-1])
-        print(f"{variant} {processes}: {results[variant, processes]}", file=sys.stderr)
     text_tokens, tokens = totals(arguments.data, arguments.tokenizer)
-    rates = {run: (text_tokens if run[0] == "whole_chunks" else tokens) / results[run]["seconds"] for run in runs}
-    best = max(rate for (variant, _), rate in rates.items() if variant == "group_texts")
-    print(f"{cores} cores, {Path(arguments.data).name}, {tokens:,} tokens\n{HEADER}")
+    results = {}
+    try:
+        for variant, processes in runs:
+            results[variant, processes] = launch(variant, processes, arguments)
+            print(f"{variant} {processes}: {results[variant, processes]}", file=sys.stderr)
+    finally:  # what was measured before Ctrl-C, too
+        print(f"{cores} cores, {Path(arguments.data).name}, {tokens:,} tokens")
+        print(table(results, text_tokens, tokens), flush=True)
+
+
+def launch(variant: str, processes: int, arguments: argparse.Namespace) -> dict | str:
+    """Run a variant in a process of its own; return what it measured, or the end of what it printed."""
+    command = [sys.executable, __file__, "--data", arguments.data, "--tokenizer", arguments.tokenizer]
+    command += ["--variant", variant, "--processes", str(processes)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    return done.stderr[-2000:] if done.returncode else json.loads(done.stdout.splitlines()[-1])
+
+
+def table(results: dict[tuple[str, int], dict | str], text_tokens: int, tokens: int) -> str:
+    """Return what was measured as lines; the ratios are to the fastest group_texts."""
+    lines, read = [HEADER], {run: text_tokens if run[0] == "whole_chunks" else tokens for run in results}
+    rates = {run: read[run] / result["seconds"] for run, result in results.items() if isinstance(result, dict)}
+    best = max((rate for (variant, _), rate in rates.items() if variant == "group_texts"), default=math.nan)
     for run, result in results.items():
         variant, processes = run
-        read = text_tokens if variant == "whole_chunks" else tokens
-        print(
-            f"{variant + (f', {processes} threads' if variant == 'ours' else f', num_proc={processes}'):<28}"
-            f"{result['seconds']:>9.1f}{rates[run]:>12,.0f}{rates[run] / best:>7.2f}{result['disk'] / read:>13.1f}"
-            f"{result['peak_mb']:>9.0f}{1 - result['kept'] / read:>9.2%}"
+        name = f"{variant + (f', {processes} threads' if variant == 'ours' else f', num_proc={processes}'):<28}"
+        if isinstance(result, str):
+            lines.append(f"{name} failed: {(result.splitlines() or ['nothing was printed'])[-1]}")
+            continue
+        lines.append(
+            f"{name}{result['seconds']:>9.1f}{rates[run]:>12,.0f}{rates[run] / best:>7.2f}"
+            f"{result['disk'] / read[run]:>13.1f}{result['peak_mb']:>9.0f}{1 - result['kept'] / read[run]:>9.2%}"
         )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

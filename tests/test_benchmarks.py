@@ -28,7 +28,7 @@ def load(name: str):
     return module
 
 
-gpu, learning, low_memory = load("gpu"), load("learning"), load("low_memory")
+data, gpu, learning, low_memory = load("data"), load("gpu"), load("learning"), load("low_memory")
 scaling, multi_gpu = load("scaling"), load("multi_gpu")
 
 
@@ -120,6 +120,14 @@ def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, m
         module.main(["--variants", *names])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"| {names[0]} ") and "failed: Error: x" in line for line in lines)
+
+
+def test_the_table_of_data_names_failures_and_keeps_the_rest():
+    row = dict(seconds=2.0, kept=90, disk=400, peak_mb=50.0)
+    found = data.table({("group_texts", 2): row, ("whole_chunks", 2): "Traceback\nError: x", ("ours", 2): row}, 90, 100)
+    assert "whole_chunks, num_proc=2     failed: Error: x" in found
+    assert "ours, 2 threads                   2.0          50   1.00          4.0       50   10.00%" in found
+    assert 10 < data.peak_mb() < 1e5
 
 
 def test_a_layer_that_is_not_trained_is_noticed():
