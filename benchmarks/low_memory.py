@@ -24,7 +24,6 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     PreTrainedTokenizerBase,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -43,14 +41,13 @@ from transformers import (
 from common.adapters import ALL_LINEAR, add_adapters
 from common.arguments import SharedArguments
 from common.attention import choose_attention
-from common.clock import synchronize
 from common.launch import launch_defaults
 from common.loss import use_fused_loss
 from common.low_memory import compute_dtype, optimizer_for
 from common.memory import CONTEXT_BYTES, GIB, memory_gib, predict
 from common.model import model_from_config, numbers_of
 from common.packing import JoinedRows, PackedRows
-from common.plan import setting_of_trainer
+from common.plan import StepTimer, setting_of_trainer
 from common.sizes import PRESETS
 from common.sources import resolve_sources
 from common.token_index import write_index
@@ -136,23 +133,6 @@ JOBS = {  # of --loss: context length, rows a step, learning rate, which documen
     "123M": dict(size="123M", context_length=512, rows=64, learning_rate=1e-3, every=50),
     "0.5B": dict(size="0.5B", context_length=1024, rows=16, learning_rate=5e-4, every=50),
 }
-
-
-class StepTimer(TrainerCallback):
-    """Note the seconds from the end of each step to that of the next, which has its batch fetched in between."""
-
-    def __init__(self):
-        self.seconds = []
-
-    def on_train_begin(self, *_, **__):
-        synchronize()
-        self.ended = time.perf_counter()
-
-    def on_step_end(self, *_, **__):
-        synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self.ended)
-        self.ended = now
 
 
 def training_arguments(described: dict, folder: str, **settings) -> TrainingArguments:

@@ -99,18 +99,21 @@ def probe(trainer) -> None:
 
 
 class StepTimer(TrainerCallback):
-    """Note the seconds of every step, and stop after some."""
+    """Note the seconds from the end of each step to that of the next, in which its batch is fetched, too."""
 
-    def __init__(self, stop_after: int):
+    def __init__(self, stop_after: int | None = None):
+        """``stop_after``: steps, of which nothing is saved."""
         self.stop_after, self.seconds = stop_after, []
 
-    def on_step_begin(self, *_, **__):
+    def on_train_begin(self, *_, **__):
         synchronize()
-        self.began = time.perf_counter()
+        self.ended = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         synchronize()
-        self.seconds.append(time.perf_counter() - self.began)
+        now = time.perf_counter()
+        self.seconds.append(now - self.ended)
+        self.ended = now
         control.should_training_stop |= len(self.seconds) == self.stop_after
         control.should_save = False  # not even when a signal asks for it: nothing is kept
 

@@ -148,15 +148,6 @@ def test_a_layer_that_is_not_trained_is_noticed():
         gpu.check_all_trained(model, optimizer, before)
 
 
-def test_a_step_is_timed_with_the_fetching_of_its_batch():
-    timer = low_memory.StepTimer()
-    timer.on_train_begin()
-    time.sleep(0.2)  # the batch
-    timer.on_step_begin(None, None, None)
-    timer.on_step_end()
-    assert timer.seconds[0] >= 0.2
-
-
 def test_the_variants_are_whole_batches_and_have_their_baseline():
     for name, described in gpu.VARIANTS.items():
         rows_per_step = described["tokens_per_step"] / described["context_length"]

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import ROOT, load_recipe, small_run
 from test_memory import model_of
-from transformers import AutoConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, Trainer, TrainerControl, TrainingArguments
 
 from common.advice import advice
 from common.memory import Setting
@@ -269,12 +270,18 @@ def test_the_probe_trains_three_steps_and_keeps_nothing(wiki, cache_dir, tmp_pat
     assert not list((tmp_path / "out").glob("*"))
 
 
+def test_a_step_is_timed_with_the_fetching_of_its_batch():
+    timer, control = StepTimer(stop_after=1), TrainerControl()
+    timer.on_train_begin()
+    time.sleep(0.2)  # the batch
+    timer.on_step_end(None, None, control)
+    assert timer.seconds[0] >= 0.2 and control.should_training_stop
+
+
 def test_a_probe_that_is_stopped_keeps_nothing_either(wiki, cache_dir, tmp_path, monkeypatch):
     """A signal asks for a checkpoint, whatever the save strategy is."""
-    begin = StepTimer.on_step_begin
 
-    def signalled(*args, **more) -> None:
-        begin(*args)
+    def signalled(*_, **__) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
     monkeypatch.setattr(StepTimer, "on_step_begin", signalled)
