@@ -39,7 +39,10 @@ def run(
     However this ends, after ``limit`` seconds, by Ctrl-C or SIGTERM, the whole tree of processes ends with it.
     """
     with tempfile.TemporaryFile() as output:  # a pipe would stay open as long as anyone who inherited it lives
-        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
+        # Both raise KeyboardInterrupt here, whoever handled them before.
+        before = {
+            number: signal.signal(number, signal.default_int_handler) for number in (signal.SIGINT, signal.SIGTERM)
+        }
         # In a session of its own, so that Ctrl-C comes here alone and finds the tree whole.
         process = subprocess.Popen(
             command, cwd=cwd, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
@@ -50,7 +53,8 @@ def run(
             failure = f"not done after {limit:.0f} s"
         finally:
             end_tree(process)
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
         output.seek(0)
         return less_the_launchers(output.read().decode(errors="replace")), failure
 

@@ -78,6 +78,7 @@ def probe(trainer) -> None:
     timer = StepTimer(stop_after=3)
     trainer.add_callback(timer)
     trainer.train()
+    trainer.safety.release()
     seconds = timer.seconds[-1] if len(timer.seconds) == 1 else statistics.mean(timer.seconds[1:])  # the first compiles
     context_length = trainer.train_dataset.context_length
     setting = setting_of_trainer(trainer)
