@@ -44,7 +44,8 @@ from common.attention import choose_attention
 from common.launch import launch_defaults
 from common.loss import use_fused_loss
 from common.low_memory import compute_dtype, optimizer_for
-from common.memory import CONTEXT_BYTES, GIB, memory_gib, predict
+from common.memory import CONTEXT_BYTES, GIB, predict
+from common.memory_in_use import memory_gib
 from common.model import model_from_config, numbers_of
 from common.packing import JoinedRows, PackedRows
 from common.plan import StepTimer, setting_of_trainer

@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from common.flops import flops_per_token, peak_tflops
-from common.memory import memory_gib
+from common.memory_in_use import memory_gib
 from common.messages import say
 
 

@@ -1,4 +1,4 @@
-"""What the device's memory holds, and what a run will need of it: predicted before anything is loaded.
+"""What a run will need of the device's memory: predicted before anything is loaded.
 
 The prediction adds up what is there at the peak of a step: in the loss of the last micro-batch or, if there is one
 micro-batch only, whose gradients come later, maybe at the beginning or at the end of backward:
@@ -12,10 +12,8 @@ peaks (tests/test_memory.py: H100, 123M to 7B parameters, eager and compiled, on
 zero3 and fsdp2_offload, not among them, needed 6 to 9% more.
 """
 
-import sys
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 from transformers import PreTrainedModel
 
@@ -250,22 +248,3 @@ def _ends(model: PreTrainedModel) -> int:
     """Count the parameters of embedding and head."""
     ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
     return sum({id(weight): numbers_of(weight) for weight in ends}.values())
-
-
-def memory_gib(device: torch.device) -> dict[str, float]:
-    """Return memory in use and its peak so far, in GiB: of the accelerator, or of this process on a CPU."""
-    if device.type == "cpu":
-        usage = psutil.Process().memory_info()
-        return {"memory_allocated_gib": usage.rss / GIB, "memory_peak_gib": _peak_bytes(usage) / GIB}
-    return {
-        "memory_allocated_gib": torch.accelerator.memory_allocated(device) / GIB,
-        "memory_peak_gib": torch.accelerator.max_memory_allocated(device) / GIB,
-    }
-
-
-def _peak_bytes(usage) -> int:
-    if sys.platform == "win32":
-        return usage.peak_wset
-    import resource  # POSIX only
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -16,7 +16,8 @@ from common.arguments import SharedArguments
 from common.clock import synchronize
 from common.context_parallel import parallel_size
 from common.loss import DeferringHead
-from common.memory import CONTEXT_BYTES, GIB, Setting, memory_gib, predict
+from common.memory import CONTEXT_BYTES, GIB, Setting, predict
+from common.memory_in_use import memory_gib
 from common.messages import InputError, say
 from common.micro_batch import rows_that_fit
 from common.strategy import offloads, recompute_owner, strategy_of
