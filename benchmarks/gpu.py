@@ -199,11 +199,11 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
-    in_fp8 = "fp8" in described.get("launcher", [])  # whose peak is another
+    peak = peak_tflops(training.device, half_precision="fp8" not in described.get("launcher", []))  # FP8's is another
     return {
         "parameters": parameters,
         "tokens_per_second": rate,
-        "mfu": None if in_fp8 else rate * flops / 1e12 / peak_tflops(training.device, half_precision=True),
+        "mfu": None if peak is None else rate * flops / 1e12 / peak,
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
         "first_step_seconds": clock.first_step_seconds,
         "kernels": clock.kernels,

@@ -193,7 +193,9 @@ def job_flags(arguments: argparse.Namespace) -> list[str]:
 def prepare(arguments: argparse.Namespace) -> None:
     """Tokenize what the runs train on, so that none of their time goes into it."""
     command = [*launcher("cpu.yaml"), __file__, "--worker", "data", *job_flags(arguments)]
-    with tempfile.TemporaryDirectory() as folder:
+    if arguments.folder:  # where there is room
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         output, failure = run_command([*command, "--output_dir", folder], one_gpu(CUDA_VISIBLE_DEVICES=""), cwd=ROOT)
     if failure:
         sys.exit(f"the data of the job could not be prepared:\n{output[-3000:]}")

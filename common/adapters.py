@@ -13,11 +13,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoTokenizer, BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from common.checkpoints import UNFINISHED, move_into, no_space_left
+from common.checkpoints import UNFINISHED, move_into, newest_whole, no_space_left
 from common.memory import GIB
 from common.messages import InputError, say
 from common.pretrained import model_without_memory, pretrained_model, weights_fingerprint
-from common.run_folder import RESULTS_FILE, RUN_FILE, last_checkpoint
+from common.run_folder import RESULTS_FILE, RUN_FILE
 from common.run_status import lock_folder
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head; as in QLoRA, where it learns best
@@ -114,7 +114,7 @@ def save_merged(place: str, run_folder: str) -> str:
     """
     run = Path(run_folder)
     if not ((run / RESULTS_FILE).exists() and (run / "adapter_config.json").exists()):
-        found = last_checkpoint(run_folder)
+        found = newest_whole(run_folder)  # one process merges: asking the others would wait for them
         raise InputError(
             f"{run_folder}: no finished run of LoRA, only {Path(found).name if found else 'part of one, or nothing'}. "
             "The learning rate of a part has not come down. Finish it by the same command without --merge_only, or end "

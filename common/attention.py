@@ -26,7 +26,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.context_parallel import parallel_size
 from common.messages import InputError, say
-from common.strategy import launched_precision
 
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
 
@@ -233,7 +232,7 @@ def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = (getattr(config, "num_key_value_heads", None) or heads) if grouped else heads
-    dtype = {"no": torch.float32, "fp16": torch.float16}.get(launched_precision(), torch.bfloat16)
+    dtype = torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
     query, key = (
         torch.empty(1, n, 128, head_size(model), dtype=dtype, device=device, requires_grad=True)
         for n in (heads, key_heads)

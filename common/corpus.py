@@ -61,8 +61,7 @@ def read_documents(
         InputError: a malformed document (named by file and line), a missing field (naming the fields there are), what
             ``file_records`` and ``hub_records`` raise, no document at all (unless it ``may_be_empty``).
     """
-    if source.token_store is not None:
-        raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
+    _check_text(source)
     before, places, without = replace(counts), len(counts.first_malformed), []
     for name, records, names, pattern in _parts(source, text_field, counts):
         found_before = counts.documents
@@ -181,6 +180,7 @@ def detect_text_field(source: Source) -> str:
     Raises:
         InputError: several fields may hold it, or none; or a file cannot be read.
     """
+    _check_text(source)
     first, usual, holding = None, {}, {}  # dicts for sets in order
     objects = ((where, record) for where, record in _records_with_fields(source) if isinstance(record, dict))
     for where, record in islice(objects, RECORDS_JUDGED):
@@ -200,6 +200,11 @@ def detect_text_field(source: Source) -> str:
         )
     say(f"{source.given}: the text is in field {names[0]!r}")
     return names[0]
+
+
+def _check_text(source: Source) -> None:
+    if source.token_store is not None:
+        raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
 
 
 def _records_with_fields(source: Source) -> Records:

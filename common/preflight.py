@@ -84,7 +84,6 @@ def preflight(
         InputError: with what works.
     """
     check_launch(training)
-    check_schedule(training)
     strategy, compiled = strategy_of(training), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     check_checkpoints(training, strategy)
     if training.deepspeed_plugin is not None:
@@ -106,6 +105,7 @@ def preflight(
     by_muon = "Muon for the layers' matrices, AdamW for the rest"
     if learning_rates is not None and training.learning_rate == 0:
         training.learning_rate = learning_rates[optimizer]
+    check_schedule(training)
     name = by_muon if optimizer == "muon" else optimizer_name(training)
     say(f"optimizer: {name}; learning rate: {training.learning_rate:g}")
     check_pairs(

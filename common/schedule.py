@@ -10,8 +10,9 @@ def check_schedule(training: TrainingArguments) -> None:
     """Raise InputError if the schedule does not take its settings, as a recipe's own for another one."""
     steps = training.max_steps if training.max_steps > 0 else 10**9  # not known before the data are counted
     settings, warmup = schedule_settings(training, steps), training.get_warmup_steps(steps)
+    optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
     try:
-        get_scheduler(training.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), warmup, steps, settings)
+        get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs {settings}: {error}. "

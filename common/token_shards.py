@@ -46,19 +46,19 @@ def plan_shards(
         raise InputError(f"--tasks {tasks}: at least 1.")
     tokenizer = load_tokenizer(tokenizer_name, end_token)
     is_local = os.path.isdir(tokenizer_name)
-    shares = share_files(sources, tasks)
+    shares, path = share_files(sources, tasks), _plan_path(folder)
+    known = _read_plan(folder)["text_fields"] if path.exists() and text_field is None else {}
     plan = {
         "tasks": tasks,
         "whole_files": shares is not None,
         "shares": [[_to_json(source) for source in share] for share in shares or [sources] * tasks],
-        "text_fields": {source.name: text_field or detect_text_field(source) for source in sources},
+        "text_fields": {s.name: text_field or known.get(s.name) or detect_text_field(s) for s in sources},
         "size_bytes": sum(source.size_bytes for source in sources),
         "tokenizer_name": os.path.abspath(tokenizer_name) if is_local else tokenizer_name,
         "end_token": end_token,
         "skip_malformed": skip_malformed,
         "origin": origin_of(sources, tokenizer, text_field, skip_malformed),
     }
-    path = _plan_path(folder)
     if path.exists():
         _refuse_other_plan(folder, plan)
     elif any(Path(folder).glob("*.bin")):

@@ -69,7 +69,11 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
         limit = held_out_below(arguments.held_out_fraction)
         sample, sampled = sample_of(text for text in texts if content_hash(text.encode()) >= limit)
         none_held_out = sampled["documents"] == sum(count.documents for count in counts)
-        return sample[1:] if none_held_out else sample  # that of the lowest hash is held out then: see split_by_hash
+        if none_held_out:  # that of the lowest hash is held out then: see split_by_hash
+            sample = sample[1:]
+        if not sample:
+            raise InputError("no document to train a tokenizer on: the only one is held out. Give more of them.")
+        return sample
 
     def trains(number: int) -> bool:
         for documents in (count.documents for count in counts):

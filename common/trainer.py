@@ -101,12 +101,12 @@ class PretrainingTrainer(Trainer):
 
     def start_behind(self, rows: int) -> None:
         """Begin at row ``rows`` of the order: those before it were trained on by the run of --init_from."""
-        self._plan(self.args, position=rows)
-        if self.args.max_steps == 0:
+        if self.rows_wanted is not None and rows >= self.rows_wanted:
             raise InputError(
-                f"--init_from: its run was trained on all {rows:,} rows that are asked for. Ask for more: "
-                "--num_train_epochs, or --max_steps, which counts from here."
+                f"--init_from: its run was trained on {rows:,} rows, and {self.rows_wanted:,} are asked for in all. "
+                "Ask for more: --num_train_epochs, or --max_steps, which counts from here."
             )
+        self._plan(self.args, position=rows)
 
     def _plan(self, args, step: int = 0, position: int = 0) -> None:
         lay_out_steps(self.order, args, self.rows_wanted, self.rows_per_step, step, position)

@@ -191,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
     train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
     for name, ledger in ledgers.items():
         say(f"ledger of {name}: {ledger}")
+    documents = [store.fingerprint() for store in stores.values()]  # whatever --retain compares them by
     retained, retained_counts = None, {}
     if retained_stores:
         retained, retained_counts = retained_rows(retained_stores, stores, train_rows, shared)
@@ -216,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
     trainer.add_callback(MeasureBefore(trainer, retained, pretrained=not recipe.from_scratch))
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
-    data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
+    data = {"documents": documents, "optimizer": optimizer}
     data |= {"retained": [store.fingerprint() for store in retained_stores.values()], "rows_per_step": rows_per_step}
     data |= {"init_from": shared.init_from, "tokenizer": tokenizer_fingerprint(tokenizer)}
     start = {"weights": fingerprint, "from_scratch": recipe.from_scratch, "vocabulary_rows": model.config.vocab_size}

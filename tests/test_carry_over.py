@@ -25,8 +25,10 @@ def test_the_rows_behind_are_those_of_the_last_log(tmp_path, state):
     assert rows_behind(str(tmp_path), IDENTITY | {"training": {"seed": 2}}, context_length=16) == 0
 
 
-def test_with_all_rows_trained_on_there_is_nothing_to_go_on_with(wiki, cache_dir, tmp_path):
+@pytest.mark.parametrize("fewer", ["0.05", "0.03"])
+def test_with_all_rows_trained_on_there_is_nothing_to_go_on_with(wiki, cache_dir, tmp_path, fewer):
     flags = ["--num_train_epochs", "0.05", "--max_steps", "-1", "--eval_strategy", "no", "--save_strategy", "no"]
     wiki.main(small_run(cache_dir, tmp_path / "first", *flags))
-    with pytest.raises(InputError, match="trained on all .* rows that are asked for. .*--num_train_epochs"):
+    flags[1] = fewer
+    with pytest.raises(InputError, match="trained on .* rows, and .* are asked for in all. .*--num_train_epochs"):
         wiki.main(small_run(cache_dir, tmp_path / "second", *flags, "--init_from", str(tmp_path / "first")))

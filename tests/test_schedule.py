@@ -5,7 +5,7 @@ import torch
 from transformers import TrainingArguments, get_scheduler
 
 from common.messages import InputError
-from common.schedule import schedule_settings
+from common.schedule import check_schedule, schedule_settings
 
 
 def training_of(kind: str, settings: dict, **more) -> TrainingArguments:
@@ -52,3 +52,9 @@ def test_steps_stay_steps_and_other_schedules_are_left_alone():
 def test_what_does_not_fit_the_run_is_refused(kind, settings, warmup, message):
     with pytest.raises(InputError, match=message):
         schedule_settings(training_of(kind, settings, warmup_steps=warmup), 20)
+
+
+def test_a_schedules_end_is_held_against_the_runs_learning_rate():
+    check_schedule(training_of("polynomial", {"lr_end": 0.001}, learning_rate=4e-3))
+    with pytest.raises(InputError, match="polynomial.*must be smaller"):
+        check_schedule(training_of("polynomial", {"lr_end": 5e-4}, learning_rate=1e-4))

@@ -212,6 +212,14 @@ def test_a_trained_tokenizer_never_sees_held_out_documents(tmp_path):
     assert {word for word in words if f"Ġ{word}" in vocabulary} == set(words) - held_out
 
 
+def test_of_one_document_none_is_left_to_train_on(tmp_path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
+    arguments = SharedArguments(vocabulary_size=300, cache_dir=str(tmp_path / "cache"))
+    with pytest.raises(InputError, match="the only one is held out"):
+        tokenizer_trained_on([resolve_source(str(tmp_path / "a.jsonl"))], arguments)
+    assert not list((tmp_path / "cache").glob("*tokenizer*"))
+
+
 def test_a_trained_tokenizer_is_cached(tmp_path):
     data = tmp_path / "a.jsonl"
     data.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
