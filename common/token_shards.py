@@ -47,7 +47,7 @@ def plan_shards(
     tokenizer = load_tokenizer(tokenizer_name, end_token)
     is_local = os.path.isdir(tokenizer_name)
     shares, path = share_files(sources, tasks), _plan_path(folder)
-    known = _read_plan(folder)["text_fields"] if path.exists() and text_field is None else {}
+    known = _read_plan(folder).get("text_fields", {}) if path.exists() and text_field is None else {}
     plan = {
         "tasks": tasks,
         "whole_files": shares is not None,

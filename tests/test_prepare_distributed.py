@@ -191,6 +191,19 @@ def test_all_tasks_read_the_same_field(tmp_path, tokenizer):
     assert check_shards(folder)["malformed"] == 1
 
 
+def test_a_plan_is_gone_on_with_without_looking_for_the_field_again(one_file, tmp_path, tokenizer, monkeypatch):
+    """A data set's hub may be away by then. Plans from before the field was in them are completed."""
+    asked = [str(tmp_path / "out"), resolve_sources([str(one_file[0])]), tokenizer.folder, None, None, True, 2]
+    plan_shards(*asked)
+    [path] = (tmp_path / "out").rglob("plan.json")
+    planned = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps({name: planned[name] for name in planned if name != "text_fields"}), encoding="utf-8")
+    plan_shards(*asked)
+    assert json.loads(path.read_text(encoding="utf-8")) == planned
+    monkeypatch.setattr("common.token_shards.detect_text_field", lambda source: 1 / 0)
+    plan_shards(*asked)
+
+
 def test_a_share_may_be_without_documents_but_not_all(tmp_path, tokenizer):
     (tmp_path / "in").mkdir()
     (tmp_path / "in" / "0.jsonl").write_text('{"text": "一一一"}\n', encoding="utf-8")
