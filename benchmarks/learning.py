@@ -35,7 +35,7 @@ from common.attention import choose_attention, generating
 from common.clock import synchronize
 from common.launch import choose_optimizer, launch_defaults, set_batch
 from common.loss import use_fused_loss
-from common.model import model_from_config
+from common.model import model_from_config, residual_stream_in_bf16
 from common.packing import JoinedRows, PackedRows, collate_rows
 from common.preflight import derive_micro_batch
 from common.sources import resolve_sources
@@ -173,6 +173,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
         choose_attention(model, "auto", False, training.device)
         use_fused_loss(model)
+        residual_stream_in_bf16(model)
         trainer = PretrainingTrainer(
             model, training, rows, race_rows, rows_per_step, optimizer, processing_class=tokenizer
         )

@@ -46,7 +46,7 @@ from common.loss import use_fused_loss
 from common.low_memory import compute_dtype, optimizer_for
 from common.memory import CONTEXT_BYTES, GIB, predict
 from common.memory_in_use import memory_gib
-from common.model import model_from_config, numbers_of
+from common.model import model_from_config, numbers_of, residual_stream_in_bf16
 from common.packing import JoinedRows, PackedRows
 from common.plan import StepTimer, setting_of_trainer
 from common.sizes import PRESETS
@@ -166,6 +166,7 @@ def work(described: dict, capped: bool, folder: str) -> dict:
     choose_attention(model, "auto", False, training.device)
     if described["fused_head"]:
         use_fused_loss(model)
+    residual_stream_in_bf16(model)
     if described["method"] != "full":
         model = add_adapters(model, 16, [ALL_LINEAR], train_embedding=False)
     dtype = None if described["method"] != "full" else model.dtype
@@ -257,6 +258,7 @@ def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) ->
     model = model_from_config(shape, tokenizer, length).to(getattr(torch, described["weights"]))
     choose_attention(model, "auto", False, training.device)
     use_fused_loss(model)
+    residual_stream_in_bf16(model)
     own = optimizer_for(model.dtype, described["in_backward"], training)
     if own is not None:
         own[1]["stochastic"] = described.get("stochastic", True)

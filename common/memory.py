@@ -37,13 +37,14 @@ class Setting:
     context_length: int
     strategy: str = "single"  # single, ddp, zero1, zero2, zero3, fsdp2
     processes: int = 1
-    precision: str = "bf16"  # no, fp16, bf16: of the computation
+    precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
     recompute: bool = False
     fused_loss: bool = True
     optimizer: str = "adamw"  # adamw, muon, adamw_8bit (Trainer's); rounding_32bit, rounding_8bit (LowMemoryAdamW)
     in_backward: bool = False  # the optimizer's step
     accumulated: bool = True  # several micro-batches a step
+    bf16_stream: bool = True  # what residual_stream_in_bf16 does; plain Trainer does not
     method: str | None = None  # of recipes/low_memory_16gb.py: full, lora, qlora; None: another recipe
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -74,12 +75,14 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     """Return what training ``model`` needs on each card. The model may be on the meta device."""
     half = 4 if setting.precision == "no" else 2
     divided = setting.strategy.startswith("zero") or setting.strategy == "fsdp2"
-    residual = half if divided else min(4, model.get_input_embeddings().weight.itemsize)
+    autocast = half == 2 and not divided and model.get_input_embeddings().weight.itemsize == 4
+    cast = setting.bf16_stream and setting.precision in ("bf16", "fp8")
+    residual = 4 if half == 4 or (autocast and not cast) else 2
     parameters, gradients, states, buffers = bytes_by_strategy(model, setting, half)
     framework = buffers + CONTEXT_BYTES
     activations = activation_bytes(model, setting, residual, half)
-    copies = copy_bytes(model, setting, half) if residual == 4 and half == 2 else 0.0
-    logits = logit_bytes(model, setting, half, copied=residual == 4 and half == 2)
+    copies = copy_bytes(model, setting, half) if autocast and setting.precision != "fp8" else 0.0
+    logits = logit_bytes(model, setting, half, copied=autocast)
     layer = 0.0  # what one layer's activations take, which come back when the logits are gone
     if setting.recompute:
         layer = activation_bytes(model, replace(setting, recompute=False), residual, half) / _layers(model)
@@ -172,11 +175,12 @@ def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
 def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, half: int) -> float:
     """Return the bytes of all layers' activations, or of their inputs alone if they are recomputed.
 
-    Saved of each token in each layer: the residual stream twice, two norms' results, queries, keys and values, the
-    attention's result, and the MLP's: two or three (gated) tensors as wide as it.
+    Saved of each token in each layer: its input and what attention adds to it, two norms' results, queries, keys and
+    values, the attention's result, and the MLP's: two or three (gated) tensors as wide as it. In FP8, compiled, what
+    norms and the MLP's activation hand to a product is made again in backward.
 
     Args:
-        residual: bytes a number of the residual stream: 4 under autocast, whose embedding stays in fp32.
+        residual: bytes a number of the residual stream: 4 under autocast, where the embedding's result stays in fp32.
         half: bytes a number of everything else.
     """
     config, tokens = model.config.get_text_config(), setting.rows * setting.context_length
@@ -185,11 +189,12 @@ def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, ha
     heads = config.num_attention_heads
     head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
     queries, keys = heads * head_size, (getattr(config, "num_key_value_heads", None) or heads) * head_size
-    wide = mlp_width(model)
-    numbers = 2 * config.hidden_size + 2 * queries + 2 * keys + wide
-    a_token = 2 * residual * config.hidden_size + half * numbers
-    if not setting.compiled:  # norms in fp32, activation functions, copies: 25 or 17 bytes for each of hidden_size
-        a_token += (25 if residual == 4 else 17) * config.hidden_size
+    width, tensors = mlp_width(model)
+    again = setting.compiled and setting.precision == "fp8"
+    numbers = (0 if again else 2 * config.hidden_size) + 2 * queries + 2 * keys + width * (tensors - again)
+    a_token = (residual + half) * config.hidden_size + half * numbers
+    if not setting.compiled:  # norms in fp32, activation functions, copies: 27 or 17 bytes for each of hidden_size
+        a_token += (27 if residual == 4 else 17) * config.hidden_size
     return a_token * tokens * _layers(model)
 
 
@@ -205,8 +210,8 @@ def copy_bytes(model: PreTrainedModel, setting: Setting, half: int) -> float:
     return half * sum(numbers_of(parameter) for parameter in matrices if parameter.itemsize == 4)
 
 
-def mlp_width(model: PreTrainedModel) -> int:
-    """Return how many numbers a token's MLP saves: its width, times three if it is gated, else two."""
+def mlp_width(model: PreTrainedModel) -> tuple[int, int]:
+    """Return how wide a token's MLP is, and how many tensors of that width it saves: three if it is gated, else two."""
     config = model.config.get_text_config()
     gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
     experts = getattr(config, "num_experts_per_tok", None)
@@ -214,7 +219,7 @@ def mlp_width(model: PreTrainedModel) -> int:
     if experts:
         width = experts * (getattr(config, "moe_intermediate_size", None) or width)
         width += getattr(config, "shared_expert_intermediate_size", None) or 0
-    return width * (3 if gated else 2)
+    return width, 3 if gated else 2
 
 
 def logit_bytes(model: PreTrainedModel, setting: Setting, half: int, copied: bool) -> float:

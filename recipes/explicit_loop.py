@@ -26,7 +26,7 @@ from common.launch import launch_defaults
 from common.ledger import Ledger, split_rows
 from common.loss import use_fused_loss
 from common.messages import say
-from common.model import model_from_config
+from common.model import model_from_config, residual_stream_in_bf16
 from common.muon import MuonWithAdamW
 from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
 from common.packing import collate_rows
@@ -101,6 +101,7 @@ def main(argv: list[str] | None = None) -> None:
     documents = model.config._attn_implementation == DOCUMENTS  # flex attention, which needs their borders
     masked = (lambda batch: batch | {"document_mask": block_mask(batch["position_ids"])}) if documents else dict
     use_fused_loss(model)
+    residual_stream_in_bf16(model)
     training.gradient_checkpointing and model.gradient_checkpointing_enable()  # by DeepSpeed's JSON; FSDP's is its own
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
@@ -142,8 +143,7 @@ def main(argv: list[str] | None = None) -> None:
     schedule = get_scheduler(training.lr_scheduler_type, optimizer, training.get_warmup_steps(steps), steps, settings)
     model, optimizer, train_batches, eval_batches = accelerator.prepare(model, optimizer, train_batches, eval_batches)
     accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
-    if checkpoint:
-        accelerator.load_state(checkpoint)
+    checkpoint and accelerator.load_state(checkpoint)
 
     every = (training.logging_steps, training.eval_steps, training.save_steps)  # below 1: a share of all; 0: never
     log_every, eval_every, save_every = (math.ceil(n if n >= 1 else n * steps) or math.inf for n in every)

@@ -42,7 +42,7 @@ from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
 from common.messages import say
-from common.model import parameter_report, planned_model
+from common.model import parameter_report, planned_model, residual_stream_in_bf16
 from common.packing import unigram_loss
 from common.page import ReportCallback
 from common.plan import print_plan, probe, take_precision_of_yaml
@@ -186,6 +186,7 @@ def main(argv: list[str] | None = None) -> None:
     start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
+    residual_stream_in_bf16(model)  # what layers hand on to each other; autocast would keep it in fp32
     model = add_adapters(model, **adapter) if adapters else model
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.

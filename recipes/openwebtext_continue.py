@@ -42,7 +42,7 @@ from common.launch import choose_optimizer, launch_defaults
 from common.ledger import split_rows
 from common.loss import use_fused_loss
 from common.messages import InputError, say
-from common.model import parameter_report, planned_model
+from common.model import parameter_report, planned_model, residual_stream_in_bf16
 from common.packing import unigram_loss
 from common.page import ReportCallback
 from common.plan import print_plan, probe
@@ -205,6 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     fingerprint = weights_fingerprint(model)
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
+    residual_stream_in_bf16(model)  # what layers hand on to each other; autocast would keep it in fp32
 
     # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
     trainer = PretrainingTrainer(

@@ -18,26 +18,30 @@ SHAPES = {
     ),
 }  # fmt: skip
 SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
-TUTORIAL = dict(compiled=False, fused_loss=False)
+OLD = dict(bf16_stream=False)  # before residual_stream_in_bf16
+TUTORIAL = dict(compiled=False, fused_loss=False, **OLD)
 EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
 # GiB, of 2026-11-22: one card by benchmarks/gpu.py and the recipe at commits 983c6e9, 13bb85c, 435ba6a and a few of the
 # same day's (torch 2.11); the tutorials on two cards by plain Trainer, in the measurements this project began with.
 # ZeRO-1, and uncompiled ZeRO-2 with 128 rows, on two cards had buckets of 50M numbers, a tenth of DeepSpeed's default.
-# The compiled ones on two cards with 128 rows, 0.5B and 7B are of 2026-11-25, commits 68bf142 and 72d4b01.
+# The compiled ones on two cards with 128 rows, 0.5B and 7B are of 2026-11-25, commits 68bf142 and 72d4b01; those on one
+# card with the residual stream in bf16, and in FP8, of 2026-11-26, 453b047 and what followed it.
 MEASURED = [
-    ("123M", Setting(64, 512), 11.13),
-    ("123M", Setting(128, 512), 18.67),
-    ("123M", Setting(64, 512, optimizer="muon"), 10.96),
-    ("123M", Setting(64, 512, compiled=False), 15.69),
-    ("123M", Setting(32, 512, compiled=False), 9.6),
+    ("123M", Setting(64, 512, **OLD), 11.13),
+    ("123M", Setting(128, 512, **OLD), 18.67),
+    ("123M", Setting(128, 512), 17.86),
+    ("123M", Setting(64, 512, optimizer="muon", **OLD), 10.96),
+    ("123M", Setting(64, 512, compiled=False, **OLD), 15.69),
+    ("123M", Setting(32, 512, compiled=False, **OLD), 9.6),
     ("123M", Setting(32, 512, **TUTORIAL), 35.89),
     ("123M", Setting(32, 512, "zero2", compiled=False), 8.7),
     ("123M", Setting(32, 512, "fsdp2", compiled=False), 8.6),
     ("123M", Setting(32, 512, "ddp", 2, **TUTORIAL), 36.4),
     ("123M", Setting(32, 512, "zero2", 2, **TUTORIAL), 33.9),
     ("123M", Setting(32, 512, "fsdp2", 2, **TUTORIAL), 33.9),
-    ("0.5B", Setting(8, 2048), 25.73),
-    ("0.5B", Setting(16, 2048), 41.41),
+    ("0.5B", Setting(8, 2048, **OLD), 25.73),
+    ("0.5B", Setting(16, 2048, **OLD), 41.41),
+    ("0.5B", Setting(16, 2048), 40.05),
     ("0.5B", Setting(8, 2048, **TUTORIAL), 60.63),
     ("0.5B", Setting(8, 2048, "ddp", 2, **TUTORIAL), 62.5),
     ("0.5B", Setting(8, 2048, "zero2", 2, **TUTORIAL), 53.2),
@@ -47,24 +51,24 @@ MEASURED = [
     ("123M", Setting(32, 512, "fsdp2", recompute=True), 3.7),
     ("123M", Setting(32, 512, "zero1", compiled=False), 8.9),
     ("123M", Setting(32, 512, "zero2", compiled=False, recompute=True), 4.0),
-    ("123M", Setting(64, 512, "ddp", 2), 12.0),
     ("123M", Setting(64, 512, "zero1", 2, compiled=False), 13.3),
     ("123M", Setting(64, 512, "zero2", 2, compiled=False), 12.8),
     ("123M", Setting(128, 512, "zero2", 2, compiled=False, accumulated=False), 22.7),
     ("123M", Setting(128, 512, "fsdp2", 2, accumulated=False), 16.5),
     ("123M", Setting(64, 512, "fsdp2", 2, recompute=True), 3.1),
-    ("123M", Setting(128, 512, "ddp", 2, accumulated=False), 19.42),
     ("123M", Setting(128, 512, "zero2", 2, accumulated=False), 16.59),
-    ("0.5B", Setting(16, 2048, "ddp", 2), 44.56),
     ("0.5B", Setting(16, 2048, "zero2", 2), 36.23),
     ("0.5B", Setting(16, 2048, "fsdp2", 2), 35.61),
     ("7B in fp32", Setting(1, 4096, "fsdp2", 2), 67.87),
     ("7B in fp32", Setting(4, 4096, "zero2", 2, recompute=True, accumulated=False), 68.06),
-    ("123M", Setting(4, 8192), 11.1),
+    ("123M", Setting(4, 8192, **OLD), 11.1),
     ("123M", Setting(4, 4096, "fsdp2", 2, compiled=False), 7.8),  # halves of rows of 8,192: context parallelism
-    ("0.5B", Setting(1, 2048, compiled=False, accumulated=False, fused_loss=False), 13.11),
-    ("0.5B", Setting(1, 1024, compiled=False, accumulated=False, fused_loss=False), 9.84),
+    ("0.5B", Setting(1, 2048, compiled=False, accumulated=False, fused_loss=False, **OLD), 13.11),
+    ("0.5B", Setting(1, 1024, compiled=False, accumulated=False, fused_loss=False, **OLD), 9.84),
     ("7B", Setting(1, **EIGHT_BIT), 55.58),
+    ("7B", Setting(1, precision="fp8", **EIGHT_BIT), 51.04),
+    ("123M", Setting(128, 512, precision="fp8", **OLD), 14.18),
+    ("0.5B", Setting(16, 2048, precision="fp8", **OLD), 31.08),
     ("7B", Setting(4, recompute=True, **EIGHT_BIT), 45.73),
     ("7B", Setting(4, recompute=True, **EIGHT_BIT, **TUTORIAL), 49.01),
 ]

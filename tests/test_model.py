@@ -10,7 +10,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import common.model as model_module
 from common.flops import flops_per_token, peak_tflops
 from common.messages import InputError
-from common.model import device_to_build_on, matmul_parameters, model_from_config, parameter_report
+from common.model import (
+    device_to_build_on,
+    matmul_parameters,
+    model_from_config,
+    parameter_report,
+    residual_stream_in_bf16,
+)
 from common.tokenizer_training import train_tokenizer
 
 
@@ -66,6 +72,22 @@ def test_the_end_token_is_embedded_like_any_other(tokenizer):
     row = torch.tensor([[tokenizer.eos_token_id, 5, 6, 7]])
     model(row, labels=row).loss.backward()
     assert torch.stack([parameter.grad.norm() for parameter in model.parameters()]).norm() < 100
+
+
+def test_the_residual_stream_is_in_bf16_where_autocast_is_and_nowhere_else(tokenizer):
+    shape = dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+    model, stream = model_from_config(shape, tokenizer, 64), []
+    residual_stream_in_bf16(model)
+    for layer in model.model.layers:
+        layer.register_forward_hook(lambda layer, inputs, hidden: stream.append(hidden.dtype))
+    ids = torch.arange(64)[None]
+    whole = model(input_ids=ids, labels=ids).loss
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model(input_ids=ids, labels=ids).loss
+    half.backward()
+    assert stream == [torch.float32] * 2 + [torch.bfloat16] * 2
+    assert half.item() == pytest.approx(whole.item(), rel=1e-3)
+    assert {parameter.grad.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_weight_decay_leaves_norms_and_biases_out(tokenizer, tmp_path):
