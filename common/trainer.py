@@ -123,6 +123,7 @@ class PretrainingTrainer(Trainer):
                 planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
                 say(f"note: {planned}: the learning-rate schedule moves with it")
             self.safety.resume(resume_from_checkpoint)
+        self.batches_ahead = None
         self.callback_handler.callbacks = trackers_may_fail(self.callback_handler.callbacks)
         with self.safety.session():
             try:
@@ -134,6 +135,12 @@ class PretrainingTrainer(Trainer):
                     raise
                 raise InputError(message) from None
 
+    def get_batch_samples(self, *args) -> tuple[list, torch.Tensor]:
+        """Return a step's batches. Replaces: fetching them when the device has nothing left to do."""
+        self.fetch_batches = partial(super().get_batch_samples, *args)
+        batches, self.batches_ahead = self.batches_ahead or self.fetch_batches(), None
+        return batches
+
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Keep the loss of every micro-batch, on its device, until the step is checked."""
         loss = super().training_step(*args, **kwargs)
@@ -141,9 +148,13 @@ class PretrainingTrainer(Trainer):
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
-        """Check the step, for which all is known now. Replaces: making a step whatever its numbers are."""
+        """Check the step, for which all is known now. Replaces: making a step whatever its numbers are.
+
+        The check waits for the device: the batches of the next step are fetched before.
+        """
         optimizer = getattr(self.optimizer, "optimizer", self.optimizer)  # Accelerate wraps it
         in_backward = isinstance(optimizer, LowMemoryAdamW) and optimizer.in_backward  # no gradient is left
+        self.batches_ahead = self.fetch_batches()
         norm = optimizer.grad_norm if in_backward else super()._get_grad_norm(model, grad_norm)
         self.safety.check_step(model, norm, in_backward)
         return norm
