@@ -32,7 +32,9 @@ from common.attention import choose_attention
 from common.flops import flops_per_token, peak_tflops
 from common.launch import launch_defaults
 from common.loss import use_fused_loss
+from common.model import residual_stream_in_bf16
 from common.packing import JoinedRows, PackedRows, collate_rows
+from common.strategy import launched_precision
 from common.token_index import write_index
 from common.token_store import TokenStore
 from common.trainer import PretrainingTrainer
@@ -85,16 +87,13 @@ VARIANTS = {
     "0.5B recipe, 15 rows": variant("0.5B", 15, tokens_per_step=122_880),
     "0.5B recipe, 16 rows": variant("0.5B", 16),
     "0.5B recipe, isolated": variant("0.5B", 8, isolated=True),
+    "0.5B recipe, 16 rows, FP8": variant("0.5B", 16, yaml="fp8.yaml"),
     "0.5B bare loop": variant("0.5B", 8, "bare"),
     "7B tutorial": variant("7B", 4, "tutorial", compiled=False, recompute=True),
     "7B recipe": variant("7B", 1),
     "7B recipe, isolated": variant("7B", 1, isolated=True),
     "7B recipe, recompute": variant("7B", 4, recompute=True),
-    # By torchao (pip install torchao). With its default, true, accelerate 1.15 exchanges the layers' parameters after
-    # the optimizer has been made of them, and only the rest is trained.
-    "7B recipe, FP8": variant(
-        "7B", 1, launcher=["--mixed_precision", "fp8", "--fp8_enable_fsdp_float8_all_gather", "false"]
-    ),
+    "7B recipe, FP8": variant("7B", 1, yaml="fp8.yaml"),
 }
 
 
@@ -182,6 +181,7 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         save_strategy="no", disable_tqdm=True, gradient_checkpointing=described.get("recompute", False),
         **launch_defaults(),
     )  # fmt: skip
+    training.mixed_precision = launched_precision()  # FP8, too, for which there is no flag
     assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
     shape = {**described["shape"], "max_position_embeddings": described["context_length"]}
     with torch.device("cuda"):
@@ -196,10 +196,11 @@ def work(described: dict, profile: bool, folder: str) -> dict:
     else:
         choose_attention(model, "auto", described.get("isolated", False), training.device)
         use_fused_loss(model)
+        residual_stream_in_bf16(model)
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
-    peak = peak_tflops(training.device, half_precision="fp8" not in described.get("launcher", []))  # FP8's is another
+    peak = peak_tflops(training.device, half_precision=training.mixed_precision != "fp8")  # FP8's is another
     return {
         "parameters": parameters,
         "tokens_per_second": rate,
@@ -266,9 +267,8 @@ def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
 def launch(name: str, described: dict, profile: bool, cache: str, limit: float) -> dict | str:
     """Run a variant in a process of its own; return its row, or what went wrong."""
     with tempfile.TemporaryDirectory() as folder:
-        command = launcher("single_gpu.yaml")
+        command = launcher(described.get("yaml", "single_gpu.yaml"))
         command += [] if described["compiled"] else ["--dynamo_backend", "no"]
-        command += described.get("launcher", [])
         command += [__file__, "--worker", name, "--folder", folder, *(["--profile"] if profile else [])]
         return result_of(command, folder, one_gpu(TORCHINDUCTOR_CACHE_DIR=cache), limit)
 

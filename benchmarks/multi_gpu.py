@@ -44,7 +44,7 @@ from common.run_status import append_lines
 from common.trainer import PretrainingTrainer
 
 BASELINE = "single_gpu"
-ONE_GPU = (BASELINE, "fp16")
+ONE_GPU = (BASELINE, "fp16", "fp8")
 NOT_HERE = ("cpu", "cpu_2proc", "multi_node", "fsdp2_context_parallel")
 WARM_STEPS = 5
 HISTORY_FILE, KEPT_FILE = "history.jsonl", "kept.json"

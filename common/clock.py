@@ -24,7 +24,8 @@ class RunClock(TrainerCallback):
         self.trainer, args = trainer, trainer.args
         self.interval, self.first_step_seconds = Stopwatch(), None
         self.flops_per_token = flops_per_token(trainer.model, trainer.train_dataset.context_length)
-        self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16)
+        # Of FP8, whose products have another peak than the rest of the model, no share of a peak would be honest.
+        self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16) if args.mixed_precision != "fp8" else None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # Trainer has copied the tokenizer's padding token into the config; see model_from_config why it must not be

@@ -13,7 +13,7 @@ from common.context_parallel import row_readers
 from common.dead_locks import remove_dead_locks
 from common.launcher import take_over_compile
 from common.messages import InputError, say
-from common.strategy import launched_precision, offloads, take_over_recompute
+from common.strategy import launched_precision, offloads, strategy_of, take_over_recompute
 
 
 def launch_defaults() -> dict:
@@ -27,7 +27,7 @@ def launch_defaults() -> dict:
     take_over_compile()
     precision = launched_precision()
     return {
-        "bf16": precision == "bf16",
+        "bf16": precision in ("bf16", "fp8"),  # FP8 is for the products of layers; the rest is bf16
         "fp16": precision == "fp16",
         "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available(),
     }
@@ -98,12 +98,10 @@ def check_launch(training: TrainingArguments) -> None:
         )
     asked = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
     owned = launched_precision() if "ACCELERATE_MIXED_PRECISION" in os.environ else asked
-    if owned == "fp8":  # seen with accelerate 1.15 and torchao 0.18: benchmarks/README.md
-        raise InputError(
-            "mixed_precision fp8: not with these recipes. Accelerate's default for it (enable_fsdp_float8_all_gather) "
-            "exchanges the layers' parameters behind the optimizer's back: they would never be trained. Use bf16."
-        )
-    if asked != owned:
+    if owned == "fp8" and asked == "bf16":
+        check_fp8(training)
+        training.mixed_precision = "fp8"  # Trainer hands it to Accelerator; TrainingArguments have no flag for it
+    elif asked != owned:
         raise InputError(
             f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
             f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
@@ -117,6 +115,37 @@ def check_launch(training: TrainingArguments) -> None:
     visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if local < visible and not training.use_cpu:
         say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
+
+
+def check_fp8(training: TrainingArguments) -> None:
+    """Refuse FP8 where the card has none, and where accelerate would train with it what nobody wants.
+
+    Accelerate exchanges the linear layers for torchao's when it prepares the model, all but the first and the head.
+    Sources: https://huggingface.co/docs/accelerate/usage_guides/low_precision_training,
+    https://docs.nvidia.com/cuda/parallel-thread-execution/ (FP8 products: compute capability 8.9).
+
+    Raises:
+        InputError: with what works.
+    """
+    capability = torch.cuda.get_device_capability() if training.device.type == "cuda" else (0, 0)
+    backend = os.environ.get("ACCELERATE_FP8_BACKEND", "no")
+    gathered = os.environ.get("ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER", "true")
+    strategy = strategy_of(training)
+    if capability < (8, 9):
+        raise InputError(
+            f"mixed_precision fp8: needs a card of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this "
+            f"{training.device.type.upper()} has {'.'.join(map(str, capability)) if any(capability) else 'none'}. Use "
+            "another YAML, or --mixed_precision bf16."
+        )
+    if strategy not in ("single", "ddp"):
+        raise InputError(f"mixed_precision fp8 under {strategy}: not tried here. Use fp8.yaml, or bf16 with this YAML.")
+    if backend.lower() != "ao":
+        raise InputError(f"mixed_precision fp8 with backend {backend}: only torchao's is tried here. Use fp8.yaml.")
+    if gathered.lower() != "false":  # seen with accelerate 1.15 and torchao 0.18
+        raise InputError(
+            "mixed_precision fp8 with enable_fsdp_float8_all_gather, accelerate's default: it exchanges the layers' "
+            "parameters behind the optimizer's back, and they are never trained. Use fp8.yaml, which switches it off."
+        )
 
 
 # What gloo, NCCL and torch say when a process at the other end is gone.

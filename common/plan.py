@@ -20,7 +20,7 @@ from common.memory import CONTEXT_BYTES, GIB, Setting, predict
 from common.memory_in_use import memory_gib
 from common.messages import InputError, say
 from common.micro_batch import rows_that_fit
-from common.strategy import offloads, recompute_owner, strategy_of
+from common.strategy import offloads, precision_of, recompute_owner, strategy_of
 
 
 def print_plan(
@@ -173,7 +173,7 @@ def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
 def take_precision_of_yaml(path: str, training: TrainingArguments) -> None:
     """Set the precision that the launcher would bring; --plan has none."""
     precision = setting_of_yaml(path, Setting(rows=1, context_length=1)).precision
-    training.bf16, training.fp16 = precision == "bf16", precision == "fp16"
+    training.bf16, training.fp16 = precision in ("bf16", "fp8"), precision == "fp16"
 
 
 def setting_of_run(
@@ -195,7 +195,7 @@ def setting_of_run(
         context_length=context_length // parallel_size("cp"),
         strategy=strategy_of(training),
         processes=training.world_size,
-        precision="bf16" if training.bf16 else "fp16" if training.fp16 else "no",
+        precision=precision_of(training),
         compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
         recompute=training.gradient_checkpointing or recompute_owner() is not None,
         fused_loss=isinstance(head, DeferringHead) or head.weight.device.type == "meta",

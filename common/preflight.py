@@ -23,7 +23,7 @@ from common.plan import setting_of_run
 from common.run_folder import check_disk_space, check_folder
 from common.run_status import lock_folder
 from common.schedule import check_schedule
-from common.strategy import offloads, recompute_owner, strategy_of
+from common.strategy import offloads, precision_of, recompute_owner, strategy_of
 
 SHARDED = ("zero1", "zero2", "zero3", "fsdp2")
 LOW_BIT = ("8bit", "4bit")  # in the names of --optim
@@ -51,6 +51,13 @@ KNOWN_BAD = [
         # https://arxiv.org/abs/2502.16982: for the weight matrices themselves, in training of all of them
         "Muon evens out the update of a whole weight matrix; for two factors of one nothing is known",
         "--optimizer adamw",
+    ),
+    (
+        "adapters",
+        ("fp8",),
+        # https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/ao.py
+        "accelerate exchanges every linear layer, those inside adapters and packed ones, too",
+        "--mixed_precision bf16",
     ),
     (
         "fp16",
@@ -116,6 +123,7 @@ def preflight(
             "Muon for LoRA's factors": optimizer == "muon" and method != "full",
         },
     )
+    check_pairs(precision_of(training), {"adapters": method in ("lora", "qlora")})
     if training.use_cpu:
         check_pairs("cpu", {"fp16": training.fp16})
     if model is not None and not guessed:
@@ -176,7 +184,7 @@ def processes(training: TrainingArguments) -> str:
 
 
 def precision(training: TrainingArguments) -> str:
-    kind = "bf16" if training.bf16 else "fp16" if training.fp16 else "fp32"
+    kind = {"no": "fp32", "fp8": "fp8 in the layers, bf16 elsewhere,"}.get(asked := precision_of(training), asked)
     names = torch.get_device_module(training.device)
     where = names.get_device_name() if hasattr(names, "get_device_name") else training.device.type.upper()
     scaled = ", with a loss scaler" if training.fp16 else ""

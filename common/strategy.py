@@ -35,7 +35,7 @@ def deepspeed_file() -> tuple[str, dict]:
 
 
 def launched_precision() -> str:
-    """Return the precision that the launcher decided: "no", "fp16" or "bf16".
+    """Return the precision that the launcher decided: "no", "fp16", "bf16" or "fp8".
 
     Accelerate refuses ``mixed_precision`` in a YAML that names a deepspeed_config_file: there the JSON decides.
     """
@@ -44,6 +44,13 @@ def launched_precision() -> str:
         if config.get(precision, {}).get("enabled") is True:
             return precision
     return os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+
+
+def precision_of(training: TrainingArguments) -> str:
+    """Return what this process trains in: "no", "fp16", "bf16" or "fp8", which TrainingArguments call bf16."""
+    if training.mixed_precision == "fp8":
+        return "fp8"
+    return "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
 
 
 def recompute_owner() -> str | None:

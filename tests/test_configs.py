@@ -44,7 +44,7 @@ def launched(config: dict, folder, *flags: str):
 
 
 def test_there_are_configs():
-    every = "cpu cpu_2proc single_gpu fp16 ddp fsdp2 fsdp2_recompute fsdp2_offload zero1 zero2 zero3 zero2_recompute"
+    every = "cpu cpu_2proc single_gpu fp8 fp16 ddp fsdp2 fsdp2_recompute fsdp2_offload zero1 zero2 zero3 zero2_recompute"
     assert {path.stem for path in CONFIGS} == {*every.split(), "fsdp2_context_parallel", "zero3_offload", "multi_node"}
     assert {path.stem for path in JSONS} == {"zero2_recompute", "zero3_offload"}
 
@@ -58,7 +58,7 @@ def changed(value):
 
 # What the launcher reads by ways of its own.
 STRATEGIES = {"DEEPSPEED": "use_deepspeed", "FSDP": "use_fsdp", "MULTI_GPU": "multi_gpu"}
-SECTIONS = ("deepspeed_config", "fsdp_config", "dynamo_config", "parallelism_config")
+SECTIONS = ("deepspeed_config", "fsdp_config", "fp8_config", "dynamo_config", "parallelism_config")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
