@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                       # the tables of docs/scaling.md
     python benchmarks/scaling.py --model qwen2.5-1.5b --context_length 4096 --rows 2
 
-Memory is common/memory.py's prediction, within 5% of what was measured on one and two cards (zero3 and fsdp2_offload:
+Memory is common/memory.py's prediction, within 5% of what was measured on one and two cards (fsdp2_offload:
 9%); beyond that it is computed only. Traffic is what each card sends for one optimizer step: a ring of n cards sends
 (n - 1) / n of a tensor for a gather or a scatter, twice that for a sum that all get. Parameters travel in bf16,
 gradients in fp32 (DDP, FSDP2) or bf16 (DeepSpeed). Sources: https://arxiv.org/abs/1910.02054 section 7, and each

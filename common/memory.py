@@ -7,9 +7,9 @@ micro-batch only, whose gradients come later, maybe at the beginning or at the e
     activations                                 bytes a token and layer that the backward pass needs
     logits                                      a chunk of them with the fused loss, 12 bytes each without
 
-The factors follow from what each operation saves; only the two for uncompiled layers are fitted. Against 42 measured
+The factors follow from what each operation saves; only the three for uncompiled layers are fitted. Against 59 measured
 peaks (tests/test_memory.py: H100, 123M to 7B parameters, eager and compiled, one and two cards) all are within 5%;
-zero3 and fsdp2_offload, not among them, needed 6 to 9% more.
+fsdp2_offload, not among them, needed 9% more.
 """
 
 from dataclasses import dataclass, replace
@@ -80,12 +80,12 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     residual = 4 if half == 4 or (autocast and not cast) else 2
     parameters, gradients, states, buffers = bytes_by_strategy(model, setting, half)
     framework = buffers + CONTEXT_BYTES
-    activations = activation_bytes(model, setting, residual, half)
+    activations = activation_bytes(model, setting, residual, half, autocast)
     copies = copy_bytes(model, setting, half) if autocast and setting.precision != "fp8" else 0.0
     logits = logit_bytes(model, setting, half, copied=autocast)
     layer = 0.0  # what one layer's activations take, which come back when the logits are gone
     if setting.recompute:
-        layer = activation_bytes(model, replace(setting, recompute=False), residual, half) / _layers(model)
+        layer = activation_bytes(model, replace(setting, recompute=False), residual, half, autocast) / _layers(model)
     if setting.accumulated and not setting.in_backward:
         activations += copies + max(0.0, layer - logits)
         return Need(parameters, gradients, states, activations, logits, framework)
@@ -115,8 +115,10 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, half: int) -> tu
         parameters = half * count / (n if stage == 3 else 1)
         gradients = masters / (1 if stage == 1 else n)
         states = (states + (masters if half == 2 else 0)) / n
-        exchanged = half * min(count, LIVE_PARAMETERS if stage == 3 else BUCKET_PARAMETERS)
-        buffers = exchanged if n > 1 or stage == 3 else 0.0
+        if stage == 3:  # what is gathered, and a bucket of gradients that is there whole from the start
+            buffers = half * (min(count, LIVE_PARAMETERS) + BUCKET_PARAMETERS)
+        else:
+            buffers = half * min(count, BUCKET_PARAMETERS) if n > 1 else 0.0
     elif setting.strategy == "fsdp2":
         parameters, gradients, states = parameters / n, gradients / n, states / n
         ends, count = _ends(model), sum(map(numbers_of, model.parameters()))
@@ -172,7 +174,7 @@ def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
     return total
 
 
-def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, half: int) -> float:
+def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, half: int, autocast: bool) -> float:
     """Return the bytes of all layers' activations, or of their inputs alone if they are recomputed.
 
     Saved of each token in each layer: its input and what attention adds to it, two norms' results, queries, keys and
@@ -180,8 +182,9 @@ def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, ha
     norms and the MLP's activation hand to a product is made again in backward.
 
     Args:
-        residual: bytes a number of the residual stream: 4 under autocast, where the embedding's result stays in fp32.
+        residual: bytes a number of the residual stream: 4 where autocast leaves the embedding's result in fp32.
         half: bytes a number of everything else.
+        autocast: the parameters are in fp32, the products in half precision.
     """
     config, tokens = model.config.get_text_config(), setting.rows * setting.context_length
     if setting.recompute:
@@ -193,8 +196,8 @@ def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, ha
     again = setting.compiled and setting.precision == "fp8"
     numbers = (0 if again else 2 * config.hidden_size) + 2 * queries + 2 * keys + width * (tensors - again)
     a_token = (residual + half) * config.hidden_size + half * numbers
-    if not setting.compiled:  # norms in fp32, activation functions, copies: 27 or 17 bytes for each of hidden_size
-        a_token += (27 if residual == 4 else 17) * config.hidden_size
+    if not setting.compiled:  # norms in fp32, activation functions, copies: so many bytes for each of hidden_size
+        a_token += (27 if residual == 4 else 23 if autocast else 17) * config.hidden_size
     return a_token * tokens * _layers(model)
 
 

@@ -20,6 +20,7 @@ SHAPES = {
 SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
 OLD = dict(bf16_stream=False)  # before residual_stream_in_bf16
 TUTORIAL = dict(compiled=False, fused_loss=False, **OLD)
+OFFLOADED = dict(compiled=False, recompute=True, offload_optimizer=True, offload_parameters=True)
 EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
 # GiB, of 2026-11-22: one card by benchmarks/gpu.py and the recipe at commits 983c6e9, 13bb85c, 435ba6a and a few of the
 # same day's (torch 2.11); the tutorials on two cards by plain Trainer, in the measurements this project began with.
@@ -29,7 +30,13 @@ EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
 MEASURED = [
     ("123M", Setting(64, 512, **OLD), 11.13),
     ("123M", Setting(128, 512, **OLD), 18.67),
+    ("123M", Setting(64, 512), 10.72),
     ("123M", Setting(128, 512), 17.86),
+    ("123M", Setting(64, 512, optimizer="muon"), 10.55),
+    ("123M", Setting(64, 512, compiled=False), 14.91),
+    ("123M", Setting(128, 512, optimizer="muon", accumulated=False), 17.23),
+    ("123M", Setting(128, 512, "ddp", 2, accumulated=False), 17.86),
+    ("123M", Setting(128, 512, "zero1", 2, accumulated=False), 17.05),
     ("123M", Setting(64, 512, optimizer="muon", **OLD), 10.96),
     ("123M", Setting(64, 512, compiled=False, **OLD), 15.69),
     ("123M", Setting(32, 512, compiled=False, **OLD), 9.6),
@@ -41,7 +48,16 @@ MEASURED = [
     ("123M", Setting(32, 512, "fsdp2", 2, **TUTORIAL), 33.9),
     ("0.5B", Setting(8, 2048, **OLD), 25.73),
     ("0.5B", Setting(16, 2048, **OLD), 41.41),
+    ("0.5B", Setting(8, 2048), 25.05),
+    ("0.5B", Setting(15, 2048), 38.17),
     ("0.5B", Setting(16, 2048), 40.05),
+    ("0.5B", Setting(16, 2048, "ddp", 2), 41.87),
+    ("0.5B", Setting(16, 2048, "zero1", 2), 38.08),
+    ("0.5B", Setting(16, 2048, "zero3", 2, compiled=False), 49.44),
+    ("123M", Setting(32, 512, "zero3", compiled=False), 9.6),
+    ("123M", Setting(64, 512, "zero3", 2, compiled=False), 13.8),
+    ("123M", Setting(32, 512, "zero3", **OFFLOADED), 2.95),
+    ("0.5B", Setting(1, 2048, compiled=False, accumulated=False, fused_loss=False), 12.95),
     ("0.5B", Setting(8, 2048, **TUTORIAL), 60.63),
     ("0.5B", Setting(8, 2048, "ddp", 2, **TUTORIAL), 62.5),
     ("0.5B", Setting(8, 2048, "zero2", 2, **TUTORIAL), 53.2),
