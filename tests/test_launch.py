@@ -6,12 +6,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import common.launch as launch
 from common.launch import (
     check_compiler,
     check_cuda_device,
+    check_fp8,
     check_launch,
     choose_optimizer,
     launch_defaults,
@@ -19,6 +21,7 @@ from common.launch import (
 )
 from common.launcher import compile_settings, launcher_flags, take_over_compile
 from common.messages import InputError
+from common.strategy import precision_of
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -215,3 +218,39 @@ def test_deepspeed_runs_take_over_what_the_launcher_was_told_about_compiling(mon
         monkeypatch.delenv(name)
     take_over_compile()
     assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
+
+
+FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "false"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "environment", "message"),
+    [
+        ((9, 0), FP8, None),
+        ((8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
+        ((9, 0), FP8 | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fp8 under fsdp2: .*bf16 with this YAML"),
+        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
+        ((9, 0), {"ACCELERATE_FP8_BACKEND": "AO"}, "accelerate's default: .*never trained. Use fp8.yaml"),
+    ],
+)
+def test_fp8_is_for_cards_that_have_it_and_settings_that_train(capability, environment, message, monkeypatch):
+    for name in (*FP8, "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    training = SimpleNamespace(device=torch.device("cuda"), deepspeed_plugin=None, world_size=1)
+    if message is None:
+        return check_fp8(training)
+    with pytest.raises(InputError, match=message):
+        check_fp8(training)
+
+
+def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch, tmp_path):
+    """TrainingArguments have no flag for it: everything but the layers' products is bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setattr(launch, "check_fp8", lambda training: None)
+    training = TrainingArguments(output_dir=str(tmp_path), **launch_defaults())
+    assert training.bf16 and training.mixed_precision == "bf16"
+    check_launch(training)
+    assert training.mixed_precision == precision_of(training) == "fp8"

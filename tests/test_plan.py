@@ -242,8 +242,9 @@ def test_the_strategy_of_a_run_on_two_cards(sharded, zero, expected, monkeypatch
     monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
     monkeypatch.setenv("FSDP_VERSION", "2")
     training = TrainingArguments(use_cpu=True)
+    names = ("optim", "bf16", "fp16", "mixed_precision", "gradient_checkpointing")
     launched = SimpleNamespace(
-        **{name: getattr(training, name) for name in ("optim", "bf16", "fp16", "mixed_precision", "gradient_checkpointing")},
+        **{name: getattr(training, name) for name in names},
         **dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2),
         deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero, deepspeed_config={}),
     )

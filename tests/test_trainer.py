@@ -59,6 +59,23 @@ def test_a_model_without_a_longest_row_is_sampled():
     assert isinstance(text, str)
 
 
+def test_the_next_batches_are_fetched_before_the_check_waits_for_the_device(wiki, cache_dir, tmp_path, monkeypatch):
+    events = []
+    fetch, check = Trainer.get_batch_samples, trainer.Safety.check_step
+
+    def note(name, function):
+        def noted(*args, **kwargs):
+            events.append(name)
+            return function(*args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(Trainer, "get_batch_samples", note("fetch", fetch))
+    monkeypatch.setattr(trainer.Safety, "check_step", note("check", check))
+    wiki.main(small_run(cache_dir, tmp_path))
+    assert events == ["fetch", *["fetch", "check"] * 6]  # the last one finds nothing left
+
+
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, tmp_path, monkeypatch):
     """The second checkpoint is cut off; the first goes on to the end once there is room."""
     save = Trainer._save_checkpoint
