@@ -3,12 +3,11 @@
     python benchmarks/gpu.py                                        # every variant, about 10 minutes on an H100
     python benchmarks/gpu.py --variants '123M*' --profile           # some of them, and where their time goes
 
-Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml and trains on random tokens,
-so that nothing but speed can be read off. Tokens a second are the median over intervals of two steps after the fourth;
-the seconds to the first step include compiling, from an empty compiler cache for each job's first compiled variant.
-MFU is model FLOPs (common/flops.py: attention in full, recomputation not counted) over the card's dense bf16 peak, and
-of FP8 not given.
-The ratio is to the job's variant "tutorial".
+Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml, or fp8.yaml, and trains on
+random tokens, so that nothing but speed can be read off. Tokens a second are the median over intervals of two steps
+after the fourth; the seconds to the first step include compiling, from an empty compiler cache for each job's first
+compiled variant. MFU is model FLOPs (common/flops.py: attention in full, recomputation not counted) over the card's
+dense bf16 peak; FP8, whose products have another, has none. The ratio is to the job's variant "tutorial".
 """
 
 import argparse

@@ -68,6 +68,8 @@ def switches_of_method(setting: Setting) -> list[tuple[str, Setting]]:
         name = f"--step_in_backward --max_grad_norm 0 --tokens_per_step {setting.context_length}"
         changed = dict(in_backward=True, accumulated=False, optimizer=f"rounding_{optimizer}")
         found.append((f"{name}: one micro-batch a step, no clipping", replace(setting, **changed)))
+    if setting.precision == "fp8":  # adapters are not for it
+        return found
     own = dict(in_backward=False, optimizer="adamw_8bit" if optimizer == "8bit" else "adamw")
     for method, why in (("lora", "adapters beside frozen weights"), ("qlora", "the frozen ones in 4 bits")):
         if setting.method == "full" or (setting.method, method) == ("lora", "qlora"):
@@ -96,7 +98,7 @@ def beside_adapters(model: PreTrainedModel, setting: Setting) -> PreTrainedModel
         return model
     from peft import LoraConfig, get_peft_model  # imported where it is used only
 
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(setting.precision, torch.float32)
+    dtype = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(setting.precision, torch.float32)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
     return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))

@@ -11,10 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-# Numbers a program takes at once, and its warps: of 23 choices the fastest on an H100 (benchmarks/README.md). A program
-# fills a multiprocessor, so that the rows at work, 303 KB each, are in the L2 cache in part when they are read again.
+# Numbers a program takes at once, at most, and a warp of it: of 23 choices the fastest for 151,680 words on an H100
+# (benchmarks/README.md). A program fills a multiprocessor, so that the rows at work, 303 KB each, are partly in the L2
+# cache when they are read again.
 BLOCK = 32_768
-WARPS = 32
+NUMBERS_A_WARP = 2048 if torch.version.hip else 1024  # AMD's have 64 threads, and a program at most 1,024
 
 
 def cross_entropy_in_place(
@@ -32,6 +33,7 @@ def cross_entropy_in_place(
     gives NaN.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
+    block = min(BLOCK, max(NUMBERS_A_WARP, triton.next_power_of_2(logits.stride(0))))
     with torch.cuda.device_of(logits):
         _cross_entropy[(len(logits),)](
             logits,
@@ -44,8 +46,8 @@ def cross_entropy_in_place(
             1.0 if soft_cap is None else soft_cap,
             CAPPED=soft_cap is not None,
             GRADIENT=with_gradient,
-            BLOCK=BLOCK,
-            num_warps=WARPS,
+            BLOCK=block,
+            num_warps=block // NUMBERS_A_WARP,
         )
     return losses
 

@@ -7,6 +7,7 @@ import shutil
 import sys
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from common.context_parallel import row_readers
@@ -129,7 +130,7 @@ def check_fp8(training: TrainingArguments) -> None:
     """
     capability = torch.cuda.get_device_capability() if training.device.type == "cuda" else (0, 0)
     backend = os.environ.get("ACCELERATE_FP8_BACKEND", "no")
-    gathered = os.environ.get("ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER", "true")
+    gathered = parse_flag_from_env("ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER", default=True)
     strategy = strategy_of(training)
     if capability < (8, 9):
         raise InputError(
@@ -141,7 +142,7 @@ def check_fp8(training: TrainingArguments) -> None:
         raise InputError(f"mixed_precision fp8 under {strategy}: not tried here. Use fp8.yaml, or bf16 with this YAML.")
     if backend.lower() != "ao":
         raise InputError(f"mixed_precision fp8 with backend {backend}: only torchao's is tried here. Use fp8.yaml.")
-    if gathered.lower() != "false":  # seen with accelerate 1.15 and torchao 0.18
+    if gathered:  # seen with accelerate 1.15 and torchao 0.18
         raise InputError(
             "mixed_precision fp8 with enable_fsdp_float8_all_gather, accelerate's default: it exchanges the layers' "
             "parameters behind the optimizer's back, and they are never trained. Use fp8.yaml, which switches it off."

@@ -25,7 +25,7 @@ from common.run_folder import differences
 from common.run_status import append_lines
 
 LAUNCHES_FILE = "launches.jsonl"
-PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "numpy", "tokenizers")
+PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao", "numpy", "tokenizers")
 LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")  # what the YAML leaves in the environment
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 NO_SECRET = "end_token"  # of a document

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from common.memory import GIB, Setting, predict
 
-FASTEST_TOKENS = 65_536  # 123M on an H100: 472k tokens/s with 32,768 at once, 498k with these (benchmarks/README.md)
+FASTEST_TOKENS = 65_536  # 123M on an H100: 490k tokens/s with 32,768 at once, 508k with these (benchmarks/README.md)
 UNKNOWN_TOKENS = 8192  # where memory or model is not known
 USED_SHARE = 0.85  # of the card. The prediction is within 5%; memory in pieces and other libraries want some
 

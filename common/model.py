@@ -79,9 +79,11 @@ def residual_stream_in_bf16(model: PreTrainedModel) -> None:
     """Make what ``model``'s layers hand on to each other bf16 wherever autocast computes in it.
 
     Autocast leaves the embedding's result in fp32, and so all sums that layers add to it: twice the memory and twice
-    the traffic of what FSDP2 and DeepSpeed, which cast the parameters, train with. Parameters stay as they are.
-    Once, before anything wraps the model. Measured: benchmarks/README.md.
+    the traffic of what FSDP2 and DeepSpeed, which cast the parameters, train with. Parameters stay as they are. Models
+    that hands_on_bf16 names are left alone. Once, before anything wraps the model. Measured: benchmarks/README.md.
     """
+    if not hands_on_bf16(model):
+        return
 
     def cast(embedding, inputs, embedded: torch.Tensor) -> torch.Tensor:
         device = embedded.device.type
@@ -89,6 +91,17 @@ def residual_stream_in_bf16(model: PreTrainedModel) -> None:
         return embedded.to(torch.bfloat16) if in_bf16 else embedded
 
     model.get_input_embeddings().register_forward_hook(cast)
+
+
+def hands_on_bf16(model: PreTrainedModel) -> bool:
+    """Whether an embedding's result in bf16 would stay so through the layers, under autocast.
+
+    It would not where positions are embedded, too, and added in fp32 (GPT-2, OPT), nor where what experts or the last
+    norm of a layer give to the sum is in fp32 (Mixtral, Qwen2-MoE, GLM-4).
+    """
+    config = model.config.get_text_config()
+    embeddings = sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
+    return embeddings == 1 and not getattr(config, "num_experts_per_tok", None) and config.model_type != "glm4"
 
 
 def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:

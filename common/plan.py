@@ -101,7 +101,7 @@ def probe(trainer) -> None:
 
 
 class StepTimer(TrainerCallback):
-    """Note the seconds from the end of each step to that of the next, in which its batch is fetched, too."""
+    """Note the seconds from the end of each step to that of the next, in which a batch is fetched, too."""
 
     def __init__(self, stop_after: int | None = None):
         """``stop_after``: steps, of which nothing is saved."""

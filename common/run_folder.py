@@ -14,7 +14,7 @@ from common.arguments import SharedArguments
 from common.checkpoints import checkpoints, newest_whole, no_space_left, remove_unfinished
 from common.messages import InputError, is_local_main_process, is_main_process, say
 from common.run_status import lock_folder, write_json
-from common.strategy import strategy_of
+from common.strategy import precision_of, strategy_of
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
 # What decides the losses. Anything else (logging, saving, micro-batch) may change at a relaunch; the number of steps,
@@ -32,12 +32,10 @@ def run_identity(recipe: str, model: dict, data: dict, arguments: SharedArgument
     """Describe a run by what decides its losses, as JSON types."""
     rows = {name: getattr(arguments, name) for name in DECIDING_ROWS}
     values = training.to_dict()
-    return {
-        "recipe": recipe,
-        "model": model,
-        "data": data | rows,
-        "training": {name: values[name] for name in DECIDING},
-    }
+    deciding = {name: values[name] for name in DECIDING}
+    if precision_of(training) == "fp8":  # which TrainingArguments call bf16
+        deciding["fp8"] = True
+    return {"recipe": recipe, "model": model, "data": data | rows, "training": deciding}
 
 
 def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str] = ()) -> FileLock | None:

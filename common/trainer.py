@@ -134,6 +134,8 @@ class PretrainingTrainer(Trainer):
                 if (message := lost_process(error)) is None:
                     raise
                 raise InputError(message) from None
+            finally:  # a run that ends early leaves no loader, and so no worker, behind
+                self.fetch_batches = self.batches_ahead = None
 
     def get_batch_samples(self, *args) -> tuple[list, torch.Tensor]:
         """Return a step's batches. Replaces: fetching them when the device has nothing left to do."""

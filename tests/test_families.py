@@ -5,11 +5,12 @@ import pytest
 import torch
 from conftest import store_of_tokens
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from common.attention import choose_attention
 from common.loss import use_fused_loss
 from common.memory import Setting, predict
-from common.model import model_from_config, parameter_report
+from common.model import hands_on_bf16, model_from_config, parameter_report, residual_stream_in_bf16
 from common.packing import JoinedRows, PackedRows, collate_rows
 from common.tokenizer_training import train_tokenizer
 from common.trainer import PretrainingTrainer
@@ -85,6 +86,17 @@ def test_a_family_trains_saves_and_loads(family, tokenizer, rows, tmp_path):
     with torch.no_grad():
         expected = model.eval()(input_ids=batch["input_ids"], use_cache=False).logits
     torch.testing.assert_close(logits, expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_residual_stream_is_in_bf16_where_it_stays_so(family, tokenizer):
+    model, stream = model_from_config(FAMILIES[family], tokenizer, context_length=16), []
+    residual_stream_in_bf16(model)
+    for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
+        layer.register_forward_hook(lambda layer, inputs, out: stream.append(out[0] if type(out) is tuple else out))
+    with torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.arange(16)[None], use_cache=False)
+    assert {hidden.dtype for hidden in stream} == {torch.bfloat16 if hands_on_bf16(model) else torch.float32}
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import TrainingArguments
+from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import common.launch as launch
@@ -220,13 +220,15 @@ def test_deepspeed_runs_take_over_what_the_launcher_was_told_about_compiling(mon
     assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
 
 
-FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "false"}
+# As the launcher says what fp8.yaml says.
+FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "False"}
 
 
 @pytest.mark.parametrize(
     ("capability", "environment", "message"),
     [
         ((9, 0), FP8, None),
+        ((9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag says it
         ((8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
         ((9, 0), FP8 | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fp8 under fsdp2: .*bf16 with this YAML"),
         ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
@@ -253,4 +255,14 @@ def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch
     training = TrainingArguments(output_dir=str(tmp_path), **launch_defaults())
     assert training.bf16 and training.mixed_precision == "bf16"
     check_launch(training)
-    assert training.mixed_precision == precision_of(training) == "fp8"
+    assert precision_of(training) == "fp8"
+
+    class Found(Exception):
+        pass
+
+    def accelerator(**arguments):
+        raise Found(arguments["mixed_precision"])
+
+    monkeypatch.setattr("transformers.trainer.Accelerator", accelerator)
+    with pytest.raises(Found, match="fp8"):
+        Trainer(torch.nn.Linear(2, 2), training)

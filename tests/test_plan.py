@@ -214,7 +214,7 @@ def test_numbers_below_one_are_refused(wiki, flag, value):
 
 
 def test_rows_left_open_are_those_that_fit_the_planned_card(wiki, capsys):
-    """As benchmarks/README.md has them: 18.7 GiB for 128 rows, 11.1 for 64."""
+    """As benchmarks/README.md has them: 17.9 GiB for 128 rows, 10.7 for 64."""
     for memory, rows in (("24", 128), ("16", 64)):
         wiki.main(["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", memory])
         assert f" {rows} rows of 512 tokens at once" in capsys.readouterr().out

@@ -76,6 +76,11 @@ def test_the_next_batches_are_fetched_before_the_check_waits_for_the_device(wiki
     assert events == ["fetch", *["fetch", "check"] * 6]  # the last one finds nothing left
 
 
+def test_a_run_that_ends_early_leaves_no_loaders_worker_behind(wiki, cache_dir, tmp_path):
+    wiki.main([*small_run(cache_dir, tmp_path), "--probe", "--dataloader_num_workers", "1"])
+    assert not torch.multiprocessing.active_children()
+
+
 def test_a_full_disk_while_saving_keeps_the_checkpoint_before(wiki, cache_dir, tmp_path, monkeypatch):
     """The second checkpoint is cut off; the first goes on to the end once there is room."""
     save = Trainer._save_checkpoint
