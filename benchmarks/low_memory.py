@@ -13,9 +13,9 @@ recipes/low_memory_16gb.py loads them one by one. One micro-batch a step; tokens
 after the third.
 
 Loss: the 123M model of wiki_zh_scratch (with --job 0.5B Qwen2.5-0.5B's shape, with --job 4.2M the bundled sample's,
-which a CPU trains, too, but for 8-bit states) from one and the same start on the same rows, with full-precision AdamW
-and with the savings; every 50th document (of the sample every 20th) is held out. No clipping anywhere, as steps inside
-backward exclude it. Without a cap.
+which a CPU trains, too; 8-bit states of Trainer's want a GPU) from one and the same start on the same rows, with
+full-precision AdamW and with the savings; every 50th document (of the sample every 20th) is held out. No clipping
+anywhere, as steps inside backward exclude it. Without a cap.
 """
 
 import argparse
