@@ -79,8 +79,8 @@ def residual_stream_in_bf16(model: PreTrainedModel) -> None:
     """Make what ``model``'s layers hand on to each other bf16 wherever autocast computes in it.
 
     Autocast leaves the embedding's result in fp32, and so all sums that layers add to it: twice the memory and twice
-    the traffic of what FSDP2 and DeepSpeed, which cast the parameters, train with. Parameters stay as they are. Models
-    that hands_on_bf16 names are left alone. Once, before anything wraps the model. Measured: benchmarks/README.md.
+    the traffic of what FSDP2 and DeepSpeed, which cast the parameters, train with. Parameters stay as they are, and
+    models that hands_on_bf16 is false of as a whole. Once, before anything wraps them. Measured: benchmarks/README.md.
     """
     if not hands_on_bf16(model):
         return
