@@ -174,6 +174,7 @@ def take_precision_of_yaml(path: str, training: TrainingArguments) -> None:
     """Set the precision that the launcher would bring; --plan has none."""
     precision = setting_of_yaml(path, Setting(rows=1, context_length=1)).precision
     training.bf16, training.fp16 = precision in ("bf16", "fp8"), precision == "fp16"
+    training.mixed_precision = precision
 
 
 def setting_of_run(

@@ -123,7 +123,6 @@ def preflight(
             "Muon for LoRA's factors": optimizer == "muon" and method != "full",
         },
     )
-    check_pairs(precision_of(training), {"adapters": method in ("lora", "qlora")})
     if training.use_cpu:
         check_pairs("cpu", {"fp16": training.fp16})
     if model is not None and not guessed:

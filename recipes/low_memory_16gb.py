@@ -46,13 +46,14 @@ from common.model import parameter_report, planned_model, residual_stream_in_bf1
 from common.packing import unigram_loss
 from common.page import ReportCallback
 from common.plan import print_plan, probe, take_precision_of_yaml
-from common.preflight import preflight
+from common.preflight import check_pairs, preflight
 from common.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
 from common.report import save_results, summary
 from common.retention import MeasureBefore, before_and_after, figures_before
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.sizes import PRESETS
 from common.sources import resolve_sources
+from common.strategy import precision_of
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tracking import swanlab_callbacks
@@ -149,6 +150,7 @@ def main(argv: list[str] | None = None) -> None:
     else:
         check_method(recipe.method, recipe.weights, shared, training)
         rows_per_step, _ = preflight(Path(__file__).name, shared, training, method=recipe.method)
+    check_pairs(precision_of(training), {"adapters": adapters})
     if recipe.step_in_backward:
         check_step_in_backward(training, shared)
     # Frozen weights need no more than what is computed in; trained ones in bf16 need the rounding of LowMemoryAdamW.

@@ -194,3 +194,10 @@ def test_qlora_on_a_gguf_file(recipe, weights, cache_dir, tmp_path, slow_kernels
     merged.unlink()
     recipe.main([*flags, "--merge_only"])
     assert merged.read_bytes() == content
+
+
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_adapters_in_fp8_are_refused_by_the_plan_as_by_the_run(method):
+    flags = ["--plan", "--plan_config", str(ROOT / "accelerate_configs" / "fp8.yaml"), "--method", method]
+    with pytest.raises(InputError, match="adapters under fp8: .*_precision bf16"):
+        load_recipe("low_memory_16gb").main(flags)

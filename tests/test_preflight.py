@@ -83,7 +83,6 @@ WRONG = {
     ),
     "FP8 on a CPU": (dict(bf16=True, environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "CPU has none. Use"),
     "FP8 without bf16": (dict(environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "flags say no. The launcher"),
-    "adapters in FP8": (dict(mixed_precision="fp8"), {}, dict(method="lora"), "adapters under fp8: .*_precision bf16"),
     "strategy by flag": (dict(deepspeed="z.json"), {}, {}, "--deepspeed: .*accelerate_configs/zero2.yaml"),
     "compile by flag": (dict(torch_compile=True), {}, {}, "--torch_compile: .*--dynamo_backend"),
     "processes alone": (dict(environment={"WORLD_SIZE": "2"}), {}, {}, "2 independent models.*cpu_2proc.yaml"),
