@@ -1,20 +1,18 @@
 """Preflight: what the launcher's YAML decided, and combinations that would fail late or train the wrong thing."""
 
-import importlib.util
 import os
 import re
-import shutil
 import sys
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from common.context_parallel import row_readers
 from common.dead_locks import remove_dead_locks
+from common.hardware import check_compiler, check_cuda_device, check_fp8
 from common.launcher import take_over_compile
 from common.messages import InputError, say
-from common.strategy import launched_precision, offloads, strategy_of, take_over_recompute
+from common.strategy import launched_precision, offloads, take_over_recompute
 
 
 def launch_defaults() -> dict:
@@ -118,37 +116,6 @@ def check_launch(training: TrainingArguments) -> None:
         say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
 
 
-def check_fp8(training: TrainingArguments) -> None:
-    """Refuse FP8 where the card has none, and where accelerate would train with it what nobody wants.
-
-    Accelerate exchanges the linear layers for torchao's when it prepares the model, all but the first and the head.
-    Sources: https://huggingface.co/docs/accelerate/usage_guides/low_precision_training,
-    https://docs.nvidia.com/cuda/parallel-thread-execution/ (FP8 products: compute capability 8.9).
-
-    Raises:
-        InputError: with what works.
-    """
-    capability = torch.cuda.get_device_capability() if training.device.type == "cuda" else (0, 0)
-    backend = os.environ.get("ACCELERATE_FP8_BACKEND", "no")
-    gathered = parse_flag_from_env("ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER", default=True)
-    strategy = strategy_of(training)
-    if capability < (8, 9):
-        raise InputError(
-            f"mixed_precision fp8: needs a card of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this "
-            f"{training.device.type.upper()} has {'.'.join(map(str, capability)) if any(capability) else 'none'}. Use "
-            "another YAML, or --mixed_precision bf16."
-        )
-    if strategy not in ("single", "ddp"):
-        raise InputError(f"mixed_precision fp8 under {strategy}: not tried here. Use fp8.yaml, or bf16 with this YAML.")
-    if backend.lower() != "ao":
-        raise InputError(f"mixed_precision fp8 with backend {backend}: only torchao's is tried here. Use fp8.yaml.")
-    if gathered:  # seen with accelerate 1.15 and torchao 0.18
-        raise InputError(
-            "mixed_precision fp8 with enable_fsdp_float8_all_gather, accelerate's default: it exchanges the layers' "
-            "parameters behind the optimizer's back, and they are never trained. Use fp8.yaml, which switches it off."
-        )
-
-
 # What gloo, NCCL and torch say when a process at the other end is gone.
 GONE = re.compile(
     r"(closed|reset) by peer|broken pipe|connection refused|timed out|timeout|remote process exited", re.IGNORECASE
@@ -163,23 +130,6 @@ def lost_process(error: RuntimeError) -> str | None:
         f"process {os.environ.get('RANK')}: another process of this run is gone or does not answer "
         f"({str(error).splitlines()[0][:200]}). Its own output says why. The same command on every machine continues "
         "from the last checkpoint."
-    )
-
-
-def check_compiler(backend: str, device: torch.device) -> None:
-    """Refuse the YAML's ``dynamo_backend`` where torch.compile would fail at the first step."""
-    if backend.lower() != "inductor":
-        return
-    compilers = ("g++", "clang++", "c++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        missing = f"a C++ compiler ({', '.join(compilers)})"
-    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "Triton, which comes with torch on Linux (on Windows: pip install triton-windows)"
-    else:
-        return
-    raise InputError(
-        f"the YAML's dynamo_config compiles the model, and that needs {missing}. Install it, or train uncompiled:\n"
-        "  accelerate launch --config_file YAML --dynamo_backend no RECIPE"
     )
 
 
@@ -201,30 +151,6 @@ def choose_optimizer(wanted: str, training: TrainingArguments) -> str:
     if wanted == "auto" and reason is not None:
         say(f"optimizer: what --optim names, AdamW by default, not Muon: {reason}.")
     return "muon" if wanted == "muon" or (wanted == "auto" and reason is None) else "adamw"
-
-
-def check_cuda_device(name: str, capability: tuple[int, int], architectures: list[str], precision: str) -> None:
-    """Refuse a card that this torch build has no code for, or bf16 on a card that only emulates it.
-
-    Args:
-        capability: compute capability, for example (7, 0) for a V100.
-        architectures: ``torch.cuda.get_arch_list()``, for example ["sm_80", "sm_90"].
-        precision: "no", "fp16" or "bf16".
-    """
-    major, minor = capability
-    targets = [name.split("_")[1].rstrip("af") for name in architectures if name.startswith("sm_")]
-    # Binary code for x.y runs on every x.z with z >= y.
-    if not any(int(target[:-1]) == major and int(target[-1]) <= minor for target in targets):
-        raise InputError(
-            f"{name} has compute capability {major}.{minor}, and this torch build has code for {architectures} only. "
-            "For an older card such as the V100 install the CUDA 12.6 build, for a newer one a newer torch:\n"
-            "  pip install --force-reinstall 'torch>=2.11,<2.14' --index-url https://download.pytorch.org/whl/cu126"
-        )
-    if precision == "bf16" and major < 8:
-        raise InputError(
-            f"{name} (compute capability {major}.{minor}) has no bf16, only a slow emulation. Use fp16:\n"
-            "  accelerate launch --config_file YAML --mixed_precision fp16 RECIPE"
-        )
 
 
 def set_batch(training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:

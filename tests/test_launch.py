@@ -9,16 +9,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+import common.hardware as hardware
 import common.launch as launch
-from common.launch import (
-    check_compiler,
-    check_cuda_device,
-    check_fp8,
-    check_launch,
-    choose_optimizer,
-    launch_defaults,
-    set_batch,
-)
+from common.hardware import check_compiler, check_cuda_device, check_fp8
+from common.launch import check_launch, choose_optimizer, launch_defaults, set_batch
 from common.launcher import compile_settings, launcher_flags, take_over_compile
 from common.messages import InputError
 from common.strategy import precision_of
@@ -90,8 +84,8 @@ def test_muon_where_it_cannot_be_is_refused(training):
 
 @pytest.mark.parametrize(("device", "missing"), [("cpu", "C\\+\\+ compiler"), ("cuda", "Triton")])
 def test_compiling_without_a_compiler_is_refused_with_the_flag_that_works(monkeypatch, device, missing):
-    monkeypatch.setattr(launch.shutil, "which", lambda name: None)
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
     check_compiler("no", torch.device(device))
     with pytest.raises(InputError, match=f"needs (a )?{missing}.*\n.*--dynamo_backend no"):
         check_compiler("INDUCTOR", torch.device(device))
