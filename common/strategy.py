@@ -2,12 +2,13 @@
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DeepSpeedPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
 from common.messages import InputError
 
@@ -107,6 +108,27 @@ def add_up_in_fp32(training: TrainingArguments) -> None:
         training.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
     if under_fsdp():  # without this a step would hold the gradients of all layers whole, not sharded
         training.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+
+def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel) -> None:
+    """Have ZeRO-3 gather the parameters of a layer at once, and let it be compiled, before ``model`` is prepared.
+
+    DeepSpeed would gather those of each module when that is called: many small messages, and between them hooks in
+    Python. A layer's forward is compiled as a whole then, without the hooks around it, which Dynamo would trace.
+    Inductor's backward keeps views of parameters, which would hold what forward gathered; they are taken anew.
+    Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
+    """
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    plugin.deepspeed_config["zero_optimization"].setdefault("leaf_module", {"classes": sorted(model._no_split_modules)})
+    torch._functorch.config.recompute_views = True
+    for module in model.modules():
+        module.compile = partial(compile_forward, module)
+
+
+def compile_forward(module: torch.nn.Module, **settings) -> None:
+    """Replaces: Module.compile, which compiles the module's hooks with it."""
+    module.forward = torch.compile(module.forward, **settings)
 
 
 def reduce_in_fp32(accelerator: Accelerator) -> None:

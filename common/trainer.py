@@ -30,7 +30,7 @@ from common.plan import out_of_memory
 from common.safety import Safety
 from common.schedule import schedule_settings
 from common.signals import EvaluationStopped
-from common.strategy import add_up_in_fp32, reduce_in_fp32
+from common.strategy import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
 from common.tracking import trackers_may_fail
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
@@ -76,6 +76,7 @@ class PretrainingTrainer(Trainer):
             args.ddp_find_unused_parameters = False
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
         add_up_in_fp32(args)
+        gather_layers_whole(args.deepspeed_plugin, model)
         super().__init__(
             model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
         )

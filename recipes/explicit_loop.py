@@ -34,7 +34,7 @@ from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.schedule import schedule_settings
 from common.sources import resolve_sources
-from common.strategy import reduce_in_fp32, under_fsdp
+from common.strategy import gather_layers_whole, reduce_in_fp32, under_fsdp
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
@@ -102,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
     masked = (lambda batch: batch | {"document_mask": block_mask(batch["position_ids"])}) if documents else dict
     use_fused_loss(model)
     residual_stream_in_bf16(model)
+    gather_layers_whole(accelerator.state.deepspeed_plugin, model)
     training.gradient_checkpointing and model.gradient_checkpointing_enable()  # by DeepSpeed's JSON; FSDP's is its own
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
