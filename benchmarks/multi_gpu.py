@@ -61,7 +61,7 @@ JOBS = {
     ),
     "7B": (  # Llama-2-7B's; with --tokenizer train its vocabulary, too
         "wiki_zh_scratch.py --model llama-2-7b --vocabulary_size 32000 --learning_rate 1e-4 --context_length 4096 "
-        "--tokens_per_step 32768 --held_out_fraction 0.02",
+        "--tokens_per_step 131072 --held_out_fraction 0.02",
         1,
         12,
         ["fsdp2*", "zero2_recompute", "zero3_offload"],  # that fit two cards of 80 GB, by --plan

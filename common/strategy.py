@@ -66,9 +66,11 @@ def recompute_owner() -> str | None:
 
 
 def take_over_recompute(training: TrainingArguments) -> None:
-    """Switch recompute on where DeepSpeed's JSON asks for it: DeepSpeed itself only offers functions for it.
+    """Switch transformers' recompute on where the launcher's configuration asks for it.
 
-    FSDP's key is done by accelerate. Source: https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
+    DeepSpeed itself only offers functions for it. Accelerate wraps the layers of FSDP2 for it, and torch.compile gives
+    up at FSDP2's hooks, which are inside the wrapper then: no layer would be compiled.
+    Source: https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
 
     Raises:
         InputError: the flag says so, too, or the JSON asks for what transformers' recompute does not do.
@@ -81,9 +83,7 @@ def take_over_recompute(training: TrainingArguments) -> None:
             f"--gradient_checkpointing and {owner} both switch recompute on. The launcher's configuration owns it "
             "here: leave the flag out, or take the YAML without recompute."
         )
-    section = deepspeed_file()[1].get(SECTION)
-    if section is None:
-        return
+    section = deepspeed_file()[1].get(SECTION, {})
     if unknown := [name for name, value in section.items() if value]:
         raise InputError(
             f"{owner}: {', '.join(unknown)} would be ignored: the layers are recomputed by transformers, which only "
@@ -97,6 +97,12 @@ def take_over_recompute(training: TrainingArguments) -> None:
 def under_fsdp() -> bool:
     """Whether the YAML says FSDP. Until a Trainer is made, accelerate's state calls that MULTI_GPU, as it does DDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
+def leave_recompute_to_transformers() -> None:
+    """Keep accelerate from wrapping FSDP2's layers, before an Accelerator is made: see take_over_recompute."""
+    if under_fsdp():
+        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "false"
 
 
 def add_up_in_fp32(training: TrainingArguments) -> None:
@@ -114,16 +120,19 @@ def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel) 
     """Have ZeRO-3 gather the parameters of a layer at once, and let it be compiled, before ``model`` is prepared.
 
     DeepSpeed would gather those of each module when that is called: many small messages, and between them hooks in
-    Python. A layer's forward is compiled as a whole then, without the hooks around it, which Dynamo would trace.
-    Inductor's backward keeps views of parameters, which would hold what forward gathered; they are taken anew.
-    Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
+    Python. Compiled is a layer's forward without the hooks around it, and with torch's linear layer: DeepSpeed's own
+    breaks the graph. That one keeps no views of parameters for backward, which would hold what forward gathered;
+    compiled, they are taken anew. Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
     """
     if plugin is None or plugin.zero_stage != 3:
         return
-    plugin.deepspeed_config["zero_optimization"].setdefault("leaf_module", {"classes": sorted(model._no_split_modules)})
-    torch._functorch.config.recompute_views = True
-    for module in model.modules():
-        module.compile = partial(compile_forward, module)
+    zero = plugin.deepspeed_config["zero_optimization"]
+    zero.setdefault("leaf_module", {"classes": sorted(model._no_split_modules)})
+    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        zero.setdefault("memory_efficient_linear", False)
+        torch._functorch.config.recompute_views = True
+        for module in model.modules():
+            module.compile = partial(compile_forward, module)
 
 
 def compile_forward(module: torch.nn.Module, **settings) -> None:

@@ -34,7 +34,7 @@ from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.schedule import schedule_settings
 from common.sources import resolve_sources
-from common.strategy import gather_layers_whole, reduce_in_fp32, under_fsdp
+from common.strategy import gather_layers_whole, leave_recompute_to_transformers, reduce_in_fp32, under_fsdp
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
@@ -78,6 +78,7 @@ def main(argv: list[str] | None = None) -> None:
     # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.
     accumulation = GradientAccumulationPlugin(training.gradient_accumulation_steps, None, False, under_fsdp())
     copying = DataLoaderConfiguration(non_blocking=True)
+    leave_recompute_to_transformers()
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation, dataloader_config=copying)
     reduce_in_fp32(accelerator)
     if accelerator.distributed_type == "DEEPSPEED":  # its engine accumulates and clips by itself
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
     use_fused_loss(model)
     residual_stream_in_bf16(model)
     gather_layers_whole(accelerator.state.deepspeed_plugin, model)
-    training.gradient_checkpointing and model.gradient_checkpointing_enable()  # by DeepSpeed's JSON; FSDP's is its own
+    training.gradient_checkpointing and model.gradient_checkpointing_enable()  # where the launcher's YAML asks for it
 
     # One folder, one run: relaunching continues it, and a finished one is only shown.
     folder = Path(training.output_dir)

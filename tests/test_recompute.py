@@ -3,15 +3,14 @@
 import re
 import shlex
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate import FullyShardedDataParallelPlugin
-from accelerate.utils import compile_regions, fsdp2_apply_ac
+from accelerate.utils import compile_regions
 from accelerate.utils.other import compile_regions_deepspeed, compile_regions_fsdp2
 from conftest import ROOT, losses, small_run
 from test_loss import assert_same_gradients, batch, gradients, tiny_model
+from torch._dynamo import lookup_backend
 from torch.distributed.fsdp import fully_shard
 from transformers import HfArgumentParser, TrainingArguments
 from two_processes import in_two_processes
@@ -65,30 +64,33 @@ def test_recompute_changes_no_gradient(flags, compiler):
 
 
 def check_sharded(rank: int, folder: Path) -> None:
-    """In each of two processes: what accelerate does for fsdp2_recompute.yaml, in its order."""
+    """In each of two processes: recompute by transformers, the rest as accelerate does it, in its order."""
     batches, items = [batch(seed=0), batch(seed=1, ignored=12)], torch.tensor(23 + 18)
     alone = tiny_model()
     for inputs in batches:
         alone(**inputs, num_items_in_batch=items).loss.backward()
-    plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="transformer_based_wrap", activation_checkpointing=True
-    )
+    graphs = []
+
+    def backend(graph, inputs, **settings):
+        graphs.append("".join(module.code for module in graph.modules() if isinstance(module, torch.fx.GraphModule)))
+        return lookup_backend("aot_eager")(graph, inputs, **settings)
+
     for compiled in (False, True):
         model = tiny_model()
         use_fused_loss(model)
+        model.gradient_checkpointing_enable()
         counter = None if compiled else Counter(model)
-        plugin.set_auto_wrap_policy(model)
-        model = fsdp2_apply_ac(SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)), model)
         if compiled:
-            compile_regions_fsdp2(model, backend="aot_eager", dynamic=False)
+            compile_regions_fsdp2(model, backend=backend, dynamic=False)
         for layer in model.model.layers:
             fully_shard(layer)
         fully_shard(model)
         model.train()
         (2 * model(**batches[rank], num_items_in_batch=items).loss).backward()
-        names = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
-        assert_same_gradients({name: grad.full_tensor() for name, grad in names.items()}, gradients(alone))
+        assert_same_gradients({n: grad.full_tensor() for n, grad in gradients(model).items()}, gradients(alone))
         assert counter is None or counter.calls == [2, 2]
+    whole = [graph for graph in graphs if "scaled_dot_product_attention" in graph and "silu" in graph]
+    assert len(whole) == 1, "a layer, attention and MLP, is one graph: the same for all of them"
 
 
 def test_sharded_by_fsdp2_recompute_changes_no_gradient(tmp_path):
