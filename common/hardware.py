@@ -57,6 +57,7 @@ def check_fp8(training: TrainingArguments) -> None:
     """Refuse FP8 where the card has none, and where accelerate would train with it what nobody wants.
 
     Accelerate exchanges the linear layers for torchao's when it prepares the model, all but the first and the head.
+    Call it before an Accelerator is made: of the backend's two spellings, that knows one.
     Sources: https://huggingface.co/docs/accelerate/usage_guides/low_precision_training,
     https://docs.nvidia.com/cuda/parallel-thread-execution/ (FP8 products: compute capability 8.9).
 
@@ -82,3 +83,4 @@ def check_fp8(training: TrainingArguments) -> None:
             "mixed_precision fp8 with enable_fsdp_float8_all_gather, accelerate's default: it exchanges the layers' "
             "parameters behind the optimizer's back, and they are never trained. Use fp8.yaml, which switches it off."
         )
+    os.environ["ACCELERATE_FP8_BACKEND"] = "AO"  # the launcher's flag says "ao", which Accelerator does not know

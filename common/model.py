@@ -72,7 +72,7 @@ def model_from_config(
     sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
-    return model
+    return model.cpu() if training and offloads(training) else model
 
 
 def residual_stream_in_bf16(model: PreTrainedModel) -> None:
@@ -107,13 +107,13 @@ def hands_on_bf16(model: PreTrainedModel) -> bool:
 def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:
     """Return where a model of ``config`` is to get its random weights: on ``training``'s device, if it is small there.
 
-    Drawing the numbers of 7B parameters takes a CPU minutes, and a GPU seconds. All processes decide alike, because
-    the two draw other numbers from the same seed.
+    Drawing the numbers of 7B parameters takes a CPU minutes, and a GPU seconds. All processes decide alike, and as they
+    would under any other YAML, because the two draw other numbers from the same seed.
     """
     with torch.device("meta"):
         size = 4 * AutoModelForCausalLM.from_config(config).num_parameters()  # bytes in float32
     there = card_bytes(training.device) or 0
-    fits = gather_object([size <= BUILT_SHARE * there and not offloads(training)])
+    fits = gather_object([size <= BUILT_SHARE * there])
     return training.device if all(fits) else torch.device("cpu")
 
 

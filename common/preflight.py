@@ -101,8 +101,6 @@ def preflight(
     say(f"precision: {precision(training)}")
     owner = recompute_owner() or ("--gradient_checkpointing" if training.gradient_checkpointing else None)
     say(f"compile: {compiled} (the YAML's dynamo_config); recompute: {f'yes ({owner})' if owner else 'no'}")
-    if compiled != "no" and strategy == "zero3":  # https://github.com/pytorch/pytorch/issues/115484
-        say("note: compiled under ZeRO-3: not yet measured on GPUs, and known to have failed. --dynamo_backend no")
     check_parallelism(training, shared.context_length, shared.packing == "isolated")
     optimizer = choose_optimizer(shared.optimizer, training)
     derive_micro_batch(model, training, shared, optimizer)

@@ -117,19 +117,20 @@ def add_up_in_fp32(training: TrainingArguments) -> None:
 
 
 def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel) -> None:
-    """Have ZeRO-3 gather the parameters of a layer at once, and let it be compiled, before ``model`` is prepared.
+    """Have ZeRO-3 gather the parameters of a layer at once, and compile the layer, before ``model`` is prepared.
 
-    DeepSpeed would gather those of each module when that is called: many small messages, and between them hooks in
-    Python. Compiled is a layer's forward without the hooks around it, and with torch's linear layer: DeepSpeed's own
-    breaks the graph. That one keeps no views of parameters for backward, which would hold what forward gathered;
-    compiled, they are taken anew. Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
+    DeepSpeed would gather those of each module when that is called: many small messages, and hooks in Python between
+    them. Compiled is a layer's forward without the hooks around it.
+    Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
     """
     if plugin is None or plugin.zero_stage != 3:
         return
     zero = plugin.deepspeed_config["zero_optimization"]
     zero.setdefault("leaf_module", {"classes": sorted(model._no_split_modules)})
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
-        zero.setdefault("memory_efficient_linear", False)
+        # DeepSpeed's own linear layer has wrong gradients when torch 2.11 compiles it. It keeps no views of parameters
+        # for backward, which would hold what forward gathered; without it, such views are taken anew.
+        zero["memory_efficient_linear"] = False
         torch._functorch.config.recompute_views = True
         for module in model.modules():
             module.compile = partial(compile_forward, module)

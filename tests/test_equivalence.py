@@ -36,9 +36,11 @@ def alone(wiki, cache_dir, tmp_path_factory):
     return folder
 
 
-def launched(config: str, folder, cache_dir, *flags: str, processes: int = 2) -> subprocess.CompletedProcess:
+def launched(
+    config: str, folder, cache_dir, *flags: str, processes: int = 2, compiler: str = "no"
+) -> subprocess.CompletedProcess:
     done = launch(
-        config, "--mixed_precision", "no", "--dynamo_backend", "no", "--num_processes", str(processes), RECIPE,
+        config, "--mixed_precision", "no", "--dynamo_backend", compiler, "--num_processes", str(processes), RECIPE,
         *small_run(cache_dir, folder, *flags),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -60,6 +62,15 @@ def assert_same_run(found, expected) -> None:
 @pytest.mark.parametrize("config", ["cpu_2proc.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml"])
 def test_every_strategy_is_the_run_of_one_process(alone, cache_dir, tmp_path, config, rows):
     launched(config, tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", rows)
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_zero3_compiled_is_the_run_of_one_process(alone, cache_dir, tmp_path, recompute):
+    """DeepSpeed's hooks around layers that are compiled whole, and recomputed."""
+    flags = ["--per_device_train_batch_size", "1", "--gradient_checkpointing", recompute]
+    launched("zero3.yaml", tmp_path, cache_dir, *RUN, *flags, compiler="aot_eager")
     assert_same_run(tmp_path, alone)
 
 

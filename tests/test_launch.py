@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.dataclasses import FP8BackendType
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
@@ -199,9 +200,8 @@ def test_deepspeed_runs_take_over_what_the_launcher_was_told_about_compiling(mon
     assert told["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] == "True"
     told = compile_settings(["--config_file", yaml, "--dynamo_backend", "no", "recipe.py", "--dynamo_backend", "x"])
     assert told["ACCELERATE_DYNAMO_BACKEND"] == "no"  # the recipe's own flags are its own
-    assert compile_settings(["--config_file", f"{ROOT}/accelerate_configs/zero3.yaml", "r.py"])[
-        "ACCELERATE_DYNAMO_BACKEND"
-    ] in ("no", "NO")
+    uncompiled = f"{ROOT}/accelerate_configs/cpu.yaml"
+    assert compile_settings(["--config_file", uncompiled, "r.py"])["ACCELERATE_DYNAMO_BACKEND"] in ("no", "NO")
     monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     monkeypatch.setattr("common.launcher.launcher_flags", lambda: ["--config_file", yaml, "recipe.py"])
     take_over_compile()
@@ -223,6 +223,7 @@ FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GA
     [
         ((9, 0), FP8, None),
         ((9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag says it
+        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "ao"}, None),  # likewise
         ((8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
         ((9, 0), FP8 | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fp8 under fsdp2: .*bf16 with this YAML"),
         ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
@@ -237,7 +238,9 @@ def test_fp8_is_for_cards_that_have_it_and_settings_that_train(capability, envir
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
     training = SimpleNamespace(device=torch.device("cuda"), deepspeed_plugin=None, world_size=1)
     if message is None:
-        return check_fp8(training)
+        check_fp8(training)
+        assert FP8BackendType(os.environ["ACCELERATE_FP8_BACKEND"]) == FP8BackendType.AO
+        return
     with pytest.raises(InputError, match=message):
         check_fp8(training)
 

@@ -4,8 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils.other import compile_regions_deepspeed
+from test_loss import assert_same_gradients, batch, gradients, tiny_model
+from torch._dynamo import lookup_backend
 
-from common.strategy import reduce_in_fp32
+from common.loss import use_fused_loss
+from common.strategy import gather_layers_whole, reduce_in_fp32
 
 
 @pytest.mark.parametrize(("precision", "computed"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", None)])
@@ -18,3 +22,50 @@ def test_fsdp2_adds_up_in_fp32_and_returns_the_loss_as_it_is(precision, computed
     else:
         assert (policy.param_dtype, policy.reduce_dtype, policy.output_dtype) == (computed, torch.float32, None)
     reduce_in_fp32(SimpleNamespace(mixed_precision=precision, state=SimpleNamespace()))  # another strategy
+
+
+@pytest.fixture
+def views(monkeypatch):
+    """torch's own setting, before and after a test that changes it."""
+    with torch._functorch.config.patch(recompute_views=False):
+        yield lambda: torch._functorch.config.recompute_views
+
+
+def zero_plugin(stage: int, **zero) -> SimpleNamespace:
+    return SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
+
+
+@pytest.mark.parametrize("compiler", ["no", "inductor"])
+def test_zero3_gathers_whole_layers(monkeypatch, views, compiler):
+    """Compiled, DeepSpeed's linear layer is left out, whoever asked for it: its gradients would be wrong."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", compiler)
+    gather_layers_whole(None, tiny_model())
+    gather_layers_whole(two := zero_plugin(2), tiny_model())
+    assert two == zero_plugin(2) and not views()
+    gather_layers_whole(three := zero_plugin(3, memory_efficient_linear=True), model := tiny_model())
+    zero = three.deepspeed_config["zero_optimization"]
+    assert zero["leaf_module"] == {"classes": [type(model.model.layers[0]).__name__]}
+    assert (zero["memory_efficient_linear"], views()) == ((True, False) if compiler == "no" else (False, True))
+    gather_layers_whole(own := zero_plugin(3, leaf_module={"classes": ["Mine"]}), tiny_model())
+    assert own.deepspeed_config["zero_optimization"]["leaf_module"] == {"classes": ["Mine"]}
+
+
+def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, views):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    plain, compiled, graphs, seen = tiny_model(), tiny_model(), [], []
+    for model in (plain, compiled):
+        use_fused_loss(model)
+        model.config.use_cache = False  # as Trainer
+    gather_layers_whole(zero_plugin(3), compiled)
+    for layer in compiled.model.layers:
+        layer.register_forward_pre_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
+
+    def backend(graph, inputs, **settings):
+        graphs.append(graph.code)
+        return lookup_backend("aot_eager")(graph, inputs, **settings)
+
+    compile_regions_deepspeed(compiled, backend=backend, dynamic=False)
+    for model in (plain, compiled):
+        model(**batch(), num_items_in_batch=torch.tensor(23)).loss.backward()
+    assert_same_gradients(gradients(compiled), gradients(plain))
+    assert seen == [False, False] and sum("silu" in graph and "attention" in graph for graph in graphs) == 1
