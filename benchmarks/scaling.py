@@ -46,7 +46,7 @@ def candidates(cards: int, setting: Setting) -> list[tuple[str, Setting]]:
     else:
         sharded = [("ddp", "ddp", False), ("fsdp2", "fsdp2", False), ("fsdp2_recompute", "fsdp2", True)]
         switches = [(name, replace(setting, strategy=how, recompute=again)) for name, how, again in sharded]
-    moved = dict(offload_optimizer=True, offload_parameters=True, recompute=True, compiled=False)
+    moved = dict(offload_optimizer=True, offload_parameters=True, recompute=True)
     return switches + [("zero3_offload", replace(setting, strategy="zero3", **moved))]
 
 
@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
     parameters = model.num_parameters()
     print(
         f"{arguments.model}, {parameters / 1e9:.2f}B parameters, {arguments.rows} row(s) of {arguments.context_length} "
-        "tokens at once, compiled (ZeRO-3 not), AdamW. GiB of memory on each card:\n"
+        "tokens at once, compiled, AdamW. GiB of memory on each card:\n"
     )
     print(row("GPUs", *STRATEGIES, "fsdp2_recompute", "fsdp2_offload") + "\n" + "|---" * 8 + "|")
     for cards in CARDS:
@@ -81,7 +81,6 @@ def main(argv: list[str] | None = None) -> None:
                 context_length=arguments.context_length,
                 strategy=("single" if cards == 1 and name == "ddp" else name.split("_")[0]),
                 processes=cards,
-                compiled=name != "zero3",
                 recompute=name.endswith("recompute"),
                 offload_optimizer=name.endswith("offload"),
                 offload_parameters=name.endswith("offload"),

@@ -66,10 +66,10 @@ def recompute_owner() -> str | None:
 
 
 def take_over_recompute(training: TrainingArguments) -> None:
-    """Switch transformers' recompute on where the launcher's configuration asks for it.
+    """Switch transformers' recompute on where the launcher's configuration asks for it, before an Accelerator is made.
 
-    DeepSpeed itself only offers functions for it. Accelerate wraps the layers of FSDP2 for it, and torch.compile gives
-    up at FSDP2's hooks, which are inside the wrapper then: no layer would be compiled.
+    DeepSpeed itself only offers functions for it. Accelerate would wrap the layers of FSDP2, and torch.compile give up
+    at FSDP2's hooks, inside that wrapper: no layer would be compiled.
     Source: https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
 
     Raises:
@@ -92,17 +92,13 @@ def take_over_recompute(training: TrainingArguments) -> None:
     for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.23 reads the second
         if hasattr(training, name):
             setattr(training, name, True)
+    if under_fsdp():
+        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "false"
 
 
 def under_fsdp() -> bool:
     """Whether the YAML says FSDP. Until a Trainer is made, accelerate's state calls that MULTI_GPU, as it does DDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-
-
-def leave_recompute_to_transformers() -> None:
-    """Keep accelerate from wrapping FSDP2's layers, before an Accelerator is made: see take_over_recompute."""
-    if under_fsdp():
-        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "false"
 
 
 def add_up_in_fp32(training: TrainingArguments) -> None:
@@ -127,6 +123,8 @@ def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel) 
         return
     zero = plugin.deepspeed_config["zero_optimization"]
     zero.setdefault("leaf_module", {"classes": sorted(model._no_split_modules)})
+    if not model.get_input_embeddings().weight.requires_grad:
+        model.enable_input_require_grads()  # a layer whose input needs no gradient would be done with before it is
     if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
         # DeepSpeed's own linear layer has wrong gradients when torch 2.11 compiles it. It keeps no views of parameters
         # for backward, which would hold what forward gathered; without it, such views are taken anew.

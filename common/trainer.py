@@ -30,12 +30,7 @@ from common.plan import out_of_memory
 from common.safety import Safety
 from common.schedule import schedule_settings
 from common.signals import EvaluationStopped
-from common.strategy import (
-    add_up_in_fp32,
-    gather_layers_whole,
-    leave_recompute_to_transformers,
-    reduce_in_fp32,
-)
+from common.strategy import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
 from common.tracking import trackers_may_fail
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
@@ -80,7 +75,6 @@ class PretrainingTrainer(Trainer):
         if args.ddp_find_unused_parameters is None:  # Trainer would have DDP look for them in every step
             args.ddp_find_unused_parameters = False
         args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
-        leave_recompute_to_transformers()
         add_up_in_fp32(args)
         gather_layers_whole(args.deepspeed_plugin, model)
         super().__init__(

@@ -34,7 +34,7 @@ from common.preflight import preflight
 from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
 from common.schedule import schedule_settings
 from common.sources import resolve_sources
-from common.strategy import gather_layers_whole, leave_recompute_to_transformers, reduce_in_fp32, under_fsdp
+from common.strategy import gather_layers_whole, reduce_in_fp32, under_fsdp
 from common.token_writer import token_store_of
 from common.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokenizer_training import tokenizer_trained_on
@@ -78,7 +78,6 @@ def main(argv: list[str] | None = None) -> None:
     # Accelerate: precision, strategy and compile come from the launcher's YAML. Gradients are added up in fp32.
     accumulation = GradientAccumulationPlugin(training.gradient_accumulation_steps, None, False, under_fsdp())
     copying = DataLoaderConfiguration(non_blocking=True)
-    leave_recompute_to_transformers()
     accelerator = Accelerator(gradient_accumulation_plugin=accumulation, dataloader_config=copying)
     reduce_in_fp32(accelerator)
     if accelerator.distributed_type == "DEEPSPEED":  # its engine accumulates and clips by itself
@@ -178,8 +177,7 @@ def main(argv: list[str] | None = None) -> None:
             print(json.dumps(entry), flush=True)
             with open(log, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
-        if not accelerator.optimizer_step_was_skipped:  # as after an overflow in fp16
-            schedule.step()
+        accelerator.optimizer_step_was_skipped or schedule.step()  # skipped after an overflow in fp16
         if saving:
             accelerator.save_state(unfinished(folder, step))
             accelerator.wait_for_everyone()

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from common.arguments import SharedArguments
 from common.launch import launch_defaults
 from common.messages import InputError
-from common.strategy import leave_recompute_to_transformers, recompute_owner, take_over_recompute
+from common.strategy import recompute_owner, take_over_recompute
 
 FOLDER = ROOT / "accelerate_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -162,7 +162,6 @@ def test_fsdps_key_owns_recompute(monkeypatch):
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     take_over_recompute(training := SimpleNamespace(gradient_checkpointing=False))
     assert training.gradient_checkpointing
-    leave_recompute_to_transformers()
     assert not FullyShardedDataParallelPlugin(fsdp_version=2).activation_checkpointing, "accelerate would do it, too"
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
     with pytest.raises(InputError, match="fsdp_activation_checkpointing in the YAML's fsdp_config both"):

@@ -20,13 +20,15 @@ SHAPES = {
 SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
 OLD = dict(bf16_stream=False)  # before residual_stream_in_bf16
 TUTORIAL = dict(compiled=False, fused_loss=False, **OLD)
-OFFLOADED = dict(compiled=False, recompute=True, offload_optimizer=True, offload_parameters=True)
+MOVED = dict(offload_optimizer=True, offload_parameters=True)
+ONCE = dict(accumulated=False)
 EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
 # GiB, of 2026-11-22: one card by benchmarks/gpu.py and the recipe at commits 983c6e9, 13bb85c, 435ba6a and a few of the
 # same day's (torch 2.11); the tutorials on two cards by plain Trainer, in the measurements this project began with.
 # ZeRO-1, and uncompiled ZeRO-2 with 128 rows, on two cards had buckets of 50M numbers, a tenth of DeepSpeed's default.
 # The compiled ones on two cards with 128 rows, 0.5B and 7B are of 2026-11-25, commits 68bf142 and 72d4b01; those on one
-# card with the residual stream in bf16, and in FP8, of 2026-11-26, 453b047 and what followed it.
+# card with the residual stream in bf16, and in FP8, of 2026-11-26, 453b047 and what followed it. The last ones, on two
+# H200s, are of the same day, e72ad4a and d8d72f2.
 MEASURED = [
     ("123M", Setting(64, 512, **OLD), 11.13),
     ("123M", Setting(128, 512, **OLD), 18.67),
@@ -56,7 +58,7 @@ MEASURED = [
     ("0.5B", Setting(16, 2048, "zero3", 2, compiled=False), 49.44),
     ("123M", Setting(32, 512, "zero3", compiled=False), 9.6),
     ("123M", Setting(64, 512, "zero3", 2, compiled=False), 13.8),
-    ("123M", Setting(32, 512, "zero3", **OFFLOADED), 2.95),
+    ("123M", Setting(32, 512, "zero3", compiled=False, recompute=True, **MOVED), 2.95),
     ("0.5B", Setting(1, 2048, compiled=False, accumulated=False, fused_loss=False), 12.95),
     ("0.5B", Setting(8, 2048, **TUTORIAL), 60.63),
     ("0.5B", Setting(8, 2048, "ddp", 2, **TUTORIAL), 62.5),
@@ -64,14 +66,12 @@ MEASURED = [
     ("0.5B", Setting(8, 2048, "fsdp2", 2, **TUTORIAL), 53.0),
     ("123M", Setting(32, 512, precision="fp16"), 7.4),
     ("123M", Setting(32, 512, "fsdp2"), 7.0),
-    ("123M", Setting(32, 512, "fsdp2", recompute=True), 3.7),
     ("123M", Setting(32, 512, "zero1", compiled=False), 8.9),
     ("123M", Setting(32, 512, "zero2", compiled=False, recompute=True), 4.0),
     ("123M", Setting(64, 512, "zero1", 2, compiled=False), 13.3),
     ("123M", Setting(64, 512, "zero2", 2, compiled=False), 12.8),
     ("123M", Setting(128, 512, "zero2", 2, compiled=False, accumulated=False), 22.7),
     ("123M", Setting(128, 512, "fsdp2", 2, accumulated=False), 16.5),
-    ("123M", Setting(64, 512, "fsdp2", 2, recompute=True), 3.1),
     ("123M", Setting(128, 512, "zero2", 2, accumulated=False), 16.59),
     ("0.5B", Setting(16, 2048, "zero2", 2), 36.23),
     ("0.5B", Setting(16, 2048, "fsdp2", 2), 35.61),
@@ -87,6 +87,20 @@ MEASURED = [
     ("0.5B", Setting(16, 2048, precision="fp8", **OLD), 31.08),
     ("7B", Setting(4, recompute=True, **EIGHT_BIT), 45.73),
     ("7B", Setting(4, recompute=True, **EIGHT_BIT, **TUTORIAL), 49.01),
+    ("123M", Setting(128, 512, "zero3", 2, **ONCE), 17.87),
+    ("123M", Setting(128, 512, "fsdp2", 2, recompute=True, **ONCE), 3.35),
+    ("123M", Setting(128, 512, "fsdp2", 2, **MOVED, **ONCE), 15.82),
+    ("123M", Setting(128, 512, "zero3", 2, recompute=True, **MOVED, **ONCE), 3.68),
+    ("123M", Setting(128, 512, "ddp", 2, optimizer="muon", **ONCE), 17.69),
+    ("123M", Setting(128, 512, "fsdp2", 2, optimizer="muon", **ONCE), 16.42),
+    ("0.5B", Setting(16, 2048, "zero3", 2), 37.14),
+    ("0.5B", Setting(16, 2048, "zero2", 2, recompute=True), 8.71),
+    ("0.5B", Setting(16, 2048, "fsdp2", 2, recompute=True), 7.24),
+    ("0.5B", Setting(16, 2048, "fsdp2", 2, **MOVED), 31.91),
+    ("7B in fp32", Setting(4, 4096, "fsdp2", 2), 117.04),
+    ("7B in fp32", Setting(4, 4096, "zero3", 2), 126.13),
+    ("7B in fp32", Setting(4, 4096, "zero2", 2, recompute=True), 70.18),
+    ("7B in fp32", Setting(8, 4096, "fsdp2", 2, recompute=True), 64.30),
 ]
 
 

@@ -50,6 +50,14 @@ def test_zero3_gathers_whole_layers(monkeypatch, views, compiler):
     assert own.deepspeed_config["zero_optimization"]["leaf_module"] == {"classes": ["Mine"]}
 
 
+def test_the_first_layers_hooks_come_in_time_behind_a_frozen_embedding():
+    """Seen: without a gradient for the layer's input, DeepSpeed lets its parameters go before backward is done."""
+    model = tiny_model()
+    model.get_input_embeddings().weight.requires_grad_(False)
+    gather_layers_whole(zero_plugin(3), model)
+    assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad
+
+
 def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, views):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     plain, compiled, graphs, seen = tiny_model(), tiny_model(), [], []
