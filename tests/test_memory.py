@@ -93,6 +93,7 @@ MEASURED = [
     ("123M", Setting(128, 512, "zero3", 2, recompute=True, **MOVED, **ONCE), 3.68),
     ("123M", Setting(128, 512, "ddp", 2, optimizer="muon", **ONCE), 17.69),
     ("123M", Setting(128, 512, "fsdp2", 2, optimizer="muon", **ONCE), 16.42),
+    ("123M", Setting(128, 512, "zero2", 2, recompute=True, **ONCE), 4.22),
     ("0.5B", Setting(16, 2048, "zero3", 2), 37.14),
     ("0.5B", Setting(16, 2048, "zero2", 2, recompute=True), 8.71),
     ("0.5B", Setting(16, 2048, "fsdp2", 2, recompute=True), 7.24),
