@@ -57,7 +57,7 @@ def check_fp8(training: TrainingArguments) -> None:
     """Refuse FP8 where the card has none, and where accelerate would train with it what nobody wants.
 
     Accelerate exchanges the linear layers for torchao's when it prepares the model, all but the first and the head.
-    Call it before an Accelerator is made: of the backend's two spellings, that knows one.
+    Call it before an Accelerator is made, which knows the backend in capitals only.
     Sources: https://huggingface.co/docs/accelerate/usage_guides/low_precision_training,
     https://docs.nvidia.com/cuda/parallel-thread-execution/ (FP8 products: compute capability 8.9).
 

@@ -90,7 +90,6 @@ def preflight(
     Raises:
         InputError: with what works.
     """
-    owner = recompute_owner() or ("--gradient_checkpointing" if training.gradient_checkpointing else None)
     check_launch(training)
     strategy, compiled = strategy_of(training), os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()
     check_checkpoints(training, strategy)
@@ -100,6 +99,9 @@ def preflight(
     moved = f", offloading to main memory, with {take_cores()} threads there" if offloads(training) else ""
     say(f"strategy: {strategy}{moved}; trained: {method}")
     say(f"precision: {precision(training)}")
+    owner = recompute_owner() or ("--gradient_checkpointing" if training.gradient_checkpointing else None)
+    if owner and not getattr(model, "supports_gradient_checkpointing", True):
+        raise InputError(f"recompute ({owner}): transformers has none for {type(model).__name__}. Leave it out.")
     say(f"compile: {compiled} (the YAML's dynamo_config); recompute: {f'yes ({owner})' if owner else 'no'}")
     check_parallelism(training, shared.context_length, shared.packing == "isolated")
     optimizer = choose_optimizer(shared.optimizer, training)

@@ -6,13 +6,15 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._functorch.config
 from accelerate import Accelerator, DeepSpeedPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
-from common.messages import InputError
+from common.messages import InputError, say
 
 SECTION = "activation_checkpointing"
+TAKEN_OVER = "FSDP_ACTIVATION_CHECKPOINTING_BY_TRANSFORMERS"  # ours: what the YAML said, once it is done otherwise
 
 
 def deepspeed_file() -> tuple[str, dict]:
@@ -59,8 +61,8 @@ def recompute_owner() -> str | None:
     path, config = deepspeed_file()
     if SECTION in config:
         return f"{SECTION} in {path}"
-    sharded = os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true"
-    if sharded and os.environ.get("FSDP_ACTIVATION_CHECKPOINTING", "").lower() == "true":
+    asked = ("FSDP_ACTIVATION_CHECKPOINTING", TAKEN_OVER)
+    if under_fsdp() and any(os.environ.get(name, "").lower() == "true" for name in asked):
         return "fsdp_activation_checkpointing in the YAML's fsdp_config"
     return None
 
@@ -73,7 +75,7 @@ def take_over_recompute(training: TrainingArguments) -> None:
     Source: https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
 
     Raises:
-        InputError: the flag says so, too, or the JSON asks for what transformers' recompute does not do.
+        InputError: the flag says so, too, or more is asked for than transformers' recompute does.
     """
     owner = recompute_owner()
     if owner is None:
@@ -83,6 +85,8 @@ def take_over_recompute(training: TrainingArguments) -> None:
             f"--gradient_checkpointing and {owner} both switch recompute on. The launcher's configuration owns it "
             "here: leave the flag out, or take the YAML without recompute."
         )
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "").lower() == "true":
+        raise InputError("fsdp_activation_checkpointing_offload in the YAML: not tried here. Set it to false.")
     section = deepspeed_file()[1].get(SECTION, {})
     if unknown := [name for name, value in section.items() if value]:
         raise InputError(
@@ -93,7 +97,7 @@ def take_over_recompute(training: TrainingArguments) -> None:
         if hasattr(training, name):
             setattr(training, name, True)
     if under_fsdp():
-        os.environ["FSDP_ACTIVATION_CHECKPOINTING"] = "false"
+        os.environ |= {"FSDP_ACTIVATION_CHECKPOINTING": "false", TAKEN_OVER: "true"}
 
 
 def under_fsdp() -> bool:
@@ -116,26 +120,48 @@ def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel) 
     """Have ZeRO-3 gather the parameters of a layer at once, and compile the layer, before ``model`` is prepared.
 
     DeepSpeed would gather those of each module when that is called: many small messages, and hooks in Python between
-    them. Compiled is a layer's forward without the hooks around it.
+    them. Compiled is a layer's forward without the hooks around it; what is not gathered so is not compiled.
     Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
     """
     if plugin is None or plugin.zero_stage != 3:
         return
-    zero = plugin.deepspeed_config["zero_optimization"]
-    zero.setdefault("leaf_module", {"classes": sorted(model._no_split_modules)})
+    zero, layers = plugin.deepspeed_config["zero_optimization"], separate_layers(model)
+    compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
+    if not layers or "leaf_module" in zero:
+        if compiled:
+            why = "the JSON has its own leaf_module" if layers else "the layers are not known, or share parameters"
+            say(f"note: not compiled: {why}; ZeRO-3's hooks within layers are not tried with torch.compile here.")
+            for module in model.modules():
+                module.compile = lambda **settings: None
+        return
+    zero["leaf_module"] = {"classes": sorted({type(layer).__name__ for layer in layers})}
     if not model.get_input_embeddings().weight.requires_grad:
-        model.enable_input_require_grads()  # a layer whose input needs no gradient would be done with before it is
-    if os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no":
+        model.enable_input_require_grads()  # without it DeepSpeed releases the first layer before its backward is done
+    if compiled:
         # DeepSpeed's own linear layer has wrong gradients when torch 2.11 compiles it. It keeps no views of parameters
         # for backward, which would hold what forward gathered; without it, such views are taken anew.
         zero["memory_efficient_linear"] = False
         torch._functorch.config.recompute_views = True
         for module in model.modules():
             module.compile = partial(compile_forward, module)
+        model.compile = lambda **settings: [layer.compile(**settings) for layer in layers]  # not regional: the same
+
+
+def separate_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the layers that ``model`` is a list of, if none shares a parameter with anything else; else none.
+
+    DeepSpeed is done with a layer's gradients when its backward is: what came from elsewhere later would be lost.
+    """
+    names = model._no_split_modules or []
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = [layer for found in lists for layer in found if type(layer).__name__ in names]
+    theirs = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    uses = sum(id(parameter) in theirs for _, parameter in model.named_parameters(remove_duplicate=False))
+    return layers if uses == len(theirs) else []
 
 
 def compile_forward(module: torch.nn.Module, **settings) -> None:
-    """Replaces: Module.compile, which compiles the module's hooks with it."""
+    """Replaces: Module.compile, which compiles the module's hooks with it. A copy would call the original's forward."""
     module.forward = torch.compile(module.forward, **settings)
 
 

@@ -15,7 +15,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from common.arguments import SharedArguments
 from common.launch import launch_defaults
 from common.messages import InputError
-from common.strategy import recompute_owner, take_over_recompute
+from common.strategy import TAKEN_OVER, recompute_owner, take_over_recompute
 
 FOLDER = ROOT / "accelerate_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -160,12 +160,17 @@ def test_fsdps_key_owns_recompute(monkeypatch):
     assert recompute_owner() is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    monkeypatch.setenv(TAKEN_OVER, "")  # for monkeypatch to take back
     take_over_recompute(training := SimpleNamespace(gradient_checkpointing=False))
     assert training.gradient_checkpointing
     assert not FullyShardedDataParallelPlugin(fsdp_version=2).activation_checkpointing, "accelerate would do it, too"
-    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
+    take_over_recompute(training := SimpleNamespace(gradient_checkpointing=False))
+    assert training.gradient_checkpointing and "fsdp_config" in recompute_owner(), "as in a second run of a notebook"
     with pytest.raises(InputError, match="fsdp_activation_checkpointing in the YAML's fsdp_config both"):
         take_over_recompute(SimpleNamespace(gradient_checkpointing=True))
+    monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true")
+    with pytest.raises(InputError, match="fsdp_activation_checkpointing_offload in the YAML: not tried here"):
+        take_over_recompute(SimpleNamespace(gradient_checkpointing=False))
 
 
 STAND_INS = {

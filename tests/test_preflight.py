@@ -74,6 +74,10 @@ WRONG = {
         fsdp(FSDP_ACTIVATION_CHECKPOINTING="true") | dict(gradient_checkpointing=True), {}, {},
         "--gradient_checkpointing and fsdp_activation_checkpointing.*leave the flag out",
     ),
+    "recompute that a family has not": (
+        dict(gradient_checkpointing=True), {}, dict(model=planned_model({"model_type": "openai-gpt"}, 100, 64)),
+        r"recompute \(--gradient_checkpointing\): transformers has none for OpenAIGPT.*Leave it out",
+    ),
     "accumulation twice": (zero(2, gradient_accumulation_steps=16), {}, {}, "gradient_accumulation_steps: auto"),
     "clipping twice": (zero(2, gradient_clipping=0.3), {}, {}, "gradient_clipping: auto"),
     "DeepSpeed's own optimizer": (zero(2, optimizer={"type": "Adam"}), {}, {}, "optimizer in the deepspeed_config"),

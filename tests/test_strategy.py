@@ -24,9 +24,10 @@ def test_fsdp2_adds_up_in_fp32_and_returns_the_loss_as_it_is(precision, computed
     reduce_in_fp32(SimpleNamespace(mixed_precision=precision, state=SimpleNamespace()))  # another strategy
 
 
-@pytest.fixture
+@pytest.fixture(autouse=True)
 def views(monkeypatch):
-    """torch's own setting, before and after a test that changes it."""
+    """torch's own setting, before and after a test that changes it; nothing is compiled."""
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     with torch._functorch.config.patch(recompute_views=False):
         yield lambda: torch._functorch.config.recompute_views
 
@@ -37,7 +38,10 @@ def zero_plugin(stage: int, **zero) -> SimpleNamespace:
 
 @pytest.mark.parametrize("compiler", ["no", "inductor"])
 def test_zero3_gathers_whole_layers(monkeypatch, views, compiler):
-    """Compiled, DeepSpeed's linear layer is left out, whoever asked for it: its gradients would be wrong."""
+    """Compiled, DeepSpeed's linear layer is left out, whoever asked for it: torch 2.11 has wrong gradients then.
+
+    No run here can show that: it takes that release.
+    """
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", compiler)
     gather_layers_whole(None, tiny_model())
     gather_layers_whole(two := zero_plugin(2), tiny_model())
@@ -46,8 +50,40 @@ def test_zero3_gathers_whole_layers(monkeypatch, views, compiler):
     zero = three.deepspeed_config["zero_optimization"]
     assert zero["leaf_module"] == {"classes": [type(model.model.layers[0]).__name__]}
     assert (zero["memory_efficient_linear"], views()) == ((True, False) if compiler == "no" else (False, True))
-    gather_layers_whole(own := zero_plugin(3, leaf_module={"classes": ["Mine"]}), tiny_model())
-    assert own.deepspeed_config["zero_optimization"]["leaf_module"] == {"classes": ["Mine"]}
+
+
+def shared_linear(model) -> None:
+    first, second = model.model.layers
+    second.mlp.up_proj = first.mlp.up_proj
+
+
+def shared_with_the_end(model) -> None:
+    model.model.norm.weight = model.model.layers[0].input_layernorm.weight
+
+
+def no_names(model) -> None:
+    model._no_split_modules = None
+
+
+@pytest.mark.parametrize(
+    ("change", "own", "why"),
+    [
+        (shared_linear, {}, "share parameters"),
+        (shared_with_the_end, {}, "share parameters"),
+        (no_names, {}, "share parameters"),
+        (lambda model: None, {"leaf_module": {"classes": ["Mine"]}}, "own leaf_module"),
+    ],
+)
+def test_what_zero3_does_not_gather_whole_is_not_compiled(monkeypatch, views, capsys, change, own, why):
+    """DeepSpeed reduces a layer's gradients at once: what another layer adds to a shared one would be lost."""
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+    change(model := tiny_model())
+    gather_layers_whole(plugin := zero_plugin(3, **own), model)
+    assert plugin == zero_plugin(3, **own) and not views()
+    assert "not compiled: " in (printed := capsys.readouterr().out) and why in printed
+    compile_regions_deepspeed(model, backend="aot_eager", dynamic=False)
+    model.compile(backend="aot_eager", dynamic=False)
+    assert not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules())
 
 
 def test_the_first_layers_hooks_come_in_time_behind_a_frozen_embedding():
@@ -58,7 +94,8 @@ def test_the_first_layers_hooks_come_in_time_behind_a_frozen_embedding():
     assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad
 
 
-def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, views):
+@pytest.mark.parametrize("regional", [True, False])
+def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, regional):
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     plain, compiled, graphs, seen = tiny_model(), tiny_model(), [], []
     for model in (plain, compiled):
@@ -72,7 +109,10 @@ def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, 
         graphs.append(graph.code)
         return lookup_backend("aot_eager")(graph, inputs, **settings)
 
-    compile_regions_deepspeed(compiled, backend=backend, dynamic=False)
+    if regional:
+        compile_regions_deepspeed(compiled, backend=backend, dynamic=False)
+    else:
+        compiled.compile(backend=backend, dynamic=False)
     for model in (plain, compiled):
         model(**batch(), num_items_in_batch=torch.tensor(23)).loss.backward()
     assert_same_gradients(gradients(compiled), gradients(plain))
