@@ -127,14 +127,14 @@ def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel) 
         return
     zero, layers = plugin.deepspeed_config["zero_optimization"], separate_layers(model)
     compiled = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no"
-    if not layers or "leaf_module" in zero:
+    whole = {"classes": sorted({type(layer).__name__ for layer in layers})}
+    if not layers or zero.setdefault("leaf_module", whole) != whole:
         if compiled:
             why = "the JSON has its own leaf_module" if layers else "the layers are not known, or share parameters"
             say(f"note: not compiled: {why}; ZeRO-3's hooks within layers are not tried with torch.compile here.")
             for module in model.modules():
                 module.compile = lambda **settings: None
         return
-    zero["leaf_module"] = {"classes": sorted({type(layer).__name__ for layer in layers})}
     if not model.get_input_embeddings().weight.requires_grad:
         model.enable_input_require_grads()  # without it DeepSpeed releases the first layer before its backward is done
     if compiled:
