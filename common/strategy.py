@@ -86,7 +86,9 @@ def take_over_recompute(training: TrainingArguments) -> None:
             "here: leave the flag out, or take the YAML without recompute."
         )
     if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "").lower() == "true":
-        raise InputError("fsdp_activation_checkpointing_offload in the YAML: not tried here. Set it to false.")
+        raise InputError(
+            "fsdp_activation_checkpointing_offload: true in the YAML's fsdp_config: not tried here. Set it to false."
+        )
     section = deepspeed_file()[1].get(SECTION, {})
     if unknown := [name for name, value in section.items() if value]:
         raise InputError(

@@ -169,7 +169,7 @@ def test_fsdps_key_owns_recompute(monkeypatch):
     with pytest.raises(InputError, match="fsdp_activation_checkpointing in the YAML's fsdp_config both"):
         take_over_recompute(SimpleNamespace(gradient_checkpointing=True))
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true")
-    with pytest.raises(InputError, match="fsdp_activation_checkpointing_offload in the YAML: not tried here"):
+    with pytest.raises(InputError, match="checkpointing_offload: true in the YAML's fsdp_config: .*to false"):
         take_over_recompute(SimpleNamespace(gradient_checkpointing=False))
 
 
