@@ -5,17 +5,17 @@
 A run that is not finished is compared up to its newest checkpoint, and the table says so.
 """
 
-import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
+import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 import argparse
 from html import escape
 from pathlib import Path
 
-from common.messages import InputError, say
-from common.page import COLOURS, document, figures
-from common.run_folder import differences
-from common.run_record import Run
-from common.svg import line_plot
+from common.console import InputError, say
+from common.run.folder import differences
+from common.run.plots import line_plot
+from common.run.record import Run
+from common.run.report import COLOURS, document, figures
 
 PLOTS = [
     ("held-out bits per byte", "eval_bits_per_byte", "tokens_seen", True),

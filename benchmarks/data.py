@@ -23,10 +23,10 @@ import psutil
 from transformers import AutoTokenizer
 
 from common.arguments import SharedArguments
-from common.packing import PackedRows
-from common.sources import resolve_source
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer
+from common.corpus.sources import resolve_source
+from common.dataset.packing import PackedRows
+from common.tokens.tokenizer import load_tokenizer
+from common.tokens.writer import token_store_of
 
 CONTEXT_LENGTH = 512
 HEADER = f"{'variant':<28}{'seconds':>9}{'tokens/s':>12}{'ratio':>7}{'bytes/token':>13}{'peak MB':>9}{'dropped':>9}"

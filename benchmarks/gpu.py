@@ -6,7 +6,7 @@
 Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml, or fp8.yaml, and trains on
 random tokens, so that nothing but speed can be read off. Tokens a second are the median over intervals of two steps
 after the fourth; the seconds to the first step include compiling, from an empty compiler cache for each job's first
-compiled variant. MFU is model FLOPs (common/flops.py: attention in full, recomputation not counted) over the card's
+compiled variant. MFU is model FLOPs (counts.py: attention in full, recomputation not counted) over the card's
 dense bf16 peak; FP8, whose products have another, has none. The ratio is to the job's variant "tutorial".
 """
 
@@ -27,16 +27,16 @@ from accelerate.utils import DataLoaderConfiguration
 from launching import compact, launcher, one_gpu, result_of
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from common.attention import choose_attention
-from common.flops import flops_per_token, peak_tflops
-from common.launch import launch_defaults
-from common.loss import use_fused_loss
-from common.model import residual_stream_in_bf16
-from common.packing import JoinedRows, PackedRows, collate_rows
-from common.strategy import launched_precision
-from common.token_index import write_index
-from common.token_store import TokenStore
-from common.trainer import PretrainingTrainer
+from common.dataset.packing import JoinedRows, PackedRows, collate_rows
+from common.distributed.launch import launch_defaults
+from common.distributed.strategy import launched_precision
+from common.model.attention import choose_attention
+from common.model.counts import flops_per_token, peak_tflops
+from common.model.from_config import residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.tokens.megatron import write_index
+from common.tokens.store import TokenStore
+from common.train.trainer import PretrainingTrainer
 
 WARM_STEPS, INTERVAL = 4, 2
 

@@ -31,19 +31,20 @@ from launching import ROOT, circumstances, compact, error_in, launcher, load_rec
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
-from common.attention import choose_attention, generating
-from common.clock import synchronize
-from common.launch import choose_optimizer, launch_defaults, set_batch
-from common.loss import use_fused_loss
-from common.model import model_from_config, residual_stream_in_bf16
-from common.packing import JoinedRows, PackedRows, collate_rows
-from common.preflight import derive_micro_batch
-from common.sources import resolve_sources
-from common.token_store import TokenStore
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer
-from common.tokenizer_training import tokenizer_trained_on
-from common.trainer import PretrainingTrainer
+from common.corpus.sources import resolve_sources
+from common.dataset.packing import JoinedRows, PackedRows, collate_rows
+from common.distributed.launch import launch_defaults
+from common.model.attention import choose_attention, generating
+from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.tokens.store import TokenStore
+from common.tokens.tokenizer import load_tokenizer
+from common.tokens.train_tokenizer import tokenizer_trained_on
+from common.tokens.writer import token_store_of
+from common.train.batch import derive_micro_batch, set_batch
+from common.train.metrics import synchronize
+from common.train.preflight import choose_optimizer
+from common.train.trainer import PretrainingTrainer
 
 CONTEXT_LENGTH = 512
 POINTS = 8  # evaluations a run

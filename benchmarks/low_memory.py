@@ -38,24 +38,25 @@ from transformers import (
     set_seed,
 )
 
-from common.adapters import ALL_LINEAR, add_adapters
 from common.arguments import SharedArguments
-from common.attention import choose_attention
-from common.launch import launch_defaults
-from common.loss import use_fused_loss
-from common.low_memory import compute_dtype, optimizer_for
-from common.memory import CONTEXT_BYTES, GIB, predict
-from common.memory_in_use import memory_gib
-from common.model import model_from_config, numbers_of, residual_stream_in_bf16
-from common.packing import JoinedRows, PackedRows
-from common.plan import StepTimer, setting_of_trainer
-from common.sizes import PRESETS
-from common.sources import resolve_sources
-from common.token_index import write_index
-from common.token_store import TokenStore
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer
-from common.trainer import PretrainingTrainer
+from common.corpus.sources import resolve_sources
+from common.dataset.packing import JoinedRows, PackedRows
+from common.distributed.launch import launch_defaults
+from common.model.adapters import ALL_LINEAR, add_adapters
+from common.model.attention import choose_attention
+from common.model.counts import numbers_of
+from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.model.memory import CONTEXT_BYTES, predict
+from common.model.presets import PRESETS
+from common.system import GIB, memory_gib
+from common.tokens.megatron import write_index
+from common.tokens.store import TokenStore
+from common.tokens.tokenizer import load_tokenizer
+from common.tokens.writer import token_store_of
+from common.train.low_memory import compute_dtype, optimizer_for
+from common.train.plan import StepTimer, setting_of_trainer
+from common.train.trainer import PretrainingTrainer
 
 WARM_STEPS, STEPS = 3, 10
 CAPS = {"bf16": 15.5, "T4": 14.5}  # GiB

@@ -19,7 +19,7 @@ Tokens a second and MFU are medians over the steps after the fifth; the loss is 
 speed. The peak is that of the process with the highest.
 """
 
-import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
+import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 import argparse
 import fnmatch
@@ -38,10 +38,11 @@ from accelerate.utils import gather_object
 from launching import ROOT, circumstances, launcher, load_recipe, one_gpu
 from launching import run as run_command
 
-from common.launcher import compile_settings
-from common.memory import CONTEXT_BYTES, GIB
-from common.run_status import append_lines
-from common.trainer import PretrainingTrainer
+from common.distributed.workarounds import compile_settings
+from common.io import append_lines
+from common.model.memory import CONTEXT_BYTES
+from common.system import GIB
+from common.train.trainer import PretrainingTrainer
 
 BASELINE = "single_gpu"
 ONE_GPU = (BASELINE, "fp16", "fp8")

@@ -3,7 +3,7 @@
     python benchmarks/scaling.py                       # the tables of docs/scaling.md
     python benchmarks/scaling.py --model qwen2.5-1.5b --context_length 4096 --rows 2
 
-Memory is common/memory.py's prediction, within 5% of what was measured on one and two cards (fsdp2_offload:
+Memory is common/model/memory.py's prediction, within 5% of what was measured on one and two cards (fsdp2_offload:
 9%); beyond that it is computed only. Traffic is what each card sends for one optimizer step: a ring of n cards sends
 (n - 1) / n of a tensor for a gather or a scatter, twice that for a sum that all get. Parameters travel in bf16,
 gradients in fp32 (DDP, FSDP2) or bf16 (DeepSpeed). Sources: https://arxiv.org/abs/1910.02054 section 7, and each
@@ -13,9 +13,10 @@ library's defaults.
 import argparse
 from dataclasses import replace
 
-from common.memory import GIB, Setting, predict
-from common.model import planned_model
-from common.sizes import PRESETS
+from common.model.from_config import planned_model
+from common.model.memory import Setting, predict
+from common.model.presets import PRESETS
+from common.system import GIB
 
 CARDS = (1, 2, 8, 64, 256, 1000)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

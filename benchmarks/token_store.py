@@ -44,7 +44,7 @@ def make(folder: str, documents: int) -> dict:
     """Write a synthetic pair: an index, and a sparse ``.bin`` of its size."""
     import numpy as np
 
-    from common.token_index import write_index
+    from common.tokens.megatron import write_index
 
     sizes = np.random.default_rng(0).integers(1, 1001, documents, dtype=np.int32)
     write_index(f"{folder}/tokens.idx", sizes, np.dtype(np.uint16))
@@ -58,7 +58,7 @@ def measure(folder: str, documents: int) -> dict:
     import numpy as np
     import psutil
 
-    from common.token_store import TokenStore
+    from common.tokens.store import TokenStore
 
     before, began = psutil.Process().memory_info().rss, time.perf_counter()
     store = TokenStore(Path(folder) / "tokens")

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from common.messages import InputError
+from common.console import InputError
 
 
 @dataclass

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from common.messages import InputError, say
+from common.console import InputError, say
 
 PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
 HUGGING_FACE, HUGGING_FACE_MIRROR = "https://huggingface.co", "https://hf-mirror.com"

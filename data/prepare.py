@@ -16,18 +16,18 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common.corpus import CorpusCounts, read_documents
-from common.download import CORPORA, download
-from common.messages import InputError
-from common.near_duplicates import NearDuplicateCounts, without_near_duplicates
-from common.sources import Source, resolve_sources
-from common.splits import content_hash, held_out_below
-from common.token_merge import merge_token_stores
-from common.token_pair import LEGACY_PAIR, PAIR
-from common.token_store import TokenStore
-from common.token_writer import FILES, origin_of, write_token_store
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tokenizer_training import SAMPLE_BYTES, sample_of, tokenizer_report, train_tokenizer
+from common.console import InputError
+from common.corpus.documents import CorpusCounts, read_documents
+from common.corpus.download import CORPORA, download
+from common.corpus.near_duplicates import NearDuplicateCounts, without_near_duplicates
+from common.corpus.sources import Source, resolve_sources
+from common.corpus.splits import content_hash, held_out_below
+from common.tokens.megatron import LEGACY_PAIR, PAIR
+from common.tokens.merge import merge_token_stores
+from common.tokens.store import TokenStore
+from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.train_tokenizer import SAMPLE_BYTES, sample_of, tokenizer_report, train_tokenizer
+from common.tokens.writer import FILES, origin_of, write_token_store
 
 HELD_OUT_FRACTION = 0.005  # of the documents: what a recipe holds out by default, train-tokenizer reports on
 REPORT_BYTES = 20_000_000  # of held-out text at most

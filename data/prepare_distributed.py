@@ -25,10 +25,10 @@ import time
 from functools import partial
 from pathlib import Path
 
-from common.cores import usable_cores
-from common.messages import InputError, say
-from common.sources import resolve_sources
-from common.token_shards import WORK_FOLDER, plan_shards, report_shards, write_shard
+from common.console import InputError, say
+from common.corpus.sources import resolve_sources
+from common.system import usable_cores
+from common.tokens.shards import WORK_FOLDER, plan_shards, report_shards, write_shard
 
 INSTALL = "pip install 'datatrove>=0.10,<0.11'"
 

@@ -3,9 +3,9 @@
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/explicit_loop.py --sample
 
 The same YAMLs and hyperparameters. Not here: context parallelism, --model, --plan, recompute by flag, trackers,
-samples, test rows, and what common/safety.py does. A flag that only Trainer would read is refused."""
+samples, test rows, and what common/train/safety.py does. A flag that only Trainer would read is refused."""
 
-import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
+import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 import json
 import math
@@ -18,26 +18,27 @@ from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, TrainingArguments, get_scheduler, set_seed
 
 from common.arguments import SharedArguments
-from common.attention import DOCUMENTS, block_mask, choose_attention
-from common.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
-from common.context_parallel import parallel_size
-from common.download import download
-from common.launch import launch_defaults
-from common.ledger import Ledger, split_rows
-from common.loss import use_fused_loss
-from common.messages import say
-from common.model import model_from_config, residual_stream_in_bf16
-from common.muon import MuonWithAdamW
-from common.order import IGNORED_ROW, TrainingOrder, rows_asked_for
-from common.packing import collate_rows
-from common.preflight import preflight
-from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
-from common.schedule import schedule_settings
-from common.sources import resolve_sources
-from common.strategy import gather_layers_whole, reduce_in_fp32, under_fsdp
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tokenizer_training import tokenizer_trained_on
+from common.console import say
+from common.corpus.download import download
+from common.corpus.sources import resolve_sources
+from common.dataset.ledger import Ledger
+from common.dataset.mixture import IGNORED_ROW, TrainingOrder, rows_asked_for
+from common.dataset.packing import collate_rows
+from common.dataset.rows import split_rows
+from common.distributed.context_parallel import parallel_size
+from common.distributed.launch import launch_defaults
+from common.distributed.strategy import gather_layers_whole, reduce_in_fp32, under_fsdp
+from common.model.attention import DOCUMENTS, block_mask, choose_attention
+from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.run.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
+from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.train_tokenizer import tokenizer_trained_on
+from common.tokens.writer import token_store_of
+from common.train.muon import MuonWithAdamW
+from common.train.preflight import preflight
+from common.train.schedule import schedule_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}

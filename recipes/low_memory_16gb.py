@@ -4,7 +4,7 @@
         --model Qwen/Qwen2.5-1.5B --data my-text.jsonl
 
 All parameters: in bf16, AdamW's states in 8 bits, activations recomputed, logits never held. The update of each weight
-is rounded stochastically, because bf16 loses small ones (common/stochastic_rounding.py). For 3B the gradients must go,
+is rounded stochastically, because bf16 loses small ones (train/low_memory_adamw.py). For 3B the gradients must go,
 too: the optimizer steps inside backward, at the price of one micro-batch a step and no clipping:
 
     ... recipes/low_memory_16gb.py --model Qwen/Qwen2.5-3B --data my-text.jsonl \
@@ -25,39 +25,40 @@ torch 2.11.0, bitsandbytes 0.50.2): all parameters, stepping inside backward: 1.
 Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
 """
 
-import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
+import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
-from common.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, save_merged, unpacked_gguf
 from common.arguments import SharedArguments
-from common.attention import choose_attention
-from common.callbacks import SampleCallback
-from common.download import download
-from common.launch import launch_defaults
-from common.ledger import split_rows
-from common.loss import use_fused_loss
-from common.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
-from common.messages import say
-from common.model import parameter_report, planned_model, residual_stream_in_bf16
-from common.packing import unigram_loss
-from common.page import ReportCallback
-from common.plan import print_plan, probe, take_precision_of_yaml
-from common.preflight import check_pairs, preflight
-from common.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
-from common.report import save_results, summary
-from common.retention import MeasureBefore, before_and_after, figures_before
-from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
-from common.sizes import PRESETS
-from common.sources import resolve_sources
-from common.strategy import precision_of
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tracking import swanlab_callbacks
-from common.trainer import PretrainingTrainer
+from common.console import say
+from common.corpus.download import download
+from common.corpus.sources import resolve_sources
+from common.dataset.rows import split_rows, unigram_loss
+from common.distributed.launch import launch_defaults
+from common.distributed.strategy import precision_of
+from common.model.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, unpacked_gguf
+from common.model.attention import choose_attention
+from common.model.counts import parameter_report
+from common.model.from_config import planned_model, residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.model.presets import PRESETS
+from common.model.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
+from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.run.merge_adapters import save_merged
+from common.run.report import ReportCallback
+from common.run.results import save_results, summary
+from common.run.tracking import swanlab_callbacks
+from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.writer import token_store_of
+from common.train.callbacks import SampleCallback
+from common.train.forgetting import MeasureBefore, before_and_after, figures_before
+from common.train.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
+from common.train.plan import print_plan, probe, take_precision_of_yaml
+from common.train.preflight import check_pairs, preflight
+from common.train.trainer import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

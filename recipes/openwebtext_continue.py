@@ -25,7 +25,7 @@ loss 2.901 before, 2.688 after (0.969 and 0.897 bits per byte); retained, 40 Chi
 same from scratch, at 1e-3, had come down to 7.84 in training after 20 of its 40 steps (continued: 2.63).
 """
 
-import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
+import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 import sys
 from dataclasses import dataclass, field
@@ -34,20 +34,17 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
-from common.attention import choose_attention
-from common.callbacks import SampleCallback
-from common.carry_over import load_start, rows_behind
-from common.download import download
-from common.launch import choose_optimizer, launch_defaults
-from common.ledger import split_rows
-from common.loss import use_fused_loss
-from common.messages import InputError, say
-from common.model import parameter_report, planned_model, residual_stream_in_bf16
-from common.packing import unigram_loss
-from common.page import ReportCallback
-from common.plan import print_plan, probe
-from common.preflight import preflight
-from common.pretrained import (
+from common.console import InputError, say
+from common.corpus.download import download
+from common.corpus.sources import resolve_sources
+from common.dataset.rows import split_rows, unigram_loss
+from common.distributed.launch import launch_defaults
+from common.model.attention import choose_attention
+from common.model.counts import parameter_report
+from common.model.from_config import planned_model, residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.model.presets import PRESETS
+from common.model.pretrained import (
     check_fit,
     find_model,
     model_without_memory,
@@ -55,16 +52,19 @@ from common.pretrained import (
     random_model,
     weights_fingerprint,
 )
-from common.report import save_results, summary
-from common.retention import MeasureBefore, before_and_after, figures_before, retained_rows
-from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
-from common.sizes import PRESETS
-from common.sources import resolve_sources
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tokenizer_training import tokenizer_trained_on
-from common.tracking import swanlab_callbacks
-from common.trainer import PretrainingTrainer
+from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.run.init_from import load_start, rows_behind
+from common.run.report import ReportCallback
+from common.run.results import save_results, summary
+from common.run.tracking import swanlab_callbacks
+from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.train_tokenizer import tokenizer_trained_on
+from common.tokens.writer import token_store_of
+from common.train.callbacks import SampleCallback
+from common.train.forgetting import MeasureBefore, before_and_after, figures_before, retained_rows
+from common.train.plan import print_plan, probe
+from common.train.preflight import choose_optimizer, preflight
+from common.train.trainer import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -17,7 +17,7 @@ Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0
 per byte. Wikipedia itself: not yet measured.
 """
 
-import common.quiet  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
+import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
 
 import sys
 from dataclasses import dataclass, field
@@ -26,28 +26,28 @@ from pathlib import Path
 from transformers import HfArgumentParser, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
-from common.attention import choose_attention
-from common.callbacks import SampleCallback
-from common.carry_over import load_start, rows_behind
-from common.download import download
-from common.launch import choose_optimizer, launch_defaults
-from common.ledger import split_rows
-from common.loss import use_fused_loss
-from common.messages import say
-from common.model import model_from_config, parameter_report, planned_model, residual_stream_in_bf16
-from common.packing import unigram_loss
-from common.page import ReportCallback
-from common.plan import print_plan, probe
-from common.preflight import preflight
-from common.report import save_results, summary
-from common.run_folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
-from common.sizes import shape_of
-from common.sources import resolve_sources
-from common.token_writer import token_store_of
-from common.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tokenizer_training import tokenizer_trained_on
-from common.tracking import swanlab_callbacks
-from common.trainer import PretrainingTrainer
+from common.console import say
+from common.corpus.download import download
+from common.corpus.sources import resolve_sources
+from common.dataset.rows import split_rows, unigram_loss
+from common.distributed.launch import launch_defaults
+from common.model.attention import choose_attention
+from common.model.counts import parameter_report
+from common.model.from_config import model_from_config, planned_model, residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.model.presets import shape_of
+from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.run.init_from import load_start, rows_behind
+from common.run.report import ReportCallback
+from common.run.results import save_results, summary
+from common.run.tracking import swanlab_callbacks
+from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.train_tokenizer import tokenizer_trained_on
+from common.tokens.writer import token_store_of
+from common.train.callbacks import SampleCallback
+from common.train.plan import print_plan, probe
+from common.train.preflight import choose_optimizer, preflight
+from common.train.trainer import PretrainingTrainer
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from common.splits import content_hash
-from common.token_index import write_index
-from common.token_store import TokenStore
+from common.corpus.splits import content_hash
+from common.tokens.megatron import write_index
+from common.tokens.store import TokenStore
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported. With a GPU, its tests: TEST_GPU=0 python -m pytest -k 'cuda or gpu'
@@ -62,7 +62,7 @@ def weights(tmp_path_factory) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
-    from common.tokenizer_training import train_tokenizer
+    from common.tokens.train_tokenizer import train_tokenizer
 
     torch.manual_seed(0)
     texts = texts_of(ROOT / "data" / "sample_en.jsonl")

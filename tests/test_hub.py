@@ -16,8 +16,8 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from conftest import ROOT
 
+from common.console import InputError
 from common.hub import TOKENIZER_NEEDS, fetch_tokenizer, lack_of
-from common.messages import InputError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {

@@ -14,7 +14,7 @@ import peft  # noqa: F401
 import torch
 from conftest import ROOT, load_recipe, small_run
 
-import common.report  # noqa: F401  (imported before the fork, all is there at once)
+import common.run.results  # noqa: F401  (imported before the fork, all is there at once)
 
 with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401

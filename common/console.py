@@ -1,0 +1,95 @@
+"""How the project talks: one line on the main process, one clear error, and libraries kept quiet.
+
+Some libraries say things, often while they are imported, that are not the user's to fix. ``MESSAGES`` and ``WARNINGS``
+name these, each with its reason. Errors still show, and so does every warning that is not named here. To see
+everything: PRETRAINING_VERBOSE=1.
+"""
+
+import logging
+import os
+import sys
+import warnings
+
+from tqdm.auto import tqdm
+
+
+class InputError(SystemExit):
+    """Stop with one message: the value seen, the limit, and the fix.
+
+    A subclass of ``SystemExit``, so that Python prints the message to stderr and exits with status 1
+    without a traceback of ours: these errors are for the person at the keyboard, not for debugging.
+    """
+
+
+def is_main_process() -> bool:
+    """Whether this is rank 0 of the launch (from the launcher's environment, so usable before any set-up)."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def is_local_main_process() -> bool:
+    """Whether this is the first process of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def say(message: str) -> None:
+    """Print on the main process only, above a bar if there is one."""
+    if is_main_process():
+        tqdm.write(message)
+        sys.stdout.flush()
+
+
+MESSAGES = {  # logger -> beginnings of messages that are left out
+    # Said while peft loads bitsandbytes on CPUs. It concerns 4-bit products on CPUs, which no recipe has.
+    "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
+    # The first lines of a run say on what it runs. (DeepSpeed sets its own level when it is imported: a filter stays.)
+    "DeepSpeed": ("Setting accelerator to CPU",),
+    # When a run is continued: a head that is tied to the embedding is saved once, and there as the embedding.
+    "transformers.trainer": ("There were missing keys in the checkpoint model loaded: ['lm_head.weight'].",),
+    # About the launcher's way of starting processes on Windows and macOS.
+    "torch.distributed.elastic.multiprocessing.redirects": ("NOTE: Redirects are currently not supported",),
+}
+WARNINGS = {  # beginnings of warnings that are left out
+    # From inductor. Matrix products run in the YAML's bf16; what is left in fp32 is meant to be.
+    "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled": UserWarning,
+    # From barriers of accelerate and transformers: each process has chosen its device long before.
+    r"barrier\(\): using the device under current context": UserWarning,
+}
+
+
+class LeftOut(logging.Filter):
+    """Leaves out warnings with these beginnings."""
+
+    def __init__(self, beginnings: tuple[str, ...]):
+        super().__init__()
+        self.beginnings = beginnings
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno > logging.WARNING or not record.getMessage().startswith(self.beginnings)
+
+
+def be_quiet() -> None:
+    """Set the filters, once, unless PRETRAINING_VERBOSE is set."""
+    if os.environ.get("PRETRAINING_VERBOSE"):
+        return
+    for name, beginnings in MESSAGES.items():
+        logger = logging.getLogger(name)
+        if not any(isinstance(known, LeftOut) for known in logger.filters):
+            logger.addFilter(LeftOut(beginnings))
+    for beginning, category in WARNINGS.items():
+        warnings.filterwarnings("ignore", message=beginning, category=category)
+
+
+def no_bars_while_training() -> None:
+    """Switch off transformers' bars, of which every checkpoint shows one; those of downloads stay as they are."""
+    if os.environ.get("PRETRAINING_VERBOSE"):
+        return
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    downloads = not are_progress_bars_disabled()
+    disable_progress_bar()
+    if downloads:
+        enable_progress_bars()
+
+
+be_quiet()  # the one module that works at import: recipes import it before the libraries it is about

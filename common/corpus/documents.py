@@ -1,0 +1,230 @@
+"""A source -> the text of its documents, streamed, counted, and nothing lost."""
+
+import re
+import string
+import unicodedata
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import chain, islice
+
+from common.console import InputError, say
+from common.corpus.formats import CountedFile, format_of, not_utf8
+from common.corpus.records import TEXT_FIELDS, Records, file_records
+from common.corpus.sources import Source
+
+PLACES_SHOWN = 10  # of malformed documents, and of files without any
+RECORDS_JUDGED = 1_000  # by which the text field is chosen, where the first leaves it open
+# White space, control and format characters: what a document without text is made of.
+BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
+NOT_BLANK = re.compile(f"[^{re.escape(BLANK)}]")
+
+
+@dataclass
+class CorpusCounts:
+    """What a pass over a source met.
+
+    Attributes:
+        documents: those handed out; ``text_bytes`` is their UTF-8 size.
+        empty: those of white space, control and format characters only, or of null.
+        malformed: those that cannot be read; ``first_malformed`` says of a few of each source where they are, and what
+            is wrong.
+        near_duplicates: those that ``data/prepare.py --near_duplicates`` left out of the ones handed out.
+        file_bytes: read of local files so far, as they are on disk; beside ``Source.size_bytes``, for showing progress.
+    """
+
+    documents: int = 0
+    text_bytes: int = 0
+    empty: int = 0
+    malformed: int = 0
+    near_duplicates: int = 0
+    file_bytes: int = 0
+    first_malformed: list[str] = field(default_factory=list)
+
+
+def read_documents(
+    source: Source, text_field: str | None, skip_malformed: bool, counts: CorpusCounts, may_be_empty: bool = False
+) -> Iterator[str]:
+    """Yield the text of every document of ``source`` in order, adding to ``counts`` as it goes.
+
+    Dropped, and counted: documents without text (``empty``) and, with ``skip_malformed``, those that cannot be read
+    (``malformed``). The text is handed out as it is, white space and NUL characters included.
+
+    Args:
+        text_field: a field's name ("meta.text" is the field "text" of the field "meta"); or a template of several such
+            as "{title}\\n\\n{text}", where a backslash and an n, as a shell hands it over, are a line break; or None:
+            the one field whose name is in TEXT_FIELDS and that holds text. A .txt file has no fields: all is text.
+        may_be_empty: ``source`` is a part of one, and whether there is any document is judged over all of it.
+
+    Raises:
+        InputError: a malformed document (named by file and line), a missing field (naming the fields there are), what
+            ``file_records`` and ``hub_records`` raise, no document at all (unless it ``may_be_empty``).
+    """
+    _check_text(source)
+    before, places, without = replace(counts), len(counts.first_malformed), []
+    for name, records, names, pattern in _parts(source, text_field, counts):
+        found_before = counts.documents
+        yield from _documents(records, names, pattern, skip_malformed, counts, places + PLACES_SHOWN)
+        if counts.documents == found_before:
+            without.append(name)
+    empty, malformed = counts.empty - before.empty, counts.malformed - before.malformed
+    if counts.documents == before.documents and not may_be_empty:
+        raise InputError(f"{source.given}: no document in it ({empty} empty, {malformed} malformed).")
+    if without:
+        say(f"note: no document in {len(without):,} files of {source.given}: {_some(without)}")
+    if malformed:
+        say(f"note: {malformed:,} malformed documents of {source.given} were skipped, the first:")
+        say("\n".join(f"  {place}" for place in counts.first_malformed[places:]))
+
+
+def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iterator[tuple]:
+    """Yield (name, records, and how their text is made: names, pattern) of every file, or of the one data set."""
+    if source.hub_id is not None:
+        from common.corpus.hub_dataset import hub_records
+
+        names, pattern = parse_text_field(text_field or detect_text_field(source))
+        yield source.given, hub_records(source.hub_id, names), names, pattern
+        return
+    text_field = text_field or detect_text_field(source)
+    bytes_before = counts.file_bytes
+
+    def count_bytes(read: int) -> None:
+        counts.file_bytes += read
+
+    for path in source.files:
+        names, pattern = parse_text_field("text" if format_of(path.name) == ".txt" else text_field)
+        yield str(path), file_records(str(path), partial(CountedFile, path, count_bytes), names), names, pattern
+        bytes_before += path.stat().st_size
+        counts.file_bytes = bytes_before  # a table's other columns are not read, the start of a .json file twice
+
+
+def _documents(
+    records: Records, names: list[str], pattern: str, skip_malformed: bool, counts: CorpusCounts, most_places: int
+) -> Iterator[str]:
+    for where, record in records:
+        try:
+            text = text_of(record, names, pattern)
+            size = len(text.encode())
+        except ValueError as error:
+            reason = "not valid Unicode or not UTF-8" if isinstance(error, UnicodeEncodeError) else error
+            if not skip_malformed:
+                advice = "Repair it, or count and skip such documents with --skip_malformed."
+                raise InputError(f"{where}: {reason}. {advice}") from None
+            counts.malformed += 1
+            if len(counts.first_malformed) < most_places:
+                counts.first_malformed.append(f"{where}: {reason}")
+            continue
+        if not text:
+            counts.empty += 1
+            continue
+        counts.documents += 1
+        counts.text_bytes += size
+        yield text
+
+
+def parse_text_field(text_field: str) -> tuple[list[str], str]:
+    """Return the names of the fields that make a document's text, and the pattern with one %s for each.
+
+    Raises:
+        InputError: braces that do not match, or nothing or something else than a field's name in them.
+    """
+    if "{" not in text_field:
+        return [text_field], "%s"
+    try:
+        parsed = list(string.Formatter().parse(text_field.replace("\\n", "\n").replace("\\t", "\t")))
+        names = [name for _, name, _, _ in parsed if name is not None]
+        if not all(names) or any(spec or conversion for _, _, spec, conversion in parsed):
+            raise ValueError("between braces stands the name of a field alone")
+        if not names:
+            raise ValueError("it names no field")
+    except ValueError as error:
+        raise InputError(f"--text_field {text_field!r}: {error}. An example: '{{title}}\\n\\n{{text}}'.") from None
+    return names, "".join(literal.replace("%", "%%") + ("" if name is None else "%s") for literal, name, _, _ in parsed)
+
+
+def text_of(record: object, names: list[str], pattern: str) -> str:
+    """Return the text of a record, "" if all the fields in it are blank; raise ValueError saying what is wrong."""
+    if isinstance(record, ValueError):
+        raise record
+    if not isinstance(record, dict):
+        raise ValueError(f"expected an object with a field {names[0]!r}, found {type(record).__name__}")
+    values = [_value(record, name) for name in names]
+    return pattern % tuple(values) if any(map(NOT_BLANK.search, values)) else ""
+
+
+def _value(record: dict, name: str) -> str:
+    value: object = record
+    for part in [name] if name in record else name.split("."):
+        if value is None:
+            break
+        if not isinstance(value, dict) or part not in value:
+            raise ValueError(f"no field {name!r}; the fields are {_field_names(record)} (choose with --text_field)")
+        value = value[part]
+    if isinstance(value, bytes):  # a .parquet column that is not marked as text
+        try:
+            value = value.decode()
+        except UnicodeDecodeError as error:
+            raise not_utf8(error) from None
+    if not isinstance(value, str | None):
+        raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
+    return value or ""
+
+
+def detect_text_field(source: Source) -> str:
+    """Return the field of a document's text, judged by the first records; say which it is.
+
+    That is the first record alone where it has one usual field, which holds text. Otherwise another field may be null
+    there and the text behind it.
+
+    Raises:
+        InputError: several fields may hold it, or none; or a file cannot be read.
+    """
+    _check_text(source)
+    first, usual, holding = None, {}, {}  # dicts for sets in order
+    objects = ((where, record) for where, record in _records_with_fields(source) if isinstance(record, dict))
+    for where, record in islice(objects, RECORDS_JUDGED):
+        first = first or (where, record)
+        found = {name: None for name in record if name.lower() in TEXT_FIELDS}
+        usual |= found
+        holding |= {name: None for name in found if isinstance(record[name], str | bytes)}
+        if len(usual) == len(holding) == 1:
+            break
+    if first is None:
+        return TEXT_FIELDS[0]  # for reading on: why there is no record is said there
+    names = list(holding or usual)
+    if len(names) != 1:
+        reason = f"may be in any of {names}" if names else f"is in none of the usual fields ({', '.join(TEXT_FIELDS)})"
+        raise InputError(
+            f"{first[0]}: the text {reason}. Choose with --text_field; the fields are {_field_names(first[1])}."
+        )
+    say(f"{source.given}: the text is in field {names[0]!r}")
+    return names[0]
+
+
+def _check_text(source: Source) -> None:
+    if source.token_store is not None:
+        raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
+
+
+def _records_with_fields(source: Source) -> Records:
+    if source.hub_id is not None:
+        from common.corpus.hub_dataset import hub_records
+
+        return hub_records(source.hub_id)
+    paths = [path for path in source.files if format_of(path.name) != ".txt"]
+    return chain.from_iterable(file_records(str(path), partial(path.open, "rb")) for path in paths)
+
+
+def _field_names(record: dict) -> list[str]:
+    names = [
+        f"{name}.{inner}" if inner else name
+        for name, value in record.items()
+        for inner in (sorted(value) if isinstance(value, dict) and value else [""])
+    ]
+    return sorted(name[:60] for name in names)[:40]
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - PLACES_SHOWN:,} more" if len(names) > PLACES_SHOWN else ""
+    return ", ".join(names[:PLACES_SHOWN]) + more

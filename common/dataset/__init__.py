@@ -1,0 +1,1 @@
+"""Token stores -> rows in a fixed order, every token accounted for."""

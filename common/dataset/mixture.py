@@ -1,0 +1,170 @@
+"""The order of training: which row stands at every position of the whole run, over all passes and sources."""
+
+import math
+from collections.abc import Iterator
+from fractions import Fraction
+
+import numpy as np
+from torch.utils.data import Sampler
+from transformers import TrainingArguments
+
+from common.console import InputError, say
+
+IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and trains nothing
+CHUNK_POSITIONS = 1 << 16  # worked out at once
+LONGEST_PERIOD = 100_000  # positions after which a mixture repeats its turns
+
+
+class TrainingOrder(Sampler):
+    """The row at every position of the whole run, so that resuming is a seek: set ``start`` and iterate.
+
+    Without weights, all rows are one set: pass after pass, each shuffled by (seed, pass); a step may span two passes.
+    With weights, each source is such a set of its own, and they take turns: a small source begins its next pass while
+    a large one is still in its first.
+
+    Attributes:
+        start, real, total: positions from ``start`` to ``real`` hold rows; those up to ``total`` are ignored rows,
+            which complete the last step.
+        length: what ``len`` says, in rows.
+    """
+
+    def __init__(self, rows: list[int], seed: int, weights: list[float] | None = None):
+        """``rows`` of each source; a row's index counts through all of them."""
+        self.source_rows, self.source_ends, self.weighted = rows, np.cumsum(rows), weights is not None
+        self.set_rows = rows if self.weighted else [sum(rows)]  # each shuffled by itself
+        if not all(self.set_rows):
+            raise InputError(f"the sources have {self.set_rows} training rows: one without any cannot be mixed in.")
+        self.rows, self.seed = sum(rows), seed
+        self.first_rows = np.cumsum([0, *self.set_rows])
+        self.parts = np.array(whole_parts(weights, len(rows)) if self.weighted else [1])  # of a period
+        self.turns = np.array(turns_of(self.parts.tolist()))  # (period,)
+        # Of each turn in the period, how many turns of the same source come before it: shape (period,).
+        earlier = (self.turns[:, None] == np.arange(len(self.parts))).cumsum(axis=0)
+        self.earlier = earlier[np.arange(len(self.turns)), self.turns] - 1
+        self.start = self.real = self.total = self.length = 0
+        self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+
+    def lay_out(self, start: int, real: int, total: int, length: int | None = None) -> None:
+        """Set the attributes of these names; ``length`` is what lies ahead by default."""
+        self.start, self.real, self.total = start, real, total
+        self.length = total - start if length is None else length
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[int]:
+        for first in range(self.start, self.real, CHUNK_POSITIONS):
+            yield from self.rows_at(np.arange(first, min(first + CHUNK_POSITIONS, self.real))).tolist()
+        yield from [IGNORED_ROW] * (self.total - max(self.start, self.real))
+
+    def rows_at(self, positions: np.ndarray) -> np.ndarray:
+        """Return the rows at ``positions`` (rising), shape (positions,)."""
+        period, turn = np.divmod(positions, len(self.turns))
+        sources = self.turns[turn]
+        passes, places = np.divmod(period * self.parts[sources] + self.earlier[turn], np.array(self.set_rows)[sources])
+        rows = np.empty_like(positions)
+        for source in np.unique(sources):
+            for epoch in np.unique(passes[sources == source]):
+                here = (sources == source) & (passes == epoch)
+                rows[here] = self.first_rows[source] + self._permutation(int(source), int(epoch))[places[here]]
+        return rows
+
+    def counts(self, position: int) -> list[int]:
+        """Return how many of the rows before ``position`` are of each source."""
+        if self.weighted:
+            period, turn = divmod(position, len(self.turns))
+            return (period * self.parts + np.bincount(self.turns[:turn], minlength=len(self.parts))).tolist()
+        passes, rest = divmod(position, self.rows)
+        begun = np.searchsorted(self.source_ends, self.rows_at(np.arange(position - rest, position)), side="right")
+        return (passes * np.array(self.source_rows) + np.bincount(begun, minlength=len(self.source_rows))).tolist()
+
+    def _permutation(self, source: int, epoch: int) -> np.ndarray:
+        known, permutation = self._permutations.get(source, (None, None))
+        if known != epoch:
+            key = [self.seed, epoch, source] if source else [self.seed, epoch]
+            permutation = np.random.default_rng(key).permutation(self.set_rows[source])
+            self._permutations[source] = epoch, permutation
+        return permutation
+
+
+def lay_out_steps(
+    order: TrainingOrder, training: TrainingArguments, rows: int | None, rows_per_step: int, step: int, position: int
+) -> None:
+    """Lay ``order`` out for the steps behind ``step``, the first of which begins at ``position``.
+
+    The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
+
+    Args:
+        rows: of the whole run, whose steps become ``training.max_steps``; None: whole steps up to ``max_steps``.
+
+    Raises:
+        InputError: more than is asked for has been done.
+    """
+    if rows is None:
+        rows = position + (training.max_steps - step) * rows_per_step
+    else:
+        training.max_steps = step + math.ceil((rows - position) / rows_per_step)
+    if training.max_steps < step or rows < position:
+        raise InputError(
+            f"the run in {training.output_dir} has made {step} steps = {position} rows, more than is asked for now. "
+            "Ask for at least as many, or choose another --output_dir."
+        )
+    total = position + (training.max_steps - step) * rows_per_step
+    # Trainer counts the steps of the whole run, those before the checkpoint included.
+    order.lay_out(position, rows, total, length=training.max_steps * rows_per_step)
+
+
+def rows_asked_for(training: TrainingArguments, rows_per_step: int, rows: int) -> int:
+    """Return how many rows ``--max_steps`` or, without it, ``--num_train_epochs`` passes over ``rows`` are.
+
+    Raises:
+        InputError: none.
+    """
+    asked = training.max_steps * rows_per_step
+    if training.max_steps < 0:
+        asked = round(training.num_train_epochs * rows)
+    if asked < 1:
+        raise InputError(
+            f"--max_steps {training.max_steps} with --num_train_epochs {training.num_train_epochs} trains on no row of "
+            f"{rows:,}. Ask for at least one."
+        )
+    return asked
+
+
+def whole_parts(weights: list[float], sources: int) -> list[int]:
+    """Return ``weights`` as the smallest whole numbers of the same proportions: [0.7, 0.2, 0.1] as [7, 2, 1].
+
+    Where these add up to more than LONGEST_PERIOD, they are rounded to that, which is said.
+    """
+    if len(weights) != sources:
+        raise InputError(f"--data_weights gives {len(weights)} weights for {sources} sources. Give one for each.")
+    for weight in weights:
+        if not 0 < weight < math.inf:
+            raise InputError(f"--data_weights {weight}: must be above 0. To leave a source out, do not name it.")
+    exact = [Fraction(str(weight)) for weight in weights]  # 0.7 is meant as 7/10, not as its binary neighbour
+    parts = [int(weight * math.lcm(*(weight.denominator for weight in exact))) for weight in exact]
+    parts = [part // math.gcd(*parts) for part in parts]
+    if sum(parts) > LONGEST_PERIOD:
+        parts = [round(weight / sum(exact) * LONGEST_PERIOD) for weight in exact]
+        if not all(parts):
+            raise InputError(f"--data_weights {weights}: the smallest is less than 1 in {LONGEST_PERIOD:,}. Raise it.")
+        say(f"note: --data_weights are used as {parts}")
+    return parts
+
+
+def turns_of(parts: list[int]) -> list[int]:
+    """Return whose turn it is at each of ``sum(parts)`` positions, after which the turns repeat.
+
+    Among the first n positions a source is never a whole row away from its share of n, for every n: of the sources
+    that are behind their share, the one whose next row is due first has the turn.
+
+    Source: Baruah et al., "Proportionate progress: a notion of fairness in resource allocation", 1996,
+        https://doi.org/10.1007/BF01940883 (on one processor, where the earliest deadline suffices)
+    """
+    period, counts, turns = sum(parts), [0] * len(parts), []
+    for position in range(1, period + 1):
+        behind = [source for source, part in enumerate(parts) if counts[source] * period < position * part]
+        turn = min(behind, key=lambda source: -(-(counts[source] + 1) * period // parts[source]))
+        turns.append(turn)
+        counts[turn] += 1
+    return turns

@@ -1,0 +1,86 @@
+"""What a card and its software can do, against what the launcher's YAML asks of them: compiling, bf16, FP8."""
+
+import importlib.util
+import os
+import shutil
+
+import torch
+from accelerate.utils import parse_flag_from_env
+from transformers import TrainingArguments
+
+from common.console import InputError
+from common.distributed.strategy import strategy_of
+
+
+def check_compiler(backend: str, device: torch.device) -> None:
+    """Refuse the YAML's ``dynamo_backend`` where torch.compile would fail at the first step."""
+    if backend.lower() != "inductor":
+        return
+    compilers = ("g++", "clang++", "c++", "cl")
+    if device.type == "cpu" and not any(map(shutil.which, compilers)):
+        missing = f"a C++ compiler ({', '.join(compilers)})"
+    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        missing = "Triton, which comes with torch on Linux (on Windows: pip install triton-windows)"
+    else:
+        return
+    raise InputError(
+        f"the YAML's dynamo_config compiles the model, and that needs {missing}. Install it, or train uncompiled:\n"
+        "  accelerate launch --config_file YAML --dynamo_backend no RECIPE"
+    )
+
+
+def check_cuda_device(name: str, capability: tuple[int, int], architectures: list[str], precision: str) -> None:
+    """Refuse a card that this torch build has no code for, or bf16 on a card that only emulates it.
+
+    Args:
+        capability: compute capability, for example (7, 0) for a V100.
+        architectures: ``torch.cuda.get_arch_list()``, for example ["sm_80", "sm_90"].
+        precision: "no", "fp16" or "bf16".
+    """
+    major, minor = capability
+    targets = [name.split("_")[1].rstrip("af") for name in architectures if name.startswith("sm_")]
+    # Binary code for x.y runs on every x.z with z >= y.
+    if not any(int(target[:-1]) == major and int(target[-1]) <= minor for target in targets):
+        raise InputError(
+            f"{name} has compute capability {major}.{minor}, and this torch build has code for {architectures} only. "
+            "For an older card such as the V100 install the CUDA 12.6 build, for a newer one a newer torch:\n"
+            "  pip install --force-reinstall 'torch>=2.11,<2.14' --index-url https://download.pytorch.org/whl/cu126"
+        )
+    if precision == "bf16" and major < 8:
+        raise InputError(
+            f"{name} (compute capability {major}.{minor}) has no bf16, only a slow emulation. Use fp16:\n"
+            "  accelerate launch --config_file YAML --mixed_precision fp16 RECIPE"
+        )
+
+
+def check_fp8(training: TrainingArguments) -> None:
+    """Refuse FP8 where the card has none, and where accelerate would train with it what nobody wants.
+
+    Accelerate exchanges the linear layers for torchao's when it prepares the model, all but the first and the head.
+    Call it before an Accelerator is made, which knows the backend in capitals only.
+    Sources: https://huggingface.co/docs/accelerate/usage_guides/low_precision_training,
+    https://docs.nvidia.com/cuda/parallel-thread-execution/ (FP8 products: compute capability 8.9).
+
+    Raises:
+        InputError: with what works.
+    """
+    capability = torch.cuda.get_device_capability() if training.device.type == "cuda" else (0, 0)
+    backend = os.environ.get("ACCELERATE_FP8_BACKEND", "no")
+    gathered = parse_flag_from_env("ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER", default=True)
+    strategy = strategy_of(training)
+    if capability < (8, 9):
+        raise InputError(
+            f"mixed_precision fp8: needs a card of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this "
+            f"{training.device.type.upper()} has {'.'.join(map(str, capability)) if any(capability) else 'none'}. Use "
+            "another YAML, or --mixed_precision bf16."
+        )
+    if strategy not in ("single", "ddp"):
+        raise InputError(f"mixed_precision fp8 under {strategy}: not tried here. Use fp8.yaml, or bf16 with this YAML.")
+    if backend.lower() != "ao":
+        raise InputError(f"mixed_precision fp8 with backend {backend}: only torchao's is tried here. Use fp8.yaml.")
+    if gathered:  # seen with accelerate 1.15 and torchao 0.18
+        raise InputError(
+            "mixed_precision fp8 with enable_fsdp_float8_all_gather, accelerate's default: it exchanges the layers' "
+            "parameters behind the optimizer's back, and they are never trained. Use fp8.yaml, which switches it off."
+        )
+    os.environ["ACCELERATE_FP8_BACKEND"] = "AO"  # the launcher's flag says "ao", which Accelerator does not know

@@ -1,0 +1,1 @@
+"""A config or weights -> a causal language model; its loss, its memory, its FLOPs."""

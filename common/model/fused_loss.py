@@ -1,0 +1,171 @@
+"""The loss of a causal language model of transformers without the logits of all rows, in the model's own forward.
+
+    use_fused_loss(model)         # once, before the model is wrapped by peft, Trainer, Accelerate, DDP, FSDP, DeepSpeed
+    loss = model(**batch).loss    # fused wherever labels are given; without labels there are logits, as ever
+
+How. In nearly every causal model of transformers forward ends like this:
+
+    logits = self.lm_head(hidden)                      # rows x vocabulary: what must not be held
+    logits = logits * self.logit_scale                 # Cohere; Granite divides; Gemma caps by a tanh
+    loss = self.loss_function(logits, labels, ...)
+    loss += self.router_aux_loss_coef * aux_loss       # mixtures of experts
+
+That forward is left as it is. This one model's head is exchanged, by ``set_output_embeddings``, for a linear layer with
+the same parameters which hands out DeferredLogits when there are labels: no numbers, only a note of what the model
+does to them. ``loss_function``, which transformers lets one set on a model, redeems them chunk by chunk. Whatever else
+forward does (auxiliary losses, masks, caches) stays the model's own, and what it does to its logits beyond scaling
+and capping is refused by name, not guessed at.
+
+Why so. The product happens in the head's forward, inside the model's: so hooks run that gather the weight (FSDP,
+ZeRO-3), reduce its gradient (DDP) or cast (autocast), and parameter names, checkpoints and ``generate`` are unchanged.
+Rewriting forward for each family, as Liger and cut-cross-entropy do by patching classes, must keep up with every
+model; calling body and head from the training loop goes past the hooks of the wrappers.
+"""
+
+from functools import wraps
+from types import MethodType
+
+import torch
+from transformers import PreTrainedModel
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from common.console import InputError
+from common.model.linear_cross_entropy import CHUNK_BYTES, fused_linear_cross_entropy
+
+
+def use_fused_loss(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> None:
+    """Make ``model`` compute its loss in chunks of ``chunk_bytes``, from the next forward with labels on.
+
+    ``loss`` and gradients are those of transformers, ``num_items_in_batch``, ``shift_labels`` and labels of -100
+    included; ``logits`` of a forward with labels are DeferredLogits.
+
+    Raises:
+        InputError: the model is wrapped already, its head is no plain linear layer, or its loss is another one.
+    """
+    name = type(model).__name__
+    if not isinstance(model, PreTrainedModel) or "forward" in vars(model):
+        raise InputError(f"{name}: give the loss to the transformers model itself, before anything wraps it.")
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear:
+        raise InputError(f"{name}: its head is {type(head).__name__}; the fused loss needs torch.nn.Linear.")
+    if model.loss_function is not ForCausalLMLoss:
+        raise InputError(f"{name}: its loss is {model.loss_function.__name__}; the fused loss is ForCausalLMLoss.")
+    model.set_output_embeddings(DeferringHead(head, chunk_bytes))
+    model.loss_function = loss_of_deferred_logits
+    model.forward = MethodType(_deferring_when_labelled(type(model).forward), model)
+
+
+class DeferringHead(torch.nn.Linear):
+    """A linear layer which, while ``deferring``, promises its product instead of computing it."""
+
+    def __init__(self, head: torch.nn.Linear, chunk_bytes: int):
+        """Take over the parameters of ``head``, themselves, so that tied ones stay tied."""
+        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
+        self.weight, self.bias = head.weight, head.bias
+        self.chunk_bytes, self.deferring = chunk_bytes, False
+        self.train(head.training)
+
+    def __call__(self, hidden, *loss_arguments):
+        if self.deferring and not loss_arguments:
+            return DeferredLogits(self, hidden)  # past the hooks, which would gather the weight (ZeRO-3) for nothing
+        return super().__call__(hidden, *loss_arguments)
+
+    @torch.compiler.disable  # FSDP2's regional compilation would compile the head, chunks, kernel and all
+    def forward(self, hidden, targets=None, scale=1.0, soft_cap=None, ignore_index=-100, num_items=None):
+        """Return logits or, given ``targets`` of shape hidden.shape[:-1], the loss."""
+        if targets is not None:
+            return fused_linear_cross_entropy(
+                hidden.reshape(-1, hidden.shape[-1]),
+                self.weight,
+                targets.reshape(-1).to(hidden.device),
+                self.bias,
+                scale=scale,
+                soft_cap=soft_cap,
+                ignore_index=ignore_index,
+                num_items=num_items,
+                chunk_bytes=self.chunk_bytes,
+            )
+        return super().forward(hidden)
+
+
+class DeferredLogits:
+    """Logits not computed: x = head(hidden), then scale * x, or soft_cap * tanh(scale * x / soft_cap).
+
+    Understands what models do between head and loss; anything else is refused.
+    """
+
+    def __init__(self, head: DeferringHead, hidden: torch.Tensor, scale: float = 1.0, soft_cap: float | None = None):
+        self.head, self.hidden, self.scale, self.soft_cap = head, hidden, scale, soft_cap
+        self.dtype = hidden.dtype  # Accelerate asks, to make outputs fp32
+
+    def __mul__(self, factor):
+        if not isinstance(factor, int | float):
+            self._refuse(f"multiplies them by a {type(factor).__name__}")
+        soft_cap = None if self.soft_cap is None else self.soft_cap * factor
+        return DeferredLogits(self.head, self.hidden, self.scale * factor, soft_cap)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor):
+        return self * (1 / divisor)
+
+    def tanh(self):
+        if self.soft_cap is not None:
+            self._refuse("caps them twice")
+        return DeferredLogits(self.head, self.hidden, self.scale, soft_cap=1.0)
+
+    def float(self):
+        return self  # the loss is computed in fp32 anyway
+
+    def contiguous(self):
+        return self
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is torch.tanh:
+            return args[0].tanh()
+        cls._refuse(f"calls {getattr(function, '__name__', function)} on them")
+
+    def __getitem__(self, index):
+        self._refuse("takes a part of them")
+
+    def __add__(self, other):
+        self._refuse("adds to them")
+
+    __radd__ = __sub__ = __rsub__ = __add__
+
+    def __getattr__(self, name):
+        if name.startswith("_"):
+            raise AttributeError(name)
+        self._refuse(f"uses their .{name}")
+
+    @staticmethod
+    def _refuse(what: str):
+        raise InputError(
+            f"the fused loss never holds the logits, but this model {what}. Train it without use_fused_loss, or, if "
+            "this was your own code: call the model without labels to get logits."
+        )
+
+
+@torch.compiler.disable  # one graph up to here; unrolling the chunks in it gains nothing
+def loss_of_deferred_logits(
+    logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
+):
+    """Compute what ``transformers.loss.loss_utils.ForCausalLMLoss`` does; its interface, with names it may not use."""
+    if not isinstance(logits, DeferredLogits):
+        raise InputError(
+            "the model's head was exchanged after use_fused_loss (by peft or resize_token_embeddings): leave the head "
+            "out of target_modules and modules_to_save, and resize before."
+        )
+    if shift_labels is None:
+        shift_labels = torch.nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    return logits.head(logits.hidden, shift_labels, logits.scale, logits.soft_cap, ignore_index, num_items_in_batch)
+
+
+def _deferring_when_labelled(forward):
+    @wraps(forward)
+    def deferring_forward(self, *args, labels=None, **kwargs):
+        self.get_output_embeddings().deferring = labels is not None
+        return forward(self, *args, labels=labels, **kwargs)
+
+    return deferring_forward

@@ -1,0 +1,209 @@
+"""Linear + cross entropy over chunks of rows: the logits of all rows are never held.
+
+16,384 rows of 151,680 logits are 4.6 GiB in bf16, and twice that again for an fp32 copy and its softmax. Here a chunk
+of rows at a time goes through three products and is forgotten:
+
+    logits = hidden @ weight.T              (rows of the chunk, vocabulary)
+    loss, logits <- softmax(logits) - 1 at the target, in place
+    hidden's gradient = logits @ weight
+    weight's gradient += logits.T @ hidden
+
+So the gradients are there before backward is called; backward only multiplies them by the gradient of the loss. They
+are summed in fp32, before they are scaled: 1 / (targets of a step) would leave the range of fp16.
+
+Sources: https://arxiv.org/abs/2410.10989 (Liger Kernel: gradients in the forward pass, chunks of rows).
+"""
+
+import torch
+from torch.autograd.function import once_differentiable
+
+try:
+    from common.model.cross_entropy_kernel import cross_entropy_in_place
+except ImportError:  # Triton comes with torch for CUDA on Linux
+    cross_entropy_in_place = None
+
+# 4,096 rows of 151,680 logits in bf16 are 1.16 GiB: enough for the products to run at full speed on an H100 (measured).
+CHUNK_BYTES = 5 * 2**28
+TILE = 128  # rows: what matrix products work in
+# Products are slow when a side is odd, and most vocabularies are: 262k tokens/s with 151,646 rows, 394k with 151,680
+# (measured on an H100). So the weight, which is copied to cast it anyway, is padded.
+PADDING = 64
+
+
+def fused_linear_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    *,
+    scale: float = 1.0,
+    soft_cap: float | None = None,
+    ignore_index: int = -100,
+    num_items: torch.Tensor | int | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
+) -> torch.Tensor:
+    """Return the cross entropy of scale * (hidden @ weight.T + bias) against ``targets``, fp32, shape ().
+
+    Under autocast the products run in its dtype; the gradients come in the dtypes of their tensors all the same.
+    Backward can be called once.
+
+    Args:
+        hidden: (rows, hidden_size).
+        weight: (vocabulary, hidden_size).
+        targets: (rows,), int64; ``ignore_index`` where there is none.
+        bias: (vocabulary,).
+        soft_cap: logits become soft_cap * tanh(scale * logits / soft_cap).
+        num_items: what the sum of the losses is divided by; None: the number of targets.
+        chunk_bytes: what a chunk's logits may take, with the copies that plain torch makes of them.
+    """
+    if not len(hidden) == len(targets) == targets.numel():
+        raise ValueError(f"{len(hidden)} rows of hidden states against targets of shape {tuple(targets.shape)}")
+    if num_items is None:
+        num_items = (targets != ignore_index).sum()
+    elif torch.is_tensor(num_items):
+        num_items = num_items.to(hidden.device)
+    options = (targets.contiguous(), scale, soft_cap, ignore_index, chunk_bytes)
+    parts = (hidden, weight, bias)
+    if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
+        total = _GradientsInForward.apply(*parts, *options)
+    else:
+        total, _ = _loss_and_gradients(*parts, *options, wanted=(False, False, False))
+    return total / num_items
+
+
+class _GradientsInForward(torch.autograd.Function):
+    """The sum of the losses; its gradients are made in forward, and only scaled in backward."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, *options):
+        parts = (hidden, weight, bias)
+        total, ctx.gradients = _loss_and_gradients(*parts, *options, wanted=ctx.needs_input_grad[:3])
+        ctx.dtypes = [None if part is None else part.dtype for part in parts]
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_output):
+        if ctx.gradients is None:
+            raise RuntimeError("backward a second time: the gradients of the chunked loss are given away by the first")
+        gradients, ctx.gradients = ctx.gradients, None  # so that autograd may keep them, not copy them
+        scaled = (
+            None if gradient is None else gradient.mul_(grad_output).to(dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
+        )
+        return *scaled, None, None, None, None, None
+
+
+def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_index, chunk_bytes, wanted):
+    """Return the sum of the losses, and its gradients by hidden, weight and bias in fp32, None where not ``wanted``."""
+    device, rows, vocabulary = hidden.device, len(hidden), len(weight)
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    hidden = hidden.to(dtype or hidden.dtype)
+    weight, bias = _padded(weight, dtype), None if bias is None else _padded(bias, dtype)  # once, not once a chunk
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    use_kernel = _kernel_runs_on(device) and wide == torch.float32
+    cross_entropy = cross_entropy_in_place if use_kernel else cross_entropy_plain
+    logit_bytes = weight.itemsize + (0 if use_kernel else 2 * wide.itemsize)
+    chunk_rows = rows_of_a_chunk(rows, len(weight) * logit_bytes, chunk_bytes)
+    buffer = torch.empty(chunk_rows, len(weight), dtype=weight.dtype, device=device)
+    losses = torch.empty(rows, dtype=wide, device=device)
+    hidden_gradient, weight_gradient, bias_gradient = (
+        torch.zeros_like(part, dtype=wide) if want else None
+        for part, want in zip((hidden, weight, bias), wanted, strict=True)
+    )
+    with torch.autocast(device.type, enabled=False):
+        for start in range(0, rows, chunk_rows):
+            chunk = slice(start, start + chunk_rows)
+            logits = buffer[: len(targets[chunk])]  # (rows of the chunk, padded vocabulary)
+            if bias is None:
+                torch.mm(hidden[chunk], weight.t(), out=logits)
+            else:
+                torch.addmm(bias, hidden[chunk], weight.t(), out=logits)
+            losses[chunk] = cross_entropy(
+                logits[:, :vocabulary], targets[chunk], scale, soft_cap, ignore_index, any(wanted)
+            )
+            if hidden_gradient is not None:
+                _add_product(hidden_gradient[chunk], logits, weight)
+            if weight_gradient is not None:
+                _add_product(weight_gradient, logits.t(), hidden[chunk])
+            if bias_gradient is not None:
+                bias_gradient += logits.sum(0, dtype=wide)
+    # Shortened in place: to a view of it, autograd would add a tied embedding's other gradient in a new tensor.
+    for part in (weight_gradient, bias_gradient):
+        if part is not None:
+            part.resize_(vocabulary, *part.shape[1:])
+    return losses.sum(), [hidden_gradient, weight_gradient, bias_gradient]
+
+
+def _padded(part: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Return ``part`` in ``dtype`` with zeros appended up to the next multiple of PADDING rows; itself if it is so."""
+    rows = -(-len(part) // PADDING) * PADDING
+    if rows == len(part):
+        return part.to(dtype or part.dtype)
+    padded = torch.zeros(rows, *part.shape[1:], dtype=dtype or part.dtype, device=part.device)
+    padded[: len(part)] = part
+    return padded
+
+
+def cross_entropy_plain(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    scale: float,
+    soft_cap: float | None,
+    ignore_index: int,
+    with_gradient: bool,
+) -> torch.Tensor:
+    """Return the loss of each row, in fp32 or wider, shape (rows,); 0 where the target is ``ignore_index``.
+
+    Overwrites ``logits``, shape (rows, vocabulary): with the gradient of the losses' sum if ``with_gradient``.
+    """
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 logits: no copy
+    slope = scale
+    if scale != 1:
+        values.mul_(scale)
+    if soft_cap is not None:
+        values.div_(soft_cap).tanh_()
+        slope = scale * (1 - values.square()) if with_gradient else None
+        values.mul_(soft_cap)
+    used = (targets != ignore_index)[:, None]
+    columns = targets[:, None].where(used, 0)
+    normalizer = values.logsumexp(1, keepdim=True)
+    losses = (normalizer - values.gather(1, columns)).where(used, 0)
+    if with_gradient:
+        values.sub_(normalizer).exp_().scatter_add_(1, columns, -torch.ones_like(losses))
+        if scale != 1 or soft_cap is not None:
+            values.mul_(slope)
+        logits.copy_(values.masked_fill_(~used, 0))
+    return losses.squeeze(1)
+
+
+def rows_of_a_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
+    """Divide ``rows`` into as few chunks as ``chunk_bytes`` allow, of equal size, and return that size.
+
+    At least one row; a multiple of TILE where a chunk has room for a tile.
+    """
+    most = max(1, chunk_bytes // row_bytes)
+    if rows <= most:
+        return max(1, rows)
+    step = TILE if most >= TILE else 1
+    chunks = -(-rows // (most // step * step))
+    return -(-rows // (chunks * step)) * step
+
+
+def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
+    """Add left @ right to ``total``, which is wider than the two."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    elif left.is_cuda:
+        torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
+    else:  # no such product elsewhere: that of a chunk is rounded, their sum is not
+        total.add_(left @ right)
+
+
+def _kernel_runs_on(device: torch.device) -> bool:
+    """Whether the Triton kernel can be used: Turing (T4) or newer, and Triton is installed."""
+    return (
+        cross_entropy_in_place is not None
+        and device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (7, 5)
+    )

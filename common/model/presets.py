@@ -1,0 +1,143 @@
+"""The size of a model from scratch: the shape of a published one by name, or one with a number of parameters.
+
+--model qwen2.5-0.5b             a name of PRESETS, or a folder or id whose config.json gives the shape
+--target_parameters 120M         hidden size and layers are chosen, of the family of the recipe's MODEL
+"""
+
+import re
+from pathlib import Path
+
+from transformers import AutoConfig, PretrainedConfig
+
+from common.console import InputError, say
+from common.hub import fetch_model
+from common.model.from_config import planned_model
+
+# Shapes as their config.json files have them; weights and vocabulary are not theirs here.
+PRESETS = {
+    "smollm2-135m": dict(
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, tie_word_embeddings=True, rope_theta=100_000.0,
+    ),
+    "qwen2.5-0.5b": dict(
+        model_type="qwen2", hidden_size=896, intermediate_size=4864, num_hidden_layers=24, num_attention_heads=14,
+        num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1_000_000.0,
+    ),
+    "qwen2.5-1.5b": dict(
+        model_type="qwen2", hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12,
+        num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1_000_000.0,
+    ),
+    "qwen2.5-3b": dict(
+        model_type="qwen2", hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16,
+        num_key_value_heads=2, tie_word_embeddings=True, rope_theta=1_000_000.0,
+    ),
+    "qwen2.5-7b": dict(
+        model_type="qwen2", hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, tie_word_embeddings=False, rope_theta=1_000_000.0,
+    ),
+    "llama-2-7b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+
+HEAD_SIZE = 64
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
+# Layers and hidden size of GPT-3's models up to 6.7B: the width for each layer grows from 43 to 128, and between these
+# the loss hardly depends on it. Sources: https://arxiv.org/abs/2005.14165 table 2.1, https://arxiv.org/abs/2001.08361
+NARROWEST, WIDEST, USUAL = 40, 130, 64
+
+
+def shape_of(model: str | None, target_parameters: str | None, default: dict, vocabulary_rows: int) -> dict:
+    """Return the shape of the model to build: ``default`` unless one of the other two is given.
+
+    Raises:
+        InputError: both are given, or one that is not understood.
+    """
+    if model is not None and target_parameters is not None:
+        raise InputError("--model and --target_parameters both give the size. Leave one out.")
+    if model is not None:
+        if model.lower() in PRESETS:
+            return PRESETS[model.lower()]
+        if "/" not in model and not Path(model).is_dir():
+            raise InputError(
+                f"--model {model}: not a folder, not an id like owner/name, and not of {', '.join(PRESETS)}."
+            )
+        folder = fetch_model(model, weights=False)
+        try:
+            return shape_of_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+        except (ValueError, OSError, KeyError) as error:
+            reason = (str(error).splitlines() or [""])[0]
+            raise InputError(
+                f"--model {model}: {folder} has no config that transformers can read ({reason})."
+            ) from None
+    if target_parameters is not None:
+        return shape_with(parameter_count(target_parameters), default, vocabulary_rows)
+    return default
+
+
+def parameter_count(text: str) -> int:
+    """Return the number that ``text`` means: 120M, 1.5B, 300000."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", text.upper().replace("_", ""))
+    if match is None:
+        raise InputError(f"--target_parameters {text}: not a number such as 120M or 1.5B.")
+    return round(float(match[1]) * UNITS[match[2]])
+
+
+def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
+    """Return a shape like ``family`` with about ``target`` parameters, embedding included, and say what it is.
+
+    Heads are HEAD_SIZE wide, four query heads (or two) share a key-value head, the MLP is as much wider than
+    the hidden size as in ``family``. Among all depths and widths within 5% of ``target`` and between NARROWEST and
+    WIDEST, the one closest to USUAL is taken.
+
+    Raises:
+        InputError: there is none; the limits are named.
+    """
+    if not {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} <= family.keys():
+        raise InputError(f"--target_parameters: MODEL {family} does not name its sizes as Llama, Qwen and Mistral do.")
+    wider = family["intermediate_size"] / family["hidden_size"]
+    best, nearest = None, None
+    for heads in (1, *range(2, 129, 2)):  # widths of whole multiples of 128, which matrix products like
+        hidden = heads * HEAD_SIZE
+        sized = family | dict(
+            hidden_size=hidden,
+            intermediate_size=round(hidden * wider / 64) * 64,
+            num_attention_heads=heads,
+            num_key_value_heads=heads // 4 if heads % 4 == 0 else max(1, heads // 2),
+        )
+        one, two = (_parameters(sized | dict(num_hidden_layers=layers), vocabulary_rows) for layers in (1, 2))
+        if one > 1.05 * target and nearest is not None:
+            break
+        for layers in range(max(1, round(hidden / WIDEST)), round(hidden / NARROWEST) + 1):
+            count = one + (layers - 1) * (two - one)
+            error, unusual = abs(count / target - 1), abs(hidden / layers / USUAL - 1)
+            if nearest is None or error < nearest[0]:
+                nearest = (error, count)
+            if error <= 0.05 and (best is None or unusual < best[0]):
+                best = (unusual, count, sized | dict(num_hidden_layers=layers))
+    if best is None:
+        raise InputError(
+            f"--target_parameters {target:,}: with a vocabulary of {vocabulary_rows:,} nothing sensible is within 5%; "
+            f"the nearest has {nearest[1]:,}. Ask for that, or take a smaller vocabulary (--tokenizer train)."
+        )
+    _, count, shape = best
+    embedding = vocabulary_rows * shape["hidden_size"] * (1 if shape.get("tie_word_embeddings") else 2)
+    say(
+        f"size: {count:,} parameters = {embedding:,} embedding + {count - embedding:,} others: "
+        "{num_hidden_layers} layers of {hidden_size}, {num_attention_heads} heads of 64, {num_key_value_heads} "
+        "key-value heads, MLP of {intermediate_size}".format(**shape)
+    )
+    return shape
+
+
+def _parameters(shape: dict, vocabulary_rows: int) -> int:
+    return planned_model(shape, vocabulary_rows, context_length=512).num_parameters()
+
+
+def shape_of_config(config: PretrainedConfig) -> dict:
+    """Return what a model's config says of its shape, without what belongs to its tokenizer or to its context."""
+    own = {"vocab_size", "max_position_embeddings", "bos_token_id", "eos_token_id", "pad_token_id", "dtype"}
+    described = {name: value for name, value in config.to_diff_dict().items() if name not in own}
+    described = {name: value for name, value in described.items() if not name.startswith(("_", "transformers_"))}
+    return described | {"model_type": config.model_type}

@@ -1,0 +1,228 @@
+"""A name -> a causal language model, with its weights or, from its config alone, with random ones.
+
+Refused, each with what to do: weights that the checkpoint does not have, quantized ones, a tokenizer with more ids
+than the embedding has rows, more positions than the model knows, and weights that predict text hardly better than
+chance.
+"""
+
+import hashlib
+import math
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import is_gguf_available
+
+from common.console import InputError, say
+from common.hub import fetch_model
+from common.model.from_config import build_whole
+
+# Of ln(vocabulary), which is what predicting every token alike costs. Measured on SmolLM2-135M: English, Chinese and
+# Python 0.22 to 0.27, letters drawn at random 0.51; ids of five other tokenizers 0.80 to 1.16; embedding, body or both
+# replaced by random numbers, or shuffled, 1.03 to 3.65 (CPU, 6,156 tokens, 2026-11-22). Damage in part is not caught:
+# one layer of random numbers gave 0.29, permuted queries and keys 0.52.
+NEAR_RANDOM = 0.7
+NUMBERS_HASHED = 1024  # of each tensor, in a fingerprint
+
+
+def find_model(name: str, weights: bool) -> str:
+    """Return where the model called ``name`` lies: a folder (fetched, if it is an id of a hub) or a .gguf file.
+
+    Args:
+        weights: whether they are wanted, or config and tokenizer only.
+
+    Raises:
+        InputError: no such file or folder, what ``fetch_model`` raises, or a .gguf file without the package to read it.
+    """
+    if not name.endswith(".gguf"):
+        return fetch_model(name, weights)
+    if not Path(name).is_file():
+        raise InputError(f"--model {name}: no such file.")
+    if not is_gguf_available():
+        raise InputError(f"--model {name}: reading .gguf files takes a package: pip install 'gguf>=0.17,<1'")
+    return name
+
+
+def check_fit(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
+    """Raise the InputErrors of a model's config now, before its text is tokenized for nothing."""
+    _config_for(place, tokenizer, context_length)
+
+
+def pretrained_model(
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+    quantization: BitsAndBytesConfig | None = None,
+) -> PreTrainedModel:
+    """Load the model that lies at ``place``, as ``find_model`` returned it, in ``dtype``.
+
+    The weights of a .gguf file are dequantized: what quantization took from them is not had back.
+
+    Args:
+        device: load straight to it, tensor by tensor, without a copy in the CPU's memory (except of a .gguf file).
+        quantization: keep the matrices of the layers as it says, for adapters to be trained beside them.
+
+    Raises:
+        InputError: see this module; or transformers cannot load it.
+    """
+    config = _config_for(place, tokenizer, context_length)
+    folder, in_file = _as_transformers_asks(place)
+    where = {} if device is None or in_file else {"device_map": {"": device}}
+    if quantization is not None:
+        where["quantization_config"] = quantization
+    build_whole()
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,  # None, the default, would ask at the terminal
+            **in_file,
+            **where,
+        )
+    except Exception as error:  # of safetensors, gguf, torch or transformers: whatever it stumbled over
+        raise _cannot_load(place, error) from None
+    if found["missing_keys"]:
+        raise InputError(
+            f"{place}: {len(found['missing_keys'])} tensors of {type(model).__name__} are not in it and would start at "
+            f"random: {_some(found['missing_keys'])}. Fetch it again, or give the whole checkpoint."
+        )
+    if found["unexpected_keys"]:
+        names = _some(found["unexpected_keys"])
+        say(f"note: {place} holds tensors that {type(model).__name__} has no place for, left out: {names}")
+    if in_file:
+        model = _plain(model, config)
+        say(f"note: {place}: dequantized to {str(dtype).removeprefix('torch.')}")
+    return _with_tokens_of(model, tokenizer)
+
+
+def random_model(
+    place: str,
+    tokenizer: PreTrainedTokenizerBase,
+    context_length: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> PreTrainedModel:
+    """Build the model whose config lies at ``place`` with random weights in ``dtype``, on ``device`` if it is given.
+
+    Raises:
+        InputError: see this module; or transformers cannot build it.
+    """
+    config = _config_for(place, tokenizer, context_length)
+    build_whole()
+    try:
+        with torch.device(device or "cpu"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    except ValueError as error:
+        raise _cannot_load(place, error) from None
+    # As in model_from_config: drawn, not searched for.
+    model.generation_config.update(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
+    return _with_tokens_of(model, tokenizer)
+
+
+def model_without_memory(place: str) -> PreTrainedModel:
+    """Build the model whose config lies at ``place`` on torch's meta device, for --plan."""
+    folder, in_file = _as_transformers_asks(place)
+    try:
+        build_whole()
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file), dtype=torch.float32
+            )
+    except Exception as error:
+        raise _cannot_load(place, error) from None
+
+
+def check_start(loss: float, vocabulary_rows: int) -> None:
+    """Raise InputError if pretrained weights start at a held-out ``loss`` (nats a token) near that of random ones."""
+    chance = math.log(vocabulary_rows)
+    if not loss <= NEAR_RANDOM * chance:  # NaN, too
+        raise InputError(
+            f"the loaded weights start at {loss:.2f} nats a token on the held-out documents. To predict all tokens "
+            f"alike costs ln({vocabulary_rows:,}) = {chance:.2f}; above {NEAR_RANDOM:.0%} of that they know next to "
+            "nothing of this text. Either its ids are of another tokenizer: give the one that the weights were trained "
+            "with, and tokenize the text with it. Or the checkpoint is damaged: fetch it again. To start at random on "
+            "purpose: recipes/openwebtext_continue.py --from_scratch"
+        )
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """Return 16 hex digits of the names, shapes and first NUMBERS_HASHED numbers of all parameters."""
+    digest = hashlib.blake2b(digest_size=8)
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} ".encode())
+        digest.update(parameter.detach().flatten()[:NUMBERS_HASHED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int):
+    """Return the config at ``place``, if the tokenizer and rows of ``context_length`` fit it."""
+    folder, in_file = _as_transformers_asks(place)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file)
+    except Exception as error:  # as many kinds as there are of damaged files
+        raise _cannot_load(place, error) from None
+    method = getattr(config, "quantization_config", None)
+    if method is not None:
+        raise InputError(f"{place}: its weights are quantized and cannot be trained. Give the original. ({method})")
+    text = config.get_text_config()
+    if len(tokenizer) > text.vocab_size:
+        raise InputError(
+            f"{place}: its embedding has {text.vocab_size:,} rows, the tokenizer {len(tokenizer):,} ids. Give the "
+            "tokenizer that it was trained with, or none: its own is taken. For tokens of your own, grow it first: "
+            f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(FOLDER), --model FOLDER"
+        )
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is not None and context_length > positions:
+        raise InputError(
+            f"--context_length {context_length:,}: the model knows {positions:,} positions. Use at most that."
+        )
+    # See model_from_config: the embedding of a padding token gets no gradient, and it often is the end token.
+    config.pad_token_id = text.pad_token_id = None
+    return config
+
+
+def _plain(model: PreTrainedModel, config) -> PreTrainedModel:
+    """Return the same model without transformers' mark of quantization, with which it could not be saved."""
+    plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
+    plain.load_state_dict(model.state_dict())
+    return plain
+
+
+def _with_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """Give ``model`` the end and padding tokens of ``tokenizer``, and a generation config that can be saved."""
+    for config in (model.config, model.generation_config):
+        config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
+    try:
+        model.generation_config.validate(strict=True)
+    except ValueError as error:  # transformers would raise it when the first checkpoint is written
+        say(f"note: the model's generation config contradicts itself and is replaced by the default ({error})")
+        model.generation_config = GenerationConfig.from_model_config(model.config)
+    return model
+
+
+def _as_transformers_asks(place: str) -> tuple[str, dict[str, str]]:
+    path = Path(place)
+    return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (place, {})
+
+
+def _cannot_load(place: str, error: Exception) -> InputError:
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return InputError(
+        f"{place}: no causal language model that transformers can load ({type(error).__name__}: {reason})."
+    )
+
+
+def _some(names) -> str:
+    names = sorted(names)
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

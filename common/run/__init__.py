@@ -1,0 +1,1 @@
+"""One output folder: checkpoints, records, results, pages."""

@@ -1,0 +1,229 @@
+"""Checkpoints are whole or absent: written aside, synced, listed in a manifest, and only then given their name.
+
+``OUTPUT/unfinished/checkpoint-N`` becomes ``OUTPUT/checkpoint-N`` by one rename, which a file system does wholly or not
+at all. What a crash leaves in ``unfinished`` is removed by the next launch. The manifest has the size of every file: a
+checkpoint that lost one, or part of one, afterwards is passed over. Sizes, not hashes: those would read every
+checkpoint a second time, and what they find more, flipped bits, a disk finds itself.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from common.console import InputError, say
+from common.io import write_json
+
+UNFINISHED, MANIFEST = "unfinished", "manifest.json"
+LARGEST_MANIFEST_BYTES = 64 * 2**20
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
+    """Return (step, path) of everything in ``folder`` that has the name of a checkpoint, oldest first."""
+    found = Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*")
+    return sorted((int(step), path) for path in found if (step := path.name.rpartition("-")[2]).isdecimal())
+
+
+def unfinished(folder: str | Path, step: int) -> Path:
+    """Return where the checkpoint of ``step`` is written until it is whole."""
+    return Path(folder) / UNFINISHED / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def finish_checkpoint(folder: str | Path, step: int, processes: int) -> None:
+    """Make the unfinished checkpoint of ``step`` a whole one. Call it on one process, after all have written."""
+    path, final = unfinished(folder, step), Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    sizes = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file != path / MANIFEST:
+            with open(file, "r+b") as opened:  # Windows syncs only what is open for writing
+                os.fsync(opened.fileno())
+            sizes[file.relative_to(path).as_posix()] = file.stat().st_size
+    write_json(path / MANIFEST, {"step": step, "processes": processes, "files": sizes}, durable=True)
+    for inner in [*(inner for inner in path.rglob("*") if inner.is_dir()), path]:
+        sync_folder(inner)
+    _discard(folder, final)  # one of this step that was passed over
+    path.rename(final)
+    sync_folder(final.parent)
+    _remove_if_empty(path.parent)
+
+
+def problem_of(path: Path) -> str | None:
+    """Return why the checkpoint ``path`` cannot be continued from, None if it is whole."""
+    try:
+        manifest = read_manifest(path)
+    except FileNotFoundError:
+        return f"no {MANIFEST}: half-written, or not written by these recipes"
+    except (OSError, ValueError, RecursionError) as error:
+        return f"{MANIFEST} is damaged ({error})"
+    if f"{PREFIX_CHECKPOINT_DIR}-{manifest['step']}" != path.name:
+        return f"{MANIFEST} is of step {manifest['step']}"
+    for name, size in manifest["files"].items():
+        file = path / name
+        try:
+            if not file.is_file():
+                return f"{name[:200]!r} is missing"
+            if file.stat().st_size != size:
+                return f"{name!r} has {file.stat().st_size:,} bytes, not {size:,}"
+        except OSError as error:  # as of a name that is too long
+            return f"{name[:200]!r} cannot be looked at ({error.strerror})"
+    return None
+
+
+def read_manifest(path: Path) -> dict:
+    """Return the manifest of the checkpoint ``path``, with "step", "processes" and "files": name -> bytes.
+
+    Raises:
+        OSError: there is none, or it cannot be read.
+        ValueError: it is not one; one that names a file outside its checkpoint is none either.
+    """
+    if (path / MANIFEST).stat().st_size > LARGEST_MANIFEST_BYTES:
+        raise ValueError("too large")
+    manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise ValueError("no list of files")
+    counts = [manifest.get("step"), manifest.get("processes"), *manifest["files"].values()]
+    if not all(type(count) is int and count >= 0 for count in counts) or not manifest["files"]:
+        raise ValueError("counts that are none")
+    for name in manifest["files"]:
+        if "\0" in name or "\\" in name or os.path.isabs(name) or ".." in name.split("/"):
+            raise ValueError(f"{name[:200]!r} is no file of it")
+    return manifest
+
+
+def newest_whole(folder: str | Path) -> Path | None:
+    """Return the newest whole checkpoint of ``folder``; say which are passed over, and why."""
+    for _, path in reversed(checkpoints(folder)):
+        problem = problem_of(path)
+        if problem is None:
+            return path
+        say(f"passing over {path}: {problem}")
+    return None
+
+
+def prune_checkpoints(folder: str | Path, keep: int | None) -> None:
+    """Remove the oldest whole checkpoints beyond ``keep`` (None or 0: none), never the newest whole one."""
+    whole = [path for _, path in checkpoints(folder) if problem_of(path) is None]
+    for path in whole[: -max(keep, 1)] if keep and keep > 0 else []:
+        _discard(folder, path)
+
+
+def remove_unfinished(folder: str | Path) -> None:
+    """Remove what a crash left half-written; only who holds the folder's lock may."""
+    for path in (Path(folder) / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        say(f"removing {path}: half-written when the run ended")
+    shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
+
+
+def check_room(folder: str | Path) -> None:
+    """Raise OSError (ENOSPC) if another checkpoint as large as the last whole one will not fit."""
+    whole = [path for _, path in checkpoints(folder) if problem_of(path) is None]
+    needed = sum(read_manifest(whole[-1])["files"].values()) if whole else 0
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB free, the last checkpoint has {needed / 1e6:,.1f}")
+
+
+def no_space_left(error: Exception, folder: str | Path) -> bool:
+    """Whether ``error``, an OSError, safetensors' or torch's, is that of a full disk."""
+    return (
+        getattr(error, "errno", None) in FULL
+        or "os error 28" in str(error)
+        or "No space left" in str(error)
+        or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20)  # torch's does not say why
+    )
+
+
+def write_checkpoint(
+    folder: str | Path, step: int, write: Callable[[], None], gather: Callable[[list], list], collective: bool
+) -> str | None:
+    """Write and finish the checkpoint of ``step`` with all processes; return why the disk is too full, or None.
+
+    Nothing is left of one that did not fit, and nothing before it is touched.
+
+    Args:
+        write: writes this process's files into ``unfinished(folder, step)``.
+        gather: returns the lists of all processes end to end, to all of them.
+        collective: whether ``write`` waits for other processes: then one that fails alone cannot tell them.
+
+    Raises:
+        InputError: the disk filled up in the middle of a collective write.
+        Exception: whatever else ``write`` raises.
+    """
+    main, path, processes = int(os.environ.get("RANK", "0")) == 0, unfinished(folder, step), len(gather([0]))
+    problem = None
+    try:
+        if main:
+            shutil.rmtree(path, ignore_errors=True)
+            check_room(folder)
+    except OSError as error:
+        problem = str(error)
+    [problem, *_] = gather([problem])
+    if problem is None:
+        problem = next(filter(None, gather([_attempt(write, folder, path, collective and processes > 1)])), None)
+    if problem is None:
+        finish = (lambda: finish_checkpoint(folder, step, processes)) if main else (lambda: None)
+        problem = next(filter(None, gather([_attempt(finish, folder, path, False)])), None)
+    if problem is not None and main:
+        shutil.rmtree(path, ignore_errors=True)
+    return problem
+
+
+def _attempt(action: Callable[[], None], folder: str | Path, path: Path, alone: bool) -> str | None:
+    """Return why ``action`` found the disk full, None if it did not."""
+    try:
+        action()
+    except Exception as error:  # any other than a full disk goes on up
+        if not no_space_left(error, folder):
+            raise
+        if alone:
+            shutil.rmtree(path, ignore_errors=True)
+            raise InputError(
+                f"{path}: no space left while saving ({error}), and the other processes are in the middle of it, so "
+                "the run cannot go on. The checkpoints before it are whole: make room, and start it again."
+            ) from None
+        return str(error)
+    return None
+
+
+def sync_folder(path: Path) -> None:
+    """Make names in ``path`` outlive a power cut. Windows does so by itself."""
+    if os.name == "posix":
+        opened = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(opened)
+        finally:
+            os.close(opened)
+
+
+def _discard(folder: str | Path, path: Path) -> None:
+    """Remove a checkpoint: it loses its name first, so that a crash cannot leave half of it under that name."""
+    if not path.exists():
+        return
+    trash = Path(folder) / UNFINISHED / f"removed-{path.name}"
+    trash.parent.mkdir(exist_ok=True)
+    shutil.rmtree(trash, ignore_errors=True)
+    path.rename(trash)
+    shutil.rmtree(trash, ignore_errors=True)
+    _remove_if_empty(trash.parent)
+
+
+def move_into(source: Path, folder: Path) -> None:
+    """Move everything in ``source`` into ``folder``, over what has the same name there; ``source`` goes."""
+    for file in sorted(source.rglob("*")):
+        if file.is_file():
+            target = folder / file.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+    shutil.rmtree(source, ignore_errors=True)
+    _remove_if_empty(source.parent)
+
+
+def _remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()

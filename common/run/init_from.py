@@ -1,0 +1,123 @@
+"""--init_from: a checkpoint written under one strategy goes on under another, with another number of processes.
+
+What a plain relaunch continues exactly, optimizer and schedule included: checkpoints of one process or DDP, and of
+FSDP2, each with any number of processes, and DeepSpeed's with the same number.
+Everything else goes on by --init_from: weights in fp32 and the next row; optimizer and schedule begin anew.
+"""
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from transformers import PreTrainedModel, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from common.console import InputError, say
+from common.distributed.strategy import strategy_of
+from common.run.checkpoints import problem_of
+from common.run.folder import DECIDING_ROWS, RUN_FILE
+
+
+def writer_of(checkpoint: str) -> tuple[str, int | None]:
+    """Return who wrote a checkpoint: "plain", "fsdp2", or "zero" with its number of processes."""
+    path = Path(checkpoint)
+    if shards := list(path.glob("global_step*/*_optim_states.pt")):
+        return "zero", len(shards)
+    sharded = list(path.glob("pytorch_model_fsdp*")) or (path / "optimizer.bin").exists()
+    return ("fsdp2" if sharded else "plain"), None
+
+
+def check_resumable(checkpoint: str, training: TrainingArguments) -> None:
+    """Raise InputError if this launch cannot read the optimizer's states in ``checkpoint``."""
+    kind, processes = writer_of(checkpoint)
+    strategy = strategy_of(training)
+    now = "zero" if strategy.startswith("zero") else strategy if strategy == "fsdp2" else "plain"
+    if kind == now and processes in (None, training.world_size):
+        return
+    wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}[kind]
+    raise InputError(
+        f"{checkpoint} was written under {wrote}; {strategy} on {training.world_size} processes cannot read its "
+        f"optimizer's states. Launch as before, or go on with its weights: --init_from {checkpoint} --output_dir NEW"
+    )
+
+
+def weights_of(folder: str) -> dict[str, torch.Tensor]:
+    """Return the weights in a checkpoint or output folder: fp32 from DeepSpeed's own files where there are some.
+
+    Raises:
+        InputError: there are none, or the checkpoint is not whole.
+    """
+    path = Path(folder)
+    problem = problem_of(path) if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else None
+    if problem is not None:
+        raise InputError(
+            f"--init_from {folder}: {problem}. Give a whole checkpoint. (One that other software wrote: under a name "
+            f"that does not begin with {PREFIX_CHECKPOINT_DIR}-.)"
+        )
+    if writer_of(folder)[0] == "zero":  # its safetensors are in the precision of the computation
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        with contextlib.redirect_stdout(None):  # it prints every step
+            return get_fp32_state_dict_from_zero_checkpoint(folder)
+    files = sorted(path.glob("model*.safetensors"))
+    if not files:
+        raise InputError(f"--init_from {folder}: no model*.safetensors there. Give a checkpoint-N or an output folder.")
+    try:
+        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+    except (OSError, SafetensorError) as error:  # cut off, or removed by its own run, which goes on and prunes
+        raise InputError(f"--init_from {folder}: its weights cannot be read ({error}).") from None
+
+
+def load_start(model: PreTrainedModel, folder: str) -> None:
+    """Put the weights of ``folder`` into ``model``.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or is not the model's.
+    """
+    weights = weights_of(folder)
+    own = model.state_dict()
+    shared = {name for name, tensor in own.items() if name not in weights and _is_tied(tensor, own, weights)}
+    missing, unknown = own.keys() - weights.keys() - shared, weights.keys() - own.keys()
+    other = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
+    if missing or unknown or other:
+        raise InputError(
+            f"--init_from {folder}: another model. Missing: {sorted(missing)[:3]}, unknown: {sorted(unknown)[:3]}, of "
+            f"another shape: {sorted(other)[:3]}. Give the shape and tokenizer that the checkpoint was trained with."
+        )
+    model.load_state_dict(weights, strict=False)
+    half = {str(tensor.dtype) for tensor in weights.values()} - {"torch.float32"}
+    say(f"weights from {folder}{f', in {half.pop()} there' if half else ''}; optimizer and schedule begin anew")
+
+
+def _is_tied(tensor: torch.Tensor, own: dict, weights: dict) -> bool:
+    """Whether ``tensor`` is the same memory as another one that ``weights`` has, as a tied head is."""
+    return any(own[name].data_ptr() == tensor.data_ptr() for name in weights if name in own)
+
+
+def rows_behind(folder: str, identity: dict, context_length: int) -> int:
+    """Return how many rows the run in ``folder`` has trained on, if its order of rows is this run's; 0 if not.
+
+    Args:
+        identity: this run's, as in run.json.
+    """
+    path = Path(folder)
+    run = next((place / RUN_FILE for place in (path, path.parent) if (place / RUN_FILE).exists()), None)
+    state = path / "trainer_state.json"
+    if run is None or not state.exists():
+        say(f"{folder} does not say which rows it was trained on: training begins at the first row")
+        return 0
+    was = json.loads(run.read_text(encoding="utf-8"))
+    names = [*[("data", name) for name in ("documents", "tokenizer", *DECIDING_ROWS)], ("training", "seed")]
+    names.append(("training", "data_seed"))
+    now = json.loads(json.dumps(identity))
+    if differ := [name for section, name in names if was[section].get(name) != now[section].get(name)]:
+        say(f"{folder} was trained on other rows ({', '.join(differ)} differ): training begins at the first row")
+        return 0
+    found = json.loads(state.read_text(encoding="utf-8"))
+    history = [found, *found.get("log_history", [])]  # explicit_loop.py has its last entry only
+    seen = max((entry["tokens_seen"] for entry in history if "tokens_seen" in entry), default=0)
+    say(f"going on behind the {seen // context_length:,} rows that {folder} was trained on")
+    return seen // context_length

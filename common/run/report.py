@@ -1,0 +1,221 @@
+"""``report.html``: a run on one page that needs no network, readable on a phone, in light and in dark.
+
+It is made from the files of the output folder and the log so far, at every evaluation and at the end. All text is
+escaped, and the page's own policy forbids scripts and anything from elsewhere: documents and samples may be hostile.
+"""
+
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from transformers import TrainerCallback
+
+from common.run.plots import finite, line_plot, stacked_bar
+from common.run.record import Run
+
+REPORT_FILE = "report.html"
+SHOWN_SAMPLES = 12  # evaluations whose texts are shown: the first, the last, and those between, evenly
+STYLE = """
+:root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--dim:#59636e;--edge:#d1d9e0;
+--c0:#0969da;--c1:#bc4c00;--c2:#1a7f37;--c3:#8250df;--c4:#bf3989;--c5:#6e7781}
+@media(prefers-color-scheme:dark){:root{--back:#0d1117;--text:#e6edf3;--dim:#9198a1;--edge:#3d444d;
+--c0:#4493f8;--c1:#f0883e;--c2:#3fb950;--c3:#ab7df8;--c4:#db61a2;--c5:#9198a1}}
+body{margin:0 auto;padding:1rem;max-width:62rem;background:var(--back);color:var(--text);
+font:16px/1.5 system-ui,"Noto Sans CJK SC","Microsoft YaHei",sans-serif;overflow-wrap:anywhere}
+h1{font-size:1.4rem}h2{font-size:1.1rem;margin-top:2rem}pre{white-space:pre-wrap;border:1px solid var(--edge);
+padding:.6rem;font-size:.85rem}table{border-collapse:collapse;font-size:.9rem}
+td,th{border-bottom:1px solid var(--edge);padding:.25rem 1rem .25rem 0;text-align:left;vertical-align:top}
+th{overflow-wrap:normal;font-weight:600}.wide{overflow-x:auto;overflow-wrap:normal}.dim{color:var(--dim)}
+.key{white-space:nowrap;margin-right:.7rem}
+.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
+svg{width:100%;height:auto}svg text{fill:var(--dim);font-size:11px}svg .title{fill:var(--text);font-size:13px}
+.end{text-anchor:end}.middle{text-anchor:middle}.grid{stroke:var(--edge);stroke-width:.6}
+.line{fill:none;stroke-width:1.6;stroke-linejoin:round}
+"""
+COLOURS = 6
+STYLE += "".join(
+    f".line{n}{{stroke:var(--c{n})}}svg .fill{n}{{fill:var(--c{n})}}.key{n}{{color:var(--c{n})}}"
+    for n in range(COLOURS)
+)
+POLICY = "default-src 'none'; style-src 'unsafe-inline'"
+
+
+class ReportCallback(TrainerCallback):
+    """Write the page at every evaluation. Added behind the callback of the samples, so that it has the newest."""
+
+    def __init__(self, trainer, ledgers: dict):
+        """``ledgers``: of each source, before training: common/dataset/ledger.py."""
+        self.trainer = trainer
+        self.sources = {name: vars(ledger) for name, ledger in ledgers.items()}
+
+    def on_evaluate(self, args, state, control, metrics=None, **kwargs):
+        if state.is_world_process_zero and "eval_loss" in metrics:
+            with self.trainer.safety.writing(REPORT_FILE):
+                write_report(args.output_dir, state.log_history, {"sources": self.sources})
+
+
+def write_report(folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> Path:
+    """Write ``report.html`` into ``folder``, whole or not at all, and return its path."""
+    path = Path(folder) / REPORT_FILE
+    partial = path.with_name(f"{REPORT_FILE}.partial")
+    try:
+        partial.write_text(page(Run.of(folder, history, results)), encoding="utf-8")
+        partial.replace(path)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def page(run: Run) -> str:
+    """Return the page of ``run``."""
+    state = run.status.get("state", "unknown")
+    where = f"{state}, step {run.status.get('step', '?')} of {run.status.get('max_steps', '?')}"
+    blocks = [
+        f"<h1>{escape(run.name)}</h1><p class=dim>{escape(where)}, {escape(str(run.status.get('time', '')))}</p>",
+        _section("What", _table(what(run))),
+        _section("Result", _table(figures(run))),
+        _section("Curves", f"<div class=plots>{''.join(plots(run))}</div>"),
+        _section("Where every token went", _ledgers(run.results.get("sources", {}))),
+        _section("Samples", _samples(run.samples)),
+        _section("Environment", _table(environment(run))),
+        _section("Repeat it", reproduce(run)),
+    ]
+    return document(run.name, "".join(blocks))
+
+
+def document(title: str, body: str) -> str:
+    """Return a whole HTML page; ``body`` is HTML already."""
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        '<meta name="viewport" content="width=device-width,initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
+    )
+
+
+def plots(run: Run) -> list[str]:
+    """Return the curves of a run, as SVG."""
+    rate, mfu = run.line("", "tokens_per_second_per_device"), run.line("", "mfu")
+    tokens, seconds = ("tokens seen", "tokens_seen", False), ("time of training", "train_seconds", True)
+    drawn = []
+    for label, axis, clock in (tokens, seconds):
+        held_out = run.line("held out", "eval_loss", axis, dots=True)
+        drawn.append(line_plot("loss, nats a token", label, [run.line("training", "loss", axis), held_out], clock))
+        bits = run.line("", "eval_bits_per_byte", axis, dots=True)
+        drawn.append(line_plot("held-out bits per byte", label, [bits], clock))
+    memory = [run.line("peak", "memory_peak_gib"), run.line("in use", "memory_allocated_gib")]
+    drawn += [
+        line_plot("learning rate", "tokens seen", [run.line("", "learning_rate")]),
+        line_plot("gradient norm, before clipping", "tokens seen", [run.line("", "grad_norm")]),
+        line_plot("tokens a second and device", "tokens seen", [rate]),
+        line_plot("model FLOPs utilisation (MFU)", "tokens seen", [mfu]),
+        line_plot("memory of a device, GiB", "tokens seen", memory),
+    ]
+    return [plot for plot in drawn if plot]
+
+
+def what(run: Run) -> dict[str, str]:
+    """Return recipe, model, data and rows."""
+    model, data = run.identity.get("model", {}), run.identity.get("data", {})
+    shape = ", ".join(f"{name} {value}" for name, value in model.items() if isinstance(value, int | float | str))
+    training = run.identity.get("training", {})
+    return {
+        "recipe": str(run.identity.get("recipe", "unknown")),
+        "model": shape,
+        "data": ", ".join(run.results.get("sources", {})),
+        "context": f"{data.get('context_length', '?')} tokens, {data.get('packing', '?')} packing, "
+        f"{data.get('rows_per_step', '?')} rows a step",
+        "optimizer": f"{data.get('optimizer') or training.get('optim', '?')}, "
+        f"learning rate {training.get('learning_rate', '?')}, seed {training.get('seed', '?')}",
+    }
+
+
+def figures(run: Run) -> dict[str, str]:
+    """Return the last known figures; those of the end where the run has ended."""
+    last: dict = {}
+    for entry in run.history:
+        last |= entry
+    last |= run.results
+    formats = {
+        "held-out loss, nats a token": ("eval_loss", "{:.4f}"),
+        "by token frequency alone": ("eval_unigram_loss", "{:.4f}"),
+        "bits per byte": ("eval_bits_per_byte", "{:.4f}"),
+        "perplexity": ("eval_perplexity", "{:,.2f}"),
+        "held-out tokens": ("eval_tokens", "{:,}"),
+        "test loss": ("test_loss", "{:.4f}"),
+        "tokens trained on": ("tokens_seen", "{:,}"),
+        "training seconds": ("train_seconds", "{:,.0f}"),
+        "tokens/s, everything included": ("effective_tokens_per_second", "{:,.0f}"),
+        "steps left out": ("steps_left_out", "{}"),
+    }
+    return {label: text.format(last[name]) for label, (name, text) in formats.items() if finite(last.get(name))}
+
+
+def environment(run: Run) -> dict[str, str]:
+    """Return versions and devices of the last launch."""
+    launch = run.launches[-1] if run.launches else {}
+    versions = launch.get("versions", {})
+    return {
+        "device": f"{launch.get('processes', '?')} x {launch.get('device', 'unknown')}",
+        "python": str(launch.get("python", "?")),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "commit": str(launch.get("commit") or "unknown"),
+        "launcher": " ".join(f"{name}={value}" for name, value in launch.get("launcher", {}).items()),
+        "launches": f"{len(run.launches)} (launches.jsonl has all arguments of each)",
+    }
+
+
+def reproduce(run: Run) -> str:
+    """Return the commands that give this run again, as HTML."""
+    launch = run.launches[-1] if run.launches else {}
+    commit = launch.get("commit") or ""
+    # PyPI has no local versions, such as the 2.13.0+cpu of PyTorch's own index.
+    versions = {name: version.partition("+")[0] for name, version in launch.get("versions", {}).items()}
+    lines = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
+    lines += ["pip install " + " ".join(f"{name}=={version}" for name, version in versions.items())] if versions else []
+    lines += [str(launch.get("command", "unknown command"))]
+    dirty = commit.endswith("-dirty")
+    note = "<p>Files had been changed since that commit.</p>" if dirty else ""
+    return f"<pre>{escape(chr(10).join(lines))}</pre>{note}<p class=dim>run.json has what decides the losses.</p>"
+
+
+def _ledgers(sources: dict[str, dict]) -> str:
+    uses = ["train", "held_out", "test", "duplicate", "dropped"]
+    keys = " ".join(
+        f"<span class=key><span class=key{n}>&#9632;</span> {use.replace('_', ' ')}</span>"
+        for n, use in enumerate(uses)
+    )
+    blocks = [f"<p>{keys}</p>"] if sources else []
+    for name, ledger in sources.items():
+        parts = {use: ledger.get(f"tokens_{use}", 0) for use in uses}
+        counts = " + ".join(f"{count:,} {use.replace('_', ' ')}" for use, count in parts.items() if count)
+        sentence = f"{name}: {ledger.get('tokens_read', 0):,} tokens read = {counts}"
+        trained = f"; {ledger['tokens_trained']:,} trained on" if ledger.get("tokens_trained") else ""
+        bar = stacked_bar(name, parts)
+        blocks.append(f"{bar}<p>{escape(sentence + trained)}; {ledger.get('documents', 0):,} documents</p>")
+    return "".join(blocks)
+
+
+def _samples(samples: list[dict]) -> str:
+    steps = sorted({sample["step"] for sample in samples})
+    shown = {steps[round(place)] for place in np.linspace(0, len(steps) - 1, SHOWN_SAMPLES)} if steps else set()
+    latest = {(sample["step"], sample["prompt"]): sample["text"] for sample in samples}  # a step made again: the last
+    rows = "".join(
+        f"<tr><td>{step:,}</td><td><b>{escape(prompt)}</b>{escape(text)}</td></tr>"
+        for (step, prompt), text in latest.items()
+        if step in shown
+    )
+    note = f"<p class=dim>{len(shown)} of {len(steps)} evaluations; samples.jsonl has all.</p>" if rows else ""
+    return f"<table><tr><th>step</th><th>prompt and continuation</th></tr>{rows}</table>{note}" if rows else ""
+
+
+def _section(title: str, body: str) -> str:
+    return f"<h2>{escape(title)}</h2>{body}" if body else ""
+
+
+def _table(rows: dict[str, str]) -> str:
+    cells = "".join(
+        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items() if value
+    )
+    return f"<table>{cells}</table>" if cells else ""

@@ -1,0 +1,119 @@
+"""What a run leaves behind besides its checkpoint: result files, a picture of the losses, a summary."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+from common.dataset.ledger import Ledger
+from common.run.model_card import write_card
+from common.run.record import Run, mean_logged_loss
+from common.run.report import write_report
+from common.run.tracking import finish_tracking
+
+
+def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:
+    """Write the results as .json files, trainer_state.json, loss_curve.png, report.html and the model card.
+
+    Args:
+        ledgers: of each source.
+        held_out: what ``trainer.evaluate()`` returned, and anything else known of the held-out documents.
+
+    Returns:
+        What all_results.json says.
+    """
+    history = trainer.state.log_history
+    seconds = max((entry["train_seconds"] for entry in history if "train_seconds" in entry), default=0.0)
+    rows_trained = trainer.order.counts(trainer.position)  # of each source
+    context_length = trainer.train_dataset.context_length
+    sources = {
+        name: ledger.trained(rows, context_length)
+        for (name, ledger), rows in zip(ledgers.items(), rows_trained, strict=True)
+    }
+    total = sum(sources.values(), Ledger())
+    total.check()
+    train = {
+        "steps": trainer.state.global_step,
+        "epochs": trainer.state.epoch,
+        "train_loss": mean_logged_loss(history),
+        "train_seconds": seconds,
+        # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
+        "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
+        "first_step_seconds": trainer.clock.first_step_seconds,  # of this session
+        "steps_left_out": trainer.safety.guard.left_out,  # their loss or gradient was not finite, or a spike
+        "ledger": asdict(total),
+        "sources": {name: asdict(ledger) for name, ledger in sources.items()},
+    }
+    with trainer.safety.writing("the results", needed=True):
+        trainer.save_state()
+        if trainer.is_world_process_zero():
+            plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
+        trainer.save_metrics("eval", held_out)
+        trainer.save_metrics("train", train)  # the last: all_results.json says that the run is finished
+    trainer.safety.finish()
+    results = {**held_out, **train}
+    if trainer.is_world_process_zero():
+        with trainer.safety.writing("report.html and the model card"):
+            write_report(trainer.args.output_dir, history, results)
+            _write_card(trainer, results)
+        finish_tracking(results, trainer.state.global_step)
+    trainer.safety.release()
+    return results
+
+
+def _write_card(trainer, results: dict) -> None:
+    run = Run.of(trainer.args.output_dir)
+    command = run.launches[-1].get("command", "") if run.launches else ""
+    prompts = [sample["prompt"] for sample in run.samples]  # in the language of the text
+    write_card(trainer.args.output_dir, str(run.identity.get("recipe", "")), results, prompts, command)
+
+
+def summary(results: dict) -> str:
+    """Return the results of a run as a few lines for people."""
+    ledger = Ledger(**results["ledger"])
+    sources = {name: Ledger(**entry) for name, entry in results["sources"].items()}
+    test = [f"test loss        {results['test_loss']:.4f} nats a token"] if "test_loss" in results else []
+    shares = [
+        f"  {name}: {source.rows_trained / max(ledger.rows_trained, 1):.2%} of the rows trained on,"
+        f" {source.rows_trained / max(source.rows_train, 1):.2f} passes; {source}"
+        for name, source in sources.items()
+        if len(sources) > 1
+    ]
+    return "\n".join(
+        [
+            "",
+            f"held-out loss    {results['eval_loss']:.4f} nats a token"
+            f" (by token frequency alone: {results['eval_unigram_loss']:.4f})",
+            *test,
+            f"perplexity       {results['eval_perplexity']:,.2f}",
+            f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
+            f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
+            f" = {results['epochs']:.2f} passes over the training rows",
+            f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",
+            f"ledger           {ledger}",
+            *shares,
+        ]
+    )
+
+
+def plot_loss_curve(log_history: list[dict], path: Path) -> None:
+    """Draw training and held-out loss (nats a token) over tokens seen."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    from matplotlib.figure import Figure
+
+    train = [(entry["tokens_seen"], entry["loss"]) for entry in log_history if "tokens_seen" in entry]
+    tokens_at = {entry["step"]: entry["tokens_seen"] for entry in log_history if "tokens_seen" in entry}
+    held_out = [
+        (tokens_at[entry["step"]], entry["eval_loss"])
+        for entry in log_history
+        if "eval_loss" in entry and entry["step"] in tokens_at
+    ]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot(xlabel="tokens seen", ylabel="loss (nats a token)")
+    if train:
+        axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=4)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)

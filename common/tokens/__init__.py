@@ -1,0 +1,1 @@
+"""Documents -> token ids -> .bin/.idx files, and back."""

@@ -1,0 +1,154 @@
+"""Text -> token ids, by the fastest engine that gives exactly the ids of the tokenizer's own.
+
+The engines, fastest first: tiktoken (byte-level BPE: GPT-2, Qwen, Llama 3 and the tokenizers trained here), the Rust
+tokenizers library (every other tokenizer.json), transformers' Python tokenizers (the rest). The reference is the Rust
+tokenizer with ``encode_special_tokens``: a special token written out in a text, ``<|endoftext|>`` in a web page about
+language models, is ordinary text, so that no document can end another one early. Added tokens that are not special,
+``<tool_call>`` in Qwen2.5, stay tokens.
+"""
+
+import copy
+import itertools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from tokenizers import AddedToken, Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from common.console import InputError
+from common.tokens.tiktoken_engine import SAFE_CUT, TiktokenEngine, Unsupported, tiktoken_engine
+
+# One character of each kind that patterns tell apart; all strings of three of them are tried at start.
+KINDS = "aSél中\u0301'1² \n\r\t\u3000.。🙂\u200d"
+AWKWARD_TEXTS = [
+    "I'll WE'RE don't 'Tis it'S o'clock ''s 'ſ they'VE I'M I'd",
+    "in 1999, 12345678901 x2y½ ⅷ ٣٤٥ 1,000.50 0x1F 3²",
+    "def f(x):\n    return  x\n\n\n\tif a == b:\r\n\r\n  \t # no   \n ",
+    "今天天气很好，今天天气不好。「第一条」　为了①\n\n　　第二条",
+    "한국어 \u1112\u1161\u11ab ひらがなカタカナ がぱ ﾊﾟ ไทยภาษา हिन्दी ক্ষ עברית العربيّة Ελληνικά кириллица",
+    "e\u0301 A\u030a \u212b \u2126 \ufb01 q\u0307\u0323 q\u0323\u0307 \u0958 \u1e9b\u0323 a\u0345\u0301 \uf900 \u2f800",
+    "👩\u200d👩\u200d👧 🇨🇳 👍🏽 🫨 \U000e0067 \U0010fffd \ufeff\ufffd \u200b\u00ad\x00\x01\x1b\x7f\x85\u2028",
+    "    \t\t\t\n\n\n\n    \r\n\r\n  a  b   c    d\u00a0\u00a0e\u2003f\u3000\u3000g\x0b\x0ch ",
+    "http://a.b/c?d=e&f=%20#g <p class='x'>&amp;</p> a_b __init__ --- ... !!!??? $$$ {[()]} \\n </s> <|im_end|>",
+    "antidisestablishmentarianism " * 3 + "z" * 300 + "中" * 300 + " " * 300 + "=" * 300,
+]
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """``encode``: texts -> one 1-D uint32 array of ids for each, no special token added. Threads may share it.
+
+    ``name`` says which engine it is, ``note`` why this one.
+
+    ``encode`` raises:
+        InputError: the engine gave up on a text.
+        UnicodeEncodeError, TypeError: a text has a lone surrogate; common/corpus/documents.py lets none pass.
+    """
+
+    name: str
+    note: str
+    encode: Callable[[list[str]], list[np.ndarray]]
+
+
+def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+    """Return the fastest engine that gives exactly ``tokenizer``'s ids; truncation and padding do not apply.
+
+    It works on a copy: ``tokenizer`` is left as it is. Takes seconds for a vocabulary of 150,000.
+    """
+    if getattr(tokenizer, "backend_tokenizer", None) is None:
+        python_tokenizer = copy.deepcopy(tokenizer)
+        note = "the faster engines need a tokenizer that has a tokenizer.json"
+        return Encoder("transformers (Python)", note, lambda texts: python_ids(python_tokenizer, texts))
+
+    content = with_ordinary_special_tokens(json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token)
+    backend = twin_of(tokenizer.backend_tokenizer, content) or Tokenizer.from_str(json.dumps(content))
+    backend.encode_special_tokens = True
+    try:
+        engine = tiktoken_engine(content, backend, lambda text: backend_ids(backend, [text])[0])
+        tried = try_awkward_texts(engine, backend)
+    except Unsupported as reason:
+        return Encoder("tokenizers", f"not tiktoken: {reason}", lambda texts: backend_ids(backend, texts))
+    note = f"same ids as tokenizers on {tried:,} awkward texts tried at start"
+    return Encoder("tiktoken", note, engine.encode_batch)
+
+
+def with_ordinary_special_tokens(content: dict, end_token: str | None) -> dict:
+    """Return the tokenizer.json ``content`` such that no text can give a special token's id or ``end_token``'s.
+
+    That is, with ``encode_special_tokens``, which leaves special tokens to the model. The merges of BPE do not lead
+    to them; Unigram, WordPiece and WordLevel would find ``</s>`` as a word of their vocabulary, so there it is renamed
+    to what no text contains. An ``end_token`` that was never an added token is a word like others and stays one.
+    Truncation, padding and the post-processor are taken out.
+    """
+    added = [
+        token | {"special": token["special"] or token["content"] == end_token} for token in content["added_tokens"]
+    ]
+    content = content | {"added_tokens": added, "truncation": None, "padding": None, "post_processor": None}
+    model = content["model"]
+    if model["type"] == "BPE":
+        return content
+    special = {token["content"] for token in added if token["special"]} - {model.get("unk_token")}
+    words = [word for word, _ in model["vocab"]] if model["type"] == "Unigram" else [*model["vocab"]]
+    names = [f"\U0010ffff{word}" if word in special else word for word in words]
+    if model["type"] == "Unigram":
+        vocabulary = [[name, score] for name, (_, score) in zip(names, model["vocab"], strict=True)]
+    else:
+        vocabulary = dict(zip(names, model["vocab"].values(), strict=True))
+    left = [token for token in added if token["content"] not in special.intersection(words)]
+    return content | {"model": model | {"vocab": vocabulary}, "added_tokens": left}
+
+
+def twin_of(backend: Tokenizer, content: dict) -> Tokenizer | None:
+    """Return ``content`` as a tokenizer that shares the model of ``backend``: sooner made. None if that cannot be."""
+    if content["model"]["type"] != "BPE" or content["model"]["ignore_merges"]:  # the latter is switched off for a while
+        return None
+    twin = Tokenizer(backend.model)
+    if backend.normalizer is not None:
+        twin.normalizer = backend.normalizer
+    if backend.pre_tokenizer is not None:
+        twin.pre_tokenizer = backend.pre_tokenizer
+    for token in sorted(content["added_tokens"], key=lambda token: token["id"]):
+        options = {name: value for name, value in token.items() if name not in ("id", "content")}
+        twin.add_tokens([AddedToken(token["content"], **options)])
+        if twin.token_to_id(token["content"]) != token["id"]:
+            return None
+    return twin
+
+
+def backend_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
+    """Encode with the Rust tokenizer, without the GIL and on all cores."""
+    try:
+        encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # Rust's; it is no Exception, and cannot be imported
+            raise
+        longest = max(texts, key=len)
+        raise InputError(
+            f"the tokenizer gave up on one of {len(texts)} documents ({error}). The longest of them has "
+            f"{len(longest):,} characters and starts {longest[:40]!r}. 10 million white space characters on end are "
+            "too many for it, for example: shorten or remove that document."
+        ) from None
+    return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
+
+
+def python_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
+    """Encode with one of transformers' Python tokenizers, which hold the GIL."""
+    options = dict(add_special_tokens=False, split_special_tokens=True, padding=False, truncation=False, verbose=False)
+    return [np.array(ids, dtype=np.uint32) for ids in tokenizer(texts, **options)["input_ids"]]
+
+
+def try_awkward_texts(engine: TiktokenEngine, backend: Tokenizer) -> int:
+    """Compare ``engine`` with ``backend`` on awkward texts, whole and cut at every possible place; return how many.
+
+    Raises:
+        Unsupported: they differ.
+    """
+    texts = ["".join(kinds) for kinds in itertools.product(KINDS, repeat=3)]
+    texts += [*AWKWARD_TEXTS, "".join(AWKWARD_TEXTS), ""]
+    for text, expected in zip(texts, backend_ids(backend, texts), strict=True):
+        for segment_characters in (len(text), 1) if SAFE_CUT.search(text) else (len(text),):
+            if not np.array_equal(engine.encode(text, segment_characters), expected):
+                raise Unsupported(f"it gives other ids for {text[:40]!r}")
+    return len(texts)

@@ -1,0 +1,308 @@
+"""Byte-level BPE as tiktoken runs it, with merges and pattern out of a tokenizer.json: the same ids, faster.
+
+That the ids are the same rests on four arguments, each checked when the engine is built:
+
+- Merges: tokenizers takes pairs in the order of its merges, tiktoken in the order of the tokens that pairs make.
+  ``byte_level_ranks`` says when that is the same.
+- Pattern: it may use only what Oniguruma (tokenizers) and fancy-regex (tiktoken) read alike, COMMON_SYNTAX.
+- Unicode: the two regex engines, the normaliser and Python may follow different versions of Unicode. A text with one
+  of the ``disputed_characters`` goes to tokenizers.
+- Added tokens, ``<tool_call>`` and the like, are not merges: a text that contains one goes to tokenizers.
+"""
+
+import functools
+import re
+import unicodedata
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import tiktoken
+from tokenizers import Regex, Tokenizer, pre_tokenizers
+
+# What ByteLevel(use_regex=True) splits with. Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py
+GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+# The two differ on ``.``, ``$``, ``\w``, ``&&`` and on what ``+`` and ``?`` mean after ``{1,3}``.
+COMMON_SYNTAX = re.compile(r"(?:\(\?(?:i:|:|!)|\\[rn]|\{\d+(?:,\d*)?\}(?![+?])|[()|?*+^\[\]' /A-Za-z0-9-])*")
+# Room for the 200 bytes of memory that tokenizers takes for a byte of text; no effect on the ids.
+SEGMENT_CHARACTERS = 2**18
+GROUP_CHARACTERS = 2**10  # of short texts, checked together
+SEPARATOR = "\U0010ffff\U0010fffe"  # in no plain text, as its characters are not examined
+# A letter ends its piece before each of these, and nothing looks back. Tried at start on this tokenizer's pattern.
+SAFE_CUT = re.compile(r"[A-Za-z\u4e00-\u9fff](?=[ \n,.，。])")
+
+
+class Unsupported(Exception):
+    """tiktoken cannot be shown to give this tokenizer's ids. The message says why, as the end of a sentence."""
+
+
+@dataclass(frozen=True)
+class TiktokenEngine:
+    """Text -> ids for one tokenizer. Threads may share it: tiktoken works without the GIL."""
+
+    encoding: tiktoken.Encoding
+    id_of_rank: np.ndarray  # (ranks,) uint32
+    rank_is_id: bool
+    disputed: np.ndarray  # (CODE_POINTS,) bool
+    added_tokens: re.Pattern
+    may_cut: bool  # whether no added token spans a SAFE_CUT
+    normalize: Callable[[str], str] | None  # NFC as tokenizers has it
+    reference: Callable[[str], np.ndarray]  # text -> ids by tokenizers
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Return the ids of each of ``texts``.
+
+        All that are plain go through tiktoken in one call, SEPARATOR between them: threads that call it for every short
+        text wait for each other longer than they work.
+        """
+        plain = [text for group in groups(texts, GROUP_CHARACTERS) for text in self._plain_of(group)]
+        try:
+            ranks = self.encoding.encode_to_numpy(
+                SEPARATOR.join(plain), allowed_special={SEPARATOR}, disallowed_special=()
+            )
+        except ValueError:  # as in _encode_segment
+            return [self.encode(text) for text in texts]
+        ends = np.append(np.flatnonzero(ranks == len(self.id_of_rank)), len(ranks)).tolist()
+        ids = ranks if self.rank_is_id else np.append(self.id_of_rank, np.uint32(0))[ranks]
+        parts = iter([ids[begin:end] for begin, end in zip([0, *(end + 1 for end in ends)], ends, strict=False)])
+        taken = iter(plain)
+        following = next(taken, None)
+        result = []
+        for text in texts:
+            if text is following:
+                result.append(next(parts))
+                following = next(taken, None)
+            else:
+                result.append(self.encode(text))
+        return result
+
+    def _plain_of(self, group: list[str]) -> list[str]:
+        """Return those of a few texts that tiktoken may have as they are."""
+        joined = "\n".join(group)  # a line break composes with nothing: what holds of all holds of each
+        if len(joined) <= SEGMENT_CHARACTERS and self._is_plain(joined):
+            return group
+        return [text for text in group if len(text) <= SEGMENT_CHARACTERS and self._is_plain(text)]
+
+    def encode(self, text: str, segment_characters: int = SEGMENT_CHARACTERS) -> np.ndarray:
+        """Return the ids of ``text``, 1-D uint32; texts longer than ``segment_characters`` are cut on the way."""
+        if len(text) <= segment_characters or not self.may_cut:
+            return self._encode_segment(text)
+        return np.concatenate([self._encode_segment(part) for part in segments(text, segment_characters)])
+
+    def _encode_segment(self, text: str) -> np.ndarray:
+        if self._needs_reference(text):
+            return self.reference(text)
+        normal = text
+        if self.normalize is not None and not unicodedata.is_normalized("NFC", text):
+            normal = self.normalize(text)
+            if self.added_tokens.search(normal):
+                return self.reference(text)
+        try:
+            return self._ids(normal)
+        except ValueError:  # a run of a million white space characters is more than fancy-regex remembers
+            return self.reference(text)
+
+    def _is_plain(self, text: str) -> bool:
+        """Whether tiktoken may have ``text`` as it is."""
+        if self._needs_reference(text):
+            return False
+        return self.normalize is None or unicodedata.is_normalized("NFC", text)
+
+    def _needs_reference(self, text: str) -> bool:
+        if self.added_tokens.search(text):
+            return True
+        return not text.isascii() and bool(self.disputed[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any())
+
+    def _ids(self, text: str) -> np.ndarray:
+        ranks = self.encoding.encode_to_numpy(text, disallowed_special=())
+        return ranks if self.rank_is_id else self.id_of_rank[ranks]
+
+
+def groups(texts: list[str], characters: int) -> Iterator[list[str]]:
+    """Yield ``texts`` in order, several at once up to about so many ``characters``."""
+    group, size = [], 0
+    for text in texts:
+        if group and size + len(text) > characters:
+            yield group
+            group, size = [], 0
+        group.append(text)
+        size += len(text)
+    if group:
+        yield group
+
+
+def segments(text: str, segment_characters: int) -> Iterator[str]:
+    """Cut ``text`` at the first SAFE_CUT after every ``segment_characters``; there may be none."""
+    begin = 0
+    while cut := SAFE_CUT.search(text, begin + segment_characters - 1):
+        yield text[begin : cut.end()]
+        begin = cut.end()
+    yield text[begin:]
+
+
+def tiktoken_engine(content: dict, backend: Tokenizer, reference: Callable[[str], np.ndarray]) -> TiktokenEngine:
+    """Build the engine for the tokenizer.json ``content`` of ``backend``.
+
+    Raises:
+        Unsupported: its ids could differ from those of ``backend``.
+    """
+    if content["model"]["type"] != "BPE":
+        raise Unsupported(f"its model is {content['model']['type']}, not byte-level BPE")
+    if content["normalizer"] not in (None, {"type": "NFC"}):
+        raise Unsupported(f"its normaliser is {content['normalizer']['type']}, not NFC or none")
+    pattern = split_pattern(content["pre_tokenizer"])
+    ranks, id_of_rank = byte_level_ranks(content["model"], backend)
+    normalize = backend.normalizer.normalize_str if content["normalizer"] else None
+    added = content["added_tokens"]
+    # Some are looked for in the text as it is, some in the normalised text, normalised themselves.
+    names = {form for token in added for form in (token["content"], unicodedata.normalize("NFC", token["content"]))}
+    reach_out = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
+    try:
+        separator = {SEPARATOR: len(ranks)}
+        encoding = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=separator)
+        covered = encoding.decode_bytes(encoding.encode_ordinary(examined_characters()))
+    except ValueError as error:
+        raise Unsupported(f"tiktoken refuses it ({error})") from None
+    if covered != examined_characters().encode():  # tiktoken drops what no match covers, tokenizers keeps it
+        raise Unsupported("its pattern leaves some characters out")
+    return TiktokenEngine(
+        encoding=encoding,
+        id_of_rank=id_of_rank,
+        rank_is_id=np.array_equal(id_of_rank, np.arange(len(id_of_rank))),
+        disputed=disputed_characters(pattern, normalize is not None),
+        added_tokens=re.compile("|".join(map(re.escape, sorted(names))) or r"(?!)"),
+        may_cut=not reach_out and not any(re.search("[ \n,.，。]", name) for name in names),
+        normalize=normalize,
+        reference=reference,
+    )
+
+
+def split_pattern(pre_tokenizer: dict | None) -> str:
+    """Return the regular expression whose matches are this pre-tokenizer's pieces, if it is one that both can run."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]) or [None]
+    byte_level = steps[-1]
+    if not byte_level or byte_level["type"] != "ByteLevel" or byte_level["add_prefix_space"]:
+        raise Unsupported("its pre-tokenizer does not end in a plain ByteLevel")
+    if len(steps) == 1 and byte_level["use_regex"]:
+        return GPT2_PATTERN
+    if len(steps) != 2 or byte_level["use_regex"] or steps[0]["type"] != "Split":
+        raise Unsupported("its pre-tokenizer is not one regular expression and ByteLevel")
+    split = steps[0]
+    pattern = split["pattern"].get("Regex")
+    # Equal where the matches cover all text.
+    if pattern is None or (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
+        raise Unsupported("its pre-tokenizer splits in another way than into the matches of a regular expression")
+    if not COMMON_SYNTAX.fullmatch(CHARACTER_CLASS.sub("", pattern)):
+        raise Unsupported("its pattern uses syntax that the two regex engines may read differently")
+    return pattern
+
+
+def byte_level_ranks(model: dict, backend: Tokenizer) -> tuple[dict[bytes, int], np.ndarray]:
+    """Return tiktoken's ranks (token -> rank) and the id of every rank.
+
+    Rank = position among the 256 bytes and then the merges. Why the ids are then the same: while a stretch of text is
+    still two tokens X, Y, everything merged inside it so far was merged as if the stretch stood alone, in both
+    libraries. So they part ways only at an X, Y that is no merge though XY is a rank; and then XY, alone, ends as the
+    two tokens X, Y in tokenizers. All tokens are tried: those that do not come out as one are unreachable and get no
+    rank (with ``ignore_merges``, where a whole piece is looked up first, they keep it, but must not end as two).
+
+    Raises:
+        Unsupported: not a byte-level BPE, or the above does not hold.
+    """
+    if model["dropout"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
+        raise Unsupported("its BPE uses dropout, a prefix or a suffix")
+    vocabulary = model["vocab"]
+    byte_of_character = byte_level_alphabet()
+    if not vocabulary.keys() >= byte_of_character.keys():
+        raise Unsupported("its vocabulary lacks some of the 256 bytes")
+    order = dict.fromkeys(sorted(byte_of_character, key=byte_of_character.get))
+    latest = None
+    for left, right in model["merges"]:
+        merged = left + right
+        if merged in order and merged != latest:
+            raise Unsupported(f"merges far apart make the same token, {merged!r}")
+        order[latest := merged] = None
+
+    alphabet = set(byte_of_character)
+    others = [token for token in vocabulary if token not in order and alphabet.issuperset(token)]
+    tokens = [*order, *others] if model["ignore_merges"] else [*order]
+    token_counts = merged_token_counts(tokens, backend)
+    if model["ignore_merges"] and (token_counts == 2).any():
+        raise Unsupported("some of its tokens cannot be reached by its merges")
+    kept = [token for token, count in zip(tokens, token_counts, strict=True) if count == 1 or model["ignore_merges"]]
+    to_bytes = str.maketrans(byte_of_character)
+    ranks = {token.translate(to_bytes).encode("latin-1"): rank for rank, token in enumerate(kept)}
+    return ranks, np.array([vocabulary[token] for token in kept], dtype=np.uint32)
+
+
+def merged_token_counts(tokens: list[str], backend: Tokenizer) -> np.ndarray:
+    """Return how many tokens the merges alone leave of each of ``tokens``."""
+    bare = Tokenizer(backend.model)  # shares the model
+    ignores_merges, bare.model.ignore_merges = bare.model.ignore_merges, False
+    counts = np.array([len(encoding) for encoding in bare.encode_batch_fast(tokens, add_special_tokens=False)])
+    bare.model.ignore_merges = ignores_merges
+    return counts
+
+
+def byte_level_alphabet() -> dict[str, int]:
+    """Return the character that ByteLevel writes for each byte, as character -> byte.
+
+    Source: bytes_to_unicode of https://github.com/openai/gpt-2/blob/master/src/encoder.py
+    """
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
+
+
+CHARACTER_CLASS = re.compile(r"\\[pP]\{\w+\}|\\[sSd]")
+CODE_POINTS = 0x110000
+# Planes 0 and 1: looking at one plane more takes half a second at every start. Texts with rarer characters, such as the
+# Chinese ones of plane 2, go to tokenizers.
+EXAMINED_CODE_POINTS = 0x20000
+
+
+def examined_characters() -> str:
+    """Return every character below EXAMINED_CODE_POINTS; surrogates are none."""
+    codes = np.arange(EXAMINED_CODE_POINTS, dtype="<u4")
+    return codes[(codes < 0xD800) | (codes >= 0xE000)].tobytes().decode("utf-32-le")
+
+
+@functools.lru_cache(maxsize=4)  # takes a second
+def disputed_characters(pattern: str, normalized: bool) -> np.ndarray:
+    """Return the code points on which the engines could disagree, as a boolean table of all.
+
+    They are: all that were not examined; those in one engine's character class and not in the other's; those that
+    ``(?i:`` could take for an ASCII letter of the pattern; and, where NFC matters, those that Python's unicodedata
+    does not know yet (what it knows it knows for good: an assigned character's normalisation never changes,
+    https://www.unicode.org/policies/stability_policy.html).
+    """
+    characters = examined_characters()
+    disputed = set()
+    for character_class in {found[:2].lower() + found[2:] for found in CHARACTER_CLASS.findall(pattern)}:
+        outside = f"[^{character_class}]"
+        disputed |= matches_in_oniguruma(outside, characters) ^ matches_in_fancy_regex(outside, characters)
+    if "(?i:" in pattern:
+        disputed |= {
+            character for character in characters if not character.isascii() and character.casefold() in pattern
+        }
+    if normalized:
+        disputed |= {character for character in characters if unicodedata.category(character) == "Cn"}
+    table = np.ones(CODE_POINTS, dtype=bool)
+    table[:EXAMINED_CODE_POINTS] = False
+    table[[ord(character) for character in disputed]] = True
+    table.flags.writeable = False
+    return table
+
+
+def matches_in_oniguruma(character_class: str, characters: str) -> set[str]:
+    """Return those of ``characters`` that tokenizers' regex engine finds in ``character_class``."""
+    splitter = pre_tokenizers.Split(Regex(character_class + "+"), behavior="removed", invert=True)
+    return set("".join(piece for piece, _ in splitter.pre_tokenize_str(characters)))
+
+
+def matches_in_fancy_regex(character_class: str, characters: str) -> set[str]:
+    """Return those that tiktoken's regex engine finds: with the bytes as ranks, tiktoken gives back what matches."""
+    single_bytes = {bytes([byte]): byte for byte in range(256)}
+    pattern = character_class + "{1,16}"
+    encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})
+    return set(encoding.encode_to_numpy(characters).astype(np.uint8).tobytes().decode())

@@ -1,0 +1,86 @@
+"""Tokens a step -> rows of a micro-batch and gradient accumulation."""
+
+from dataclasses import replace
+
+from accelerate.utils import gather_object
+from transformers import PreTrainedModel, TrainingArguments
+
+from common.arguments import SharedArguments
+from common.console import InputError, say
+from common.distributed.context_parallel import row_readers
+from common.model.from_config import card_bytes
+from common.model.memory import Setting
+from common.system import GIB
+from common.train.plan import rows_that_fit, setting_of_run
+
+
+def set_batch(training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:
+    """Derive micro-batch and gradient accumulation from ``tokens_per_step``; return rows a step.
+
+    ``training.per_device_train_batch_size`` is the most rows at once: where a process has fewer, or a number of rows
+    that does not divide by it, the micro-batch is made smaller, by less than half. An explicit
+    ``training.gradient_accumulation_steps`` (not 0) wins, and changes the tokens a step.
+
+    Raises:
+        InputError: tokens_per_step cannot be divided so.
+    """
+    for flag, value in (
+        ("--context_length", context_length),
+        ("--per_device_train_batch_size", training.per_device_train_batch_size),
+    ):
+        if value < 1:
+            raise InputError(f"{flag} {value}: must be at least 1.")
+    most, processes = training.per_device_train_batch_size, row_readers(training)
+    if training.gradient_accumulation_steps > 0:
+        rows_per_step = most * processes * training.gradient_accumulation_steps
+        say(
+            f"batch: {most} rows x {processes} processes x {context_length} tokens x "
+            f"{training.gradient_accumulation_steps} accumulated (your flag wins over --tokens_per_step) = "
+            f"{rows_per_step * context_length:,} tokens a step"
+        )
+        return rows_per_step
+    rows, rest = divmod(tokens_per_step, processes * context_length)  # of each process
+    micro_batch = max((size for size in range(1, min(most, rows) + 1) if rows % size == 0), default=0)
+    if rest or micro_batch == 0 or 2 * micro_batch <= min(most, rows):
+        unit = min(most, max(rows, 1)) * processes * context_length
+        raise InputError(
+            f"--tokens_per_step {tokens_per_step:,} cannot be divided among {processes} processes into micro-batches "
+            f"of about {min(most, max(rows, 1))} rows of {context_length} tokens. Use --tokens_per_step "
+            f"{max(1, round(tokens_per_step / unit)) * unit}, or another --per_device_train_batch_size."
+        )
+    training.per_device_train_batch_size = micro_batch
+    training.gradient_accumulation_steps = rows // micro_batch
+    say(
+        f"batch: {micro_batch} rows x {processes} processes x {context_length} tokens x {rows // micro_batch} "
+        f"accumulated = {tokens_per_step:,} tokens a step"
+    )
+    return rows * processes
+
+
+def derive_micro_batch(
+    model: PreTrainedModel | None, training: TrainingArguments, shared: SharedArguments, optimizer: str
+) -> None:
+    """Set the rows of a micro-batch that are 0: in training to what fits this card, in evaluation to those."""
+    if training.per_device_train_batch_size == 0 and shared.context_length > 0:  # else refused by set_batch
+        if training.gradient_accumulation_steps > 0:
+            raise InputError(
+                f"--gradient_accumulation_steps {training.gradient_accumulation_steps} with as many rows at once as "
+                "fit: the tokens a step would depend on the card. Leave it out, --tokens_per_step decides; or give "
+                "--per_device_train_batch_size, too."
+            )
+        setting, limit = Setting(rows=1, context_length=shared.context_length), card_gib(training)
+        if model is not None:
+            setting = replace(setting_of_run(model, training, shared.context_length, optimizer), fused_loss=True)
+        if (model is None or limit is None) and training.device.type != "cpu":
+            unknown = "the model's size is" if model is None else "this card's memory is"
+            say(f"note: few rows at once, as {unknown} not known here. More: --per_device_train_batch_size 16")
+        rows_a_step = shared.tokens_per_step // (shared.context_length * row_readers(training))
+        rows = rows_that_fit(model, setting, rows_a_step, limit)
+        training.per_device_train_batch_size = min(gather_object([rows]))  # cards may differ, steps must not
+    if training.per_device_eval_batch_size == 0:
+        training.per_device_eval_batch_size = training.per_device_train_batch_size
+
+
+def card_gib(training: TrainingArguments) -> float | None:
+    size = card_bytes(training.device)
+    return None if size is None else size / GIB

@@ -1,0 +1,146 @@
+"""What is seen while a run goes on: one readable line a log, and generated samples at every evaluation."""
+
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm.auto import tqdm
+from transformers import ProgressCallback, TrainerCallback
+
+from common.console import no_bars_while_training, say
+from common.distributed.strategy import under_fsdp
+from common.io import append_lines
+from common.model.attention import generating
+
+SAMPLES_FILE, SAMPLE_TOKENS = "samples.jsonl", 60
+
+
+class ScreenCallback(ProgressCallback):
+    """In a terminal one bar with the newest figures, elsewhere (a file, a notebook's cell) one line a log."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began, self.first_step = time.time(), state.global_step
+        self.bar = in_terminal() and not args.disable_tqdm
+        self.bits_per_byte = float("nan")
+        no_bars_while_training()
+        if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
+            say(f"compiling the layers at the first step ({compiler}): about 15 s on a GPU, longer the first time")
+        if self.bar:
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if in_terminal() and not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "eval_loss" in logs:
+            self.bits_per_byte = logs["eval_bits_per_byte"]
+            tqdm.write(
+                f"held out   step {state.global_step}  loss {logs['eval_loss']:.4f}  perplexity "
+                f"{logs['eval_perplexity']:,.1f}  bits per byte {self.bits_per_byte:.4f}"
+            )
+        elif "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(bar_text(logs, self.bits_per_byte))
+        elif "loss" in logs:
+            steps = state.global_step - self.first_step
+            left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
+            print(step_line(logs, state.global_step, state.max_steps, left), flush=True)
+
+
+def in_terminal() -> bool:
+    """Whether a bar can be seen: stderr is a terminal, and one that has a width."""
+    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+
+
+def bar_text(logs: dict, bits_per_byte: float) -> str:
+    """Return what stands behind the bar, which itself has the step, the share done and the time left."""
+    parts = [f"loss {logs['loss']:.3f}"]
+    parts += [f"{bits_per_byte:.3f} bits/byte"] if bits_per_byte == bits_per_byte else []
+    parts += [f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device"]
+    parts += [f"{logs['mfu']:.0%} MFU"] if "mfu" in logs else []
+    return ", ".join([*parts, f"{logs['memory_peak_gib']:.1f} GiB"])
+
+
+def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str:
+    """Return what a training step's log says, on one line."""
+    minutes, seconds = divmod(round(seconds_left), 60)
+    parts = [
+        f"step {step}/{max_steps} {step / max_steps:4.0%}",
+        f"loss {logs['loss']:.4f}",
+        f"grad_norm {logs.get('grad_norm', float('nan')):.2f}",
+        f"lr {logs['learning_rate']:.2e}",
+        f"{logs['tokens_seen']:,} tokens",
+        f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device",
+        f"{logs['tflops_per_device']:.3g} TFLOP/s" + (f" ({logs['mfu']:.1%} MFU)" if "mfu" in logs else ""),
+        f"{logs['memory_allocated_gib']:.2f} GiB (peak {logs['memory_peak_gib']:.2f})",
+        f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
+    ]
+    return "  ".join(parts)
+
+
+class SampleCallback(TrainerCallback):
+    """Continue each prompt at every evaluation; print the texts and keep them in ``samples.jsonl``.
+
+    All processes generate, because a sharded model needs all of them; the main one writes. The random state of the
+    training is left as it was, so that sampling does not change the run.
+    """
+
+    def __init__(self, trainer, prompts: list[str]):
+        """``trainer``: the PretrainingTrainer whose tokenizer and seed are used."""
+        self.trainer, self.prompts = trainer, prompts
+
+    def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
+        if "eval_loss" not in metrics:  # another set, right after the held-out documents: the same texts again
+            return
+        texts = generate_samples(model, self.trainer.processing_class, self.prompts, args.seed, args.device)
+        if not state.is_world_process_zero:
+            return
+        for prompt, text in zip(self.prompts, texts, strict=True):
+            tqdm.write(f"  sample   {prompt}|{text!r}")
+        entries = [
+            {"step": state.global_step, "prompt": prompt, "text": text}
+            for prompt, text in zip(self.prompts, texts, strict=True)
+        ]
+        with self.trainer.safety.writing(SAMPLES_FILE):
+            append_lines(Path(args.output_dir) / SAMPLES_FILE, entries)
+
+
+@torch.no_grad()
+def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: torch.device) -> list[str]:
+    """Return the model's continuation of every prompt, at most SAMPLE_TOKENS tokens each."""
+    was_training = model.training
+    model.eval()
+    texts = []
+    accelerators = [] if device.type == "cpu" else [device]
+    with (
+        generating(model),
+        torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
+    ):
+        torch.manual_seed(seed)
+        for prompt in prompts:
+            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)
+            most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # Bloom has no limit
+            new_tokens = max(1, min(SAMPLE_TOKENS, most - ids.shape[1])) if most else SAMPLE_TOKENS
+            # A model that has become NaN still gives a text: drawing from NaN would end the run, on CUDA for good.
+            output = model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=new_tokens,
+                remove_invalid_values=True,
+                synced_gpus=(under_fsdp() and torch.distributed.is_initialized()) or None,  # None: under ZeRO-3 only
+            )
+            texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+    model.train(was_training)
+    return texts

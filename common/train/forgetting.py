@@ -1,0 +1,107 @@
+"""Both sides of continued pretraining, before and after: what is learnt, and what must not be forgotten.
+
+The second held-out set is retained documents, of which none is trained on. What is measured before the first step is
+in the log of every checkpoint, at step 0, so that a run continued from one reports the same.
+"""
+
+from dataclasses import asdict
+
+import numpy as np
+from transformers import TrainerCallback
+
+from common.arguments import SharedArguments
+from common.console import InputError, say
+from common.corpus.splits import Split, repeated
+from common.dataset.ledger import Ledger
+from common.dataset.packing import JoinedRows, PackedRows
+from common.model.pretrained import check_start
+from common.tokens.store import TokenStore, make_hashes_comparable
+from common.train.trainer import PretrainingTrainer
+
+SETS = {"eval": "held out", "retain": "retained"}  # prefix of the metrics, name in the table
+FIGURES = ("loss", "perplexity", "bits_per_byte")
+
+
+def retained_rows(
+    stores: dict[str, TokenStore], training: dict[str, TokenStore], train_rows: JoinedRows, arguments: SharedArguments
+) -> tuple[JoinedRows, dict]:
+    """Return rows of the documents of ``stores`` that are not trained on, and what to put in the results.
+
+    Left out, and counted as duplicates in each source's ledger: documents that are trained on, and (unless they are
+    to be kept) copies of an earlier one. Dropped: the last partial row of each source.
+
+    Args:
+        training: the stores that ``train_rows`` were made of.
+
+    Raises:
+        InputError: less than one row is left.
+    """
+    make_hashes_comparable([*stores.values(), *training.values()])
+    chosen = [rows.chosen for rows in train_rows.sources]
+    trained_on = [store.document_hashes()[mask] for store, mask in zip(training.values(), chosen, strict=True)]
+    hashes = np.concatenate([store.document_hashes() for store in stores.values()])
+    in_training = np.isin(hashes, np.concatenate(trained_on))
+    left_out = in_training if arguments.keep_duplicates else in_training | repeated(hashes)
+    packed, ledgers, first = [], {}, 0
+    for name, store in stores.items():
+        out, nothing = left_out[first : first + store.documents], np.zeros(store.documents, dtype=bool)
+        isolated = arguments.packing == "isolated"
+        rows = PackedRows(store, ~out, arguments.context_length, isolated, arguments.max_eval_rows)
+        ledgers[name] = Ledger.of(store, Split(nothing, ~out, nothing, out), {"held_out": rows})
+        say(f"ledger of --retain {name}: {ledgers[name]}")
+        packed.append(rows)
+        first += store.documents
+    joined = JoinedRows(packed)
+    say(f"--retain: {int(in_training.sum()):,} of its {len(hashes):,} documents are trained on, and left out")
+    if len(joined) == 0:
+        raise InputError(
+            f"--retain: {joined.stream_tokens:,} tokens in documents that are not trained on, less than one row of "
+            f"{arguments.context_length:,} + 1. Give other text, or more of it."
+        )
+    counted = {name: asdict(ledger) for name, ledger in ledgers.items()}
+    return joined, {"retain_documents_trained_on": int(in_training.sum()), "retain_sources": counted}
+
+
+class MeasureBefore(TrainerCallback):
+    """Evaluate both held-out sets before the first step; stop a pretrained model that starts near random.
+
+    In training's first moment and not before it, because DeepSpeed and FSDP have the model ready only then.
+    """
+
+    def __init__(self, trainer: PretrainingTrainer, retained: JoinedRows | None, pretrained: bool):
+        self.trainer, self.retained, self.pretrained = trainer, retained, pretrained
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step > 0:  # a continued run: its checkpoint has the figures
+            return
+        held_out, rows = self.trainer.evaluate(), model.config.get_text_config().vocab_size
+        say(f"before training: {held_out['eval_loss']:.4f} nats a token; by chance ln({rows:,}) = {np.log(rows):.4f}")
+        if self.pretrained:
+            check_start(held_out["eval_loss"], rows)
+        if self.retained is not None:
+            retained = self.trainer.evaluate(self.retained, metric_key_prefix="retain")
+            say(f"before training, --retain: {retained['retain_loss']:.4f} nats a token")
+
+
+def figures_before(log_history: list[dict]) -> dict[str, float]:
+    """Return what MeasureBefore measured, as ``before_eval_loss`` and so on, from the log of a run."""
+    wanted = [f"{prefix}_{figure}" for prefix in SETS for figure in FIGURES]
+    return {
+        f"before_{name}": entry[name] for entry in log_history if entry["step"] == 0 for name in wanted if name in entry
+    }
+
+
+def before_and_after(results: dict) -> str:
+    """Return a table of both held-out sets from the results of a run."""
+    lines = [f"{'':<16} {'tokens':>11}   {'loss':^19}   {'perplexity':^23}   {'bits per byte':^19}"]
+    for prefix, name in SETS.items():
+        if f"before_{prefix}_loss" not in results:
+            continue
+        loss, perplexity, bits = (
+            (results[f"before_{prefix}_{figure}"], results[f"{prefix}_{figure}"]) for figure in FIGURES
+        )
+        lines.append(
+            f"{name:<16} {results[f'{prefix}_tokens']:>11,}   {loss[0]:>8.4f} -> {loss[1]:<7.4f}   "
+            f"{perplexity[0]:>10,.2f} -> {perplexity[1]:<9,.2f}   {bits[0]:>8.4f} -> {bits[1]:<7.4f}"
+        )
+    return "\n".join(lines)

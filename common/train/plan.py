@@ -1,0 +1,362 @@
+"""--plan: the memory a run needs, and what would make it fit, before anything is loaded; --probe: by three steps.
+
+The micro-batch, where it is left open, is as many rows at once as fit the card, until more rows make it no faster.
+Large micro-batches keep the card busy while the CPU prepares the next layers, above all where several cards exchange
+something for each layer. The losses do not depend on it: ``--tokens_per_step`` says what a step trains on.
+"""
+
+import json
+import os
+import statistics
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
+
+from common.arguments import SharedArguments
+from common.console import InputError, say
+from common.distributed.context_parallel import parallel_size
+from common.distributed.strategy import offloads, precision_of, recompute_owner, strategy_of
+from common.model.fused_loss import DeferringHead
+from common.model.memory import CONTEXT_BYTES, Setting, predict
+from common.system import GIB, memory_gib
+from common.train.metrics import synchronize
+
+
+def print_plan(
+    model: PreTrainedModel,
+    shared: SharedArguments,
+    training: TrainingArguments,
+    optimizer: str,
+    own_optimizer: tuple[type, dict] | None = None,
+    method: str | None = None,
+) -> None:
+    """Print what training ``model`` (on the meta device) needs on each card; the last line is JSON.
+
+    The strategy is that of ``--plan_config``, an accelerate YAML; without it, one card as the environment describes it.
+    ``own_optimizer`` and ``method`` are those of recipes/low_memory_16gb.py.
+    """
+    processes, limit = shared.plan_processes, shared.plan_memory_gib
+    for flag, value in (
+        ("--plan_processes", processes),
+        ("--context_length", shared.context_length),
+        ("--per_device_train_batch_size", training.per_device_train_batch_size or None),  # 0: what fits
+    ):
+        if value is not None and value < 1:
+            raise InputError(f"{flag} {value}: must be at least 1.")
+    if limit is None and torch.cuda.is_available():
+        limit = torch.cuda.get_device_properties(0).total_memory / GIB
+    setting = setting_of_run(model, training, shared.context_length, optimizer, own_optimizer)
+    setting = replace(setting, method=method)
+    if shared.plan_config is not None:
+        setting = setting_of_yaml(shared.plan_config, setting, processes)
+    elif processes is not None:
+        setting = replace(setting, strategy="ddp" if processes > 1 else "single", processes=processes)
+    rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
+    rows = max(1, min(setting.rows or rows_that_fit(model, setting, rows_a_step, limit), rows_a_step))
+    setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
+    need = predict(model, setting)
+    count, vocabulary = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape[0]
+    say(f"{count:,} parameters, vocabulary of {vocabulary:,} rows, {described(setting)}. Each card, in GiB:")
+    if (sharing := shared.context_length // setting.context_length) > 1:
+        say(f"  ({sharing} cards share each row of {shared.context_length:,} tokens)")
+    for name, value in vars(need).items():
+        say(f"  {name:12}{value / GIB:8.2f}")
+    say(f"  {'total':12}{need.total / GIB:8.2f}" + (f" of {limit:.2f}" if limit is not None else ""))
+    if limit is not None and need.total > limit * GIB:
+        say("It does not fit. " + advised(model, setting, limit))
+    say(json.dumps(need.as_json(limit)))
+
+
+def probe(trainer) -> None:
+    """Train three steps of a PretrainingTrainer's run, keep nothing, and print what the whole run will take.
+
+    The last line is JSON: ``peak_gib`` (measured), ``predicted_gib``, ``tokens_per_second`` over all processes,
+    ``hours`` and ``passes`` over the rows to the end of the run.
+    """
+    arguments, steps = trainer.args, trainer.args.max_steps
+    arguments.save_strategy = arguments.eval_strategy = "no"
+    timer = StepTimer(stop_after=3)
+    trainer.add_callback(timer)
+    trainer.train()
+    trainer.safety.release()
+    seconds = timer.seconds[-1] if len(timer.seconds) == 1 else statistics.mean(timer.seconds[1:])  # the first compiles
+    context_length = trainer.train_dataset.context_length
+    setting = setting_of_trainer(trainer)
+    predicted = predict(trainer.accelerator.unwrap_model(trainer.model), setting).total - CONTEXT_BYTES
+    found = {
+        "peak_gib": round(memory_gib(arguments.device)["memory_peak_gib"], 3),
+        "predicted_gib": round(predicted / GIB, 3),
+        "tokens_per_second": round(trainer.rows_per_step * context_length / seconds, 1),
+        "hours": round(steps * seconds / 3600, 4),
+        "passes": round(trainer.order.real / trainer.order.rows, 4),
+    }
+    say(
+        "probe: {peak_gib} GiB at the peak ({predicted_gib} predicted), {tokens_per_second:,} tokens/s, ".format(
+            **found
+        )
+        + "{hours} hours and {passes} passes over the rows to the end. Nothing was kept.".format(**found)
+    )
+    say(json.dumps(found))
+
+
+class StepTimer(TrainerCallback):
+    """Note the seconds from the end of each step to that of the next, in which a batch is fetched, too."""
+
+    def __init__(self, stop_after: int | None = None):
+        """``stop_after``: steps, of which nothing is saved."""
+        self.stop_after, self.seconds = stop_after, []
+
+    def on_train_begin(self, *_, **__):
+        synchronize()
+        self.ended = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        synchronize()
+        now = time.perf_counter()
+        self.seconds.append(now - self.ended)
+        self.ended = now
+        control.should_training_stop |= len(self.seconds) == self.stop_after
+        control.should_save = False  # not even when a signal asks for it: nothing is kept
+
+
+def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -> Setting:
+    """Return ``setting`` under the strategy, precision and compile of an accelerate configuration.
+
+    Raises:
+        InputError: it cannot be read, or its strategy is not known here.
+    """
+    try:
+        config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        kind = str(config["distributed_type"])
+    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise InputError(f"--plan_config {path}: not an accelerate configuration ({error!r}).") from None
+    zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
+    if "deepspeed_config_file" in zero:
+        config, zero = joined_with_json(config, zero["deepspeed_config_file"])
+    strategies = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2"}
+    strategy = f"zero{zero.get('zero_stage', 2)}" if kind == "DEEPSPEED" else strategies.get(kind)
+    if strategy is None:
+        raise InputError(f"--plan_config {path}: distributed_type {kind} is not known to the planner.")
+    moved, parallelism = ("cpu", "nvme"), config.get("parallelism_config") or {}
+    return replace(
+        setting,
+        context_length=setting.context_length // int(parallelism.get("parallelism_config_cp_size", 1)),
+        strategy=strategy,
+        processes=processes or int(config.get("num_processes", 1)),
+        precision=str(config.get("mixed_precision", "no")),
+        compiled=str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no",
+        recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing") or "recompute" in zero),
+        optimizer="adamw" if kind == "DEEPSPEED" and setting.optimizer == "muon" else setting.optimizer,
+        offload_optimizer=zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params")),
+        offload_parameters=zero.get("offload_param_device") in moved or bool(fsdp.get("fsdp_offload_params")),
+    )
+
+
+def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
+    """Return an accelerate configuration with what DeepSpeed's JSON at ``path`` says, and its DeepSpeed section."""
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"deepspeed_config_file {path}: cannot be read ({error}).") from None
+    optimization = found.get("zero_optimization", {})
+    zero = {
+        "zero_stage": optimization.get("stage", 2),
+        "offload_optimizer_device": optimization.get("offload_optimizer", {}).get("device"),
+        "offload_param_device": optimization.get("offload_param", {}).get("device"),
+    }
+    zero |= {"recompute": True} if "activation_checkpointing" in found else {}
+    precision = [name for name in ("bf16", "fp16") if found.get(name, {}).get("enabled") is True]
+    return config | {"mixed_precision": (precision or ["no"])[0]}, zero
+
+
+def take_precision_of_yaml(path: str, training: TrainingArguments) -> None:
+    """Set the precision that the launcher would bring; --plan has none."""
+    precision = setting_of_yaml(path, Setting(rows=1, context_length=1)).precision
+    training.bf16, training.fp16 = precision in ("bf16", "fp8"), precision == "fp16"
+    training.mixed_precision = precision
+
+
+def setting_of_run(
+    model: PreTrainedModel,
+    training: TrainingArguments,
+    context_length: int,
+    optimizer: str,
+    own_optimizer: tuple[type, dict] | None = None,
+) -> Setting:
+    """Return the setting of the run that this process is part of; ``own_optimizer``: of common/train/low_memory.py."""
+    moved = offloads(training)
+    if own_optimizer is not None:
+        optimizer = f"rounding_{own_optimizer[1]['state_bits']}bit"
+    elif "8bit" in training.optim and optimizer != "muon":
+        optimizer = "adamw_8bit"
+    head = model.get_output_embeddings()
+    return Setting(
+        rows=training.per_device_train_batch_size,
+        context_length=context_length // parallel_size("cp"),
+        strategy=strategy_of(training),
+        processes=training.world_size,
+        precision=precision_of(training),
+        compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
+        recompute=training.gradient_checkpointing or recompute_owner() is not None,
+        fused_loss=isinstance(head, DeferringHead) or head.weight.device.type == "meta",
+        optimizer=optimizer,
+        offload_optimizer=moved,
+        offload_parameters=moved and strategy_of(training) in ("fsdp2", "zero3"),
+        in_backward=own_optimizer is not None and own_optimizer[1]["in_backward"],
+        accumulated=training.gradient_accumulation_steps != 1,
+        method=method_of(model, own_optimizer),
+    )
+
+
+def method_of(model: PreTrainedModel, own_optimizer: tuple[type, dict] | None) -> str | None:
+    """Return the ``--method`` of recipes/low_memory_16gb.py, as a model shows it; None: it shows none."""
+    if hasattr(model, "peft_config"):
+        packed = any(hasattr(parameter, "quant_state") for parameter in model.parameters())
+        return "qlora" if packed else "lora"
+    return "full" if own_optimizer is not None else None
+
+
+def setting_of_trainer(trainer) -> Setting:
+    """Return the setting that a PretrainingTrainer trains in."""
+    model, length = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset.context_length
+    return setting_of_run(model, trainer.args, length, trainer.optimizer_name, trainer.optimizer_cls_and_kwargs)
+
+
+def out_of_memory(trainer, error: torch.OutOfMemoryError) -> str:
+    """Return what ran out in the run of a PretrainingTrainer, and what would make it fit."""
+    device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
+    total = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
+    setting = setting_of_trainer(trainer)
+    need = predict(model, setting).total / GIB
+    # What does not fit although it was predicted to is memory in pieces, or somebody else's: leave more room.
+    limit = 0.9 * min(total, need)
+    return (
+        f"out of memory: {str(error).splitlines()[0]}\nPredicted: {need:.1f} GiB for {described(setting)}. "
+        f"{advised(model, setting, limit)}\nCheckpoints are kept: the same command with such a switch continues."
+    )
+
+
+BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
+
+
+def described(setting: Setting) -> str:
+    """Return a setting in words."""
+    extras = [
+        word for word in ("compiled", "recompute", "offload_optimizer", "offload_parameters") if getattr(setting, word)
+    ]
+    return (
+        f"{setting.strategy} on {setting.processes} card(s), {setting.rows} rows of {setting.context_length} tokens at "
+        f"once on each, {setting.optimizer}, mixed precision {setting.precision}, {', '.join(extras) or 'not compiled'}"
+    )
+
+
+def advised(model: PreTrainedModel, setting: Setting, limit_gib: float) -> str:
+    """Return, for people, what would make ``setting`` fit into ``limit_gib``."""
+    switches = advice(model, setting, limit_gib)
+    if not switches:
+        return "Nothing known here makes it fit: take more or larger cards, a smaller model, or shorter rows."
+    return "What makes it fit, the cheapest first:\n" + "\n".join(f"  {switch}" for switch in switches)
+
+
+def switches(setting: Setting) -> list[tuple[str, Setting]]:
+    """Return what saves memory, each on top of those before it, the cheapest first."""
+    found, now = [], setting
+
+    def switch(name: str, **changes) -> None:
+        nonlocal now
+        now = replace(now, **changes)
+        found.append((name, now))
+
+    if not now.fused_loss:
+        switch("use_fused_loss: the logits are never held", fused_loss=True)
+    if not now.compiled:
+        switch("a YAML with dynamo_config: compiled layers keep less", compiled=True)
+    while now.rows > 1 and now.rows * now.context_length > BUSY_TOKENS:
+        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
+    if now.processes > 1 and now.method is None:
+        if now.strategy in ("single", "ddp", "zero1"):
+            switch("accelerate_configs/zero2.yaml", strategy="zero2")
+        if now.strategy not in ("fsdp2", "zero3"):
+            switch("accelerate_configs/fsdp2.yaml", strategy="fsdp2")
+    while now.rows > 1:
+        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
+    if not now.recompute:
+        switch("--gradient_checkpointing true: activations are computed twice", recompute=True)
+    if "8bit" not in now.optimizer and now.strategy in ("single", "ddp"):
+        optimizer = "rounding_8bit" if now.optimizer.startswith("rounding") else "adamw_8bit"
+        switch("--optimizer adamw --optim adamw_8bit", optimizer=optimizer)
+    if now.method is not None:
+        found += switches_of_method(now)
+    return found
+
+
+def switches_of_method(setting: Setting) -> list[tuple[str, Setting]]:
+    """Return those that recipes/low_memory_16gb.py has beside; a ``--method`` goes without a step inside backward."""
+    found, optimizer = [], "8bit" if "8bit" in setting.optimizer else "32bit"
+    if not setting.in_backward and setting.processes == 1 and setting.precision != "fp16":
+        name = f"--step_in_backward --max_grad_norm 0 --tokens_per_step {setting.context_length}"
+        changed = dict(in_backward=True, accumulated=False, optimizer=f"rounding_{optimizer}")
+        found.append((f"{name}: one micro-batch a step, no clipping", replace(setting, **changed)))
+    if setting.precision == "fp8":  # adapters are not for it
+        return found
+    own = dict(in_backward=False, optimizer="adamw_8bit" if optimizer == "8bit" else "adamw")
+    for method, why in (("lora", "adapters beside frozen weights"), ("qlora", "the frozen ones in 4 bits")):
+        if setting.method == "full" or (setting.method, method) == ("lora", "qlora"):
+            found.append((f"--method {method}: {why}", replace(setting, method=method, **own)))
+    return found
+
+
+def advice(model: PreTrainedModel, setting: Setting, limit_gib: float) -> list[str]:
+    """Return the switches that make ``setting`` fit into ``limit_gib``, the cheapest first; empty if none do.
+
+    Of several micro-batches, of several YAMLs, and of what changes the method, only the last is named.
+    """
+    tried: list[str] = []
+    for name, changed in switches(setting):
+        kind = name.split()[0].split("/")[0]
+        replaced = (kind, "--step_in_backward") if kind == "--method" else kind
+        tried = [earlier for earlier in tried if not earlier.startswith(replaced)] + [name]
+        if predict(beside_adapters(model, changed), changed).total <= limit_gib * GIB:
+            return tried
+    return []
+
+
+def beside_adapters(model: PreTrainedModel, setting: Setting) -> PreTrainedModel:
+    """Return ``model``, or what ``--method lora`` makes of it, without memory, if the setting says so."""
+    if setting.method not in ("lora", "qlora") or hasattr(model, "peft_config"):
+        return model
+    from peft import LoraConfig, get_peft_model  # imported where it is used only
+
+    dtype = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(setting.precision, torch.float32)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
+    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
+
+
+FASTEST_TOKENS = 65_536  # 123M on an H100: 490k tokens/s with 32,768 at once, 508k with these (benchmarks/README.md)
+UNKNOWN_TOKENS = 8192  # where memory or model is not known
+USED_SHARE = 0.85  # of the card. The prediction is within 5%; memory in pieces and other libraries want some
+
+
+def rows_that_fit(model: PreTrainedModel | None, setting: Setting, rows_a_step: int, limit_gib: float | None) -> int:
+    """Return how many rows ``setting`` should take at once; at least 1, whether that fits or not.
+
+    Args:
+        model: on any device, or on none; None: not known.
+        setting: its ``rows`` are not read.
+        rows_a_step: of each process.
+        limit_gib: memory of a card; None: not known.
+    """
+    known = model is not None and limit_gib is not None
+    tokens = FASTEST_TOKENS if known else UNKNOWN_TOKENS
+    rows = max(1, min(tokens // setting.context_length, rows_a_step))
+    while known and rows > 1:
+        tried = replace(setting, rows=rows, accumulated=rows_a_step > rows)
+        if predict(model, tried).total <= USED_SHARE * limit_gib * GIB:
+            break
+        rows = (rows + 1) // 2 if rows > 2 else 1
+    return rows

@@ -1,0 +1,156 @@
+"""The ledger: every document and token of every source is accounted for, or the run does not start."""
+
+import numpy as np
+import pytest
+from conftest import store_of_tokens
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from test_store import write_pair
+from test_writer import SMALL, spelled
+
+from common.arguments import SharedArguments
+from common.console import InputError
+from common.corpus.sources import resolve_sources
+from common.corpus.splits import Split
+from common.dataset.ledger import Ledger
+from common.dataset.packing import PackedRows
+from common.dataset.rows import split_rows
+from common.tokens.merge import merge_token_stores
+from common.tokens.store import TokenStore
+from common.tokens.writer import token_store_of
+from common.train.forgetting import retained_rows
+
+documents_of_tokens = st.lists(st.lists(st.integers(1, 5), max_size=9), min_size=2, max_size=12)
+
+
+@given(
+    st.lists(documents_of_tokens, min_size=1, max_size=3),
+    st.floats(0.1, 0.9),
+    st.integers(1, 4),
+    st.booleans(),
+    st.sampled_from([None, "1,1", "2,1,1"]),
+)
+def test_the_ledgers_add_up(tmp_path_factory, sources, fraction, context_length, keep_duplicates, split):
+    stores = {str(i): store_of_tokens(tmp_path_factory.mktemp("s"), documents) for i, documents in enumerate(sources)}
+    arguments = SharedArguments(
+        held_out_fraction=fraction, context_length=context_length, keep_duplicates=keep_duplicates, split=split
+    )
+    try:
+        train, held_out, test, ledgers = split_rows(stores, arguments)
+    except InputError:
+        assume(False)  # a split shorter than a row
+    seen, read, duplicate_tokens = set(), 0, 0
+    for documents in sources:
+        for document in documents:
+            read += len(document) + 1
+            duplicate_tokens += len(document) + 1 if str(document) in seen and not keep_duplicates else 0
+            seen.add(str(document))
+    total = sum(ledgers.values(), Ledger())
+    assert total.tokens_read == read
+    assert total.tokens_duplicate == duplicate_tokens
+    assert total.documents == sum(map(len, sources))
+    # The rows themselves, token by token.
+    for rows, tokens in ((train, total.tokens_train), (held_out, total.tokens_held_out), (test, total.tokens_test)):
+        laid = 0 if rows is None else sum(len(row["shift_labels"]) for row in map(rows.__getitem__, range(len(rows))))
+        first_tokens = 0 if rows is None else sum(len(part) > 0 for part in rows.sources)
+        assert laid + first_tokens == tokens
+    splits = 2 if split is None else 3
+    assert 0 <= total.tokens_dropped <= splits * len(sources) * context_length
+    assert read == sum(
+        (total.tokens_train, total.tokens_held_out, total.tokens_test, total.tokens_duplicate, total.tokens_dropped)
+    )
+
+
+def no_duplicates(train: list[bool]) -> Split:
+    mask = np.array(train)
+    return Split(mask, ~mask, np.zeros_like(mask), np.zeros_like(mask))
+
+
+@pytest.mark.parametrize("lost", ["a token of a row", "a document", "a duplicate"])
+def test_the_ledger_notices_what_is_lost(tmp_path, lost):
+    store = store_of_tokens(tmp_path, [[1, 2, 3], [4, 5, 6], [7, 8]])
+    split = no_duplicates([True, False, True])
+    empty = PackedRows(store, split.test, 2)
+    rows = {"train": PackedRows(store, split.train, 2), "held_out": PackedRows(store, split.held_out, 2), "test": empty}
+    Ledger.of(store, split, rows)
+    if lost == "a token of a row":
+        rows["train"].stream_tokens -= 1
+    elif lost == "a document":
+        rows["train"] = PackedRows(store, np.array([True, False, False]), 2)
+    else:
+        split.duplicate[2] = True
+    with pytest.raises(AssertionError, match="does not add up"):
+        Ledger.of(store, split, rows)
+
+
+def test_what_the_sidecar_counted_is_in_the_ledger(tmp_path):
+    store = store_of_tokens(tmp_path, [[1, 2, 3], [4, 5, 6]])
+    store.sidecar = {"text_bytes": 40, "empty": 2, "malformed": 1, "duplicates": 3, "duplicate_tokens": 30}
+    _, _, _, ledgers = split_rows({"it": store}, SharedArguments(held_out_fraction=0.5, context_length=2))
+    ledger = ledgers["it"]
+    assert (ledger.documents, ledger.documents_duplicate, ledger.documents_empty) == (5, 3, 2)
+    assert (ledger.tokens_read, ledger.tokens_duplicate, ledger.bytes_read) == (38, 30, 40)
+    assert "3 duplicates left out, 2 empty, 1 malformed skipped" in str(ledger)
+
+
+def test_a_copy_in_another_source_is_a_duplicate(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    stores = {
+        "a": store_of_tokens(tmp_path / "a", [[1, 2, 3], [4, 5, 6]]),
+        "b": store_of_tokens(tmp_path / "b", [[7, 8, 9], [1, 2, 3]]),
+    }
+    arguments = SharedArguments(split="1,1", context_length=2)
+    _, _, _, ledgers = split_rows(stores, arguments)
+    assert [ledger.documents_duplicate for ledger in ledgers.values()] == [0, 1]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
+    """Known by its text here, and there by its tokens alone; in two sources, or in one that was merged of them."""
+    documents = [[number, number + 1] for number in range(1, 81)]
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in spelled(documents)))
+    write_pair(tmp_path / "b", [[*document, 0] for document in reversed(documents)], np.int32)
+    arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), held_out_fraction=0.5, context_length=2)
+    sources = resolve_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.bin")])
+    stores = {source.name: token_store_of(source, SMALL, arguments) for source in sources}
+    by_text = stores["a"].fingerprint()
+    if merged:
+        merge_token_stores(list(stores.values()), tmp_path / "merged")
+        stores = {"merged": TokenStore(tmp_path / "merged")}
+        assert stores["merged"].sidecar["hashes"] == "tokens"
+    train, held_out, _, ledgers = split_rows(stores, arguments)
+    assert sum(ledgers.values(), Ledger()).documents_duplicate == 80
+    sides = []
+    for rows in (train, held_out):
+        chosen = [
+            store.tokens[store.document_starts[i] : store.document_starts[i + 1]].tolist()
+            for store, part in zip(stores.values(), rows.sources, strict=True)
+            for i in np.flatnonzero(part.chosen)
+        ]
+        sides.append({str(tokens) for tokens in chosen})
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 80
+    if not merged:
+        assert stores["a"].fingerprint() != by_text  # a run that was split by text is another one
+        kept = token_store_of(sources[0], SMALL, arguments)  # as the next launch finds it
+        assert kept.fingerprint() == by_text
+        kept.hash_tokens()
+        assert kept.fingerprint() == stores["a"].fingerprint()
+        assert len(list((tmp_path / "cache" / "document_hashes").iterdir())) == 2
+
+
+def test_what_is_trained_on_is_known_in_a_retained_token_file(tmp_path):
+    documents = [[number, number + 1, 0] for number in range(1, 81)]
+    hashes = np.arange(80, dtype=np.uint64) * np.uint64(2**57)
+    ours = TokenStore(write_pair(tmp_path / "a", documents, sidecar={"hashes": "text"}, hashes=hashes))
+    foreign = TokenStore(write_pair(tmp_path / "b", documents))
+    arguments = SharedArguments(held_out_fraction=0.5, context_length=2)
+    train, _, _, ledgers = split_rows({"a": ours}, arguments)
+    _, counts = retained_rows({"b": foreign}, {"a": ours}, train, arguments)
+    assert counts["retain_documents_trained_on"] == ledgers["a"].documents_train == 16
+
+
+def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
+    arguments = SharedArguments(held_out_fraction=0.5, context_length=64)
+    with pytest.raises(InputError, match=r"hold \d+ tokens, less than one row of 64 \+ 1"):
+        split_rows({"it": store_of_tokens(tmp_path, [[1, 2], [3, 4]])}, arguments)

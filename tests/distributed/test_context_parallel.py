@@ -1,0 +1,149 @@
+"""Rows shared by several cards: who reads which, what is refused, and how torch cuts them. Attention over the pieces
+needs GPUs: its losses are in benchmarks/README.md."""
+
+import json
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import load_recipe, small_run
+from transformers import AutoConfig, AutoModelForCausalLM
+from two_processes import in_two_processes
+
+from common.console import InputError
+from common.distributed.context_parallel import check_parallelism, divided_rows, parallel_size, reads_first, row_readers
+from common.model.attention import choose_attention
+from common.model.memory import Setting
+from common.train.batch import set_batch
+from common.train.plan import setting_of_yaml
+
+YAML = "accelerate_configs/fsdp2_context_parallel.yaml"
+
+
+def asked(monkeypatch, **sizes):
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    for kind, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", str(size))
+
+
+def on(processes, index=0):
+    return SimpleNamespace(world_size=processes, process_index=index)
+
+
+def test_without_a_parallelism_config_every_process_reads_its_own_rows(monkeypatch):
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")  # left over, not asked for
+    assert parallel_size("cp") == 1 and row_readers(on(8)) == 8 and reads_first(on(8, 3))
+    check_parallelism(on(8), 511, isolated=True)
+
+
+def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
+    asked(monkeypatch, dp_shard=4, cp=2)
+    assert row_readers(on(8)) == 4
+    assert [reads_first(on(8, index)) for index in range(4)] == [True, False, True, False]
+    training = SimpleNamespace(per_device_train_batch_size=4, world_size=8, gradient_accumulation_steps=0)
+    assert set_batch(training, 131_072, 4096) == 32
+    assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 2)
+    assert "4 rows x 4 processes x 4096 tokens x 2 accumulated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("sizes", "processes", "length", "isolated", "words"),
+    [
+        (dict(tp=2), 2, 512, False, "tensor parallelism is not with these recipes"),
+        (dict(sp=2), 2, 512, False, "DeepSpeed's sequence parallelism"),
+        (dict(cp=2), 8, 512, False, "1 x 1 x 2 processes .* these are 8. Use --parallelism_config_dp_shard_size 4"),
+        (dict(cp=2, dp_shard=2), 3, 512, False, "or --num_processes 4"),
+        (dict(dp_replicate=2, dp_shard=2), 8, 512, False, "--parallelism_config_dp_shard_size 4"),
+        (dict(cp=2), 2, 510, False, "--context_length 510: 2 cards share each row as 4 equal pieces. Use 512"),
+        (dict(cp=2), 2, 512, True, "--packing isolated under context parallelism"),
+    ],
+)
+def test_what_cannot_work_is_refused_with_what_does(monkeypatch, sizes, processes, length, isolated, words):
+    asked(monkeypatch, **sizes)
+    with pytest.raises(InputError, match=words):
+        check_parallelism(on(processes), length, isolated)
+
+
+def test_the_yaml_and_two_machines_of_it_pass(monkeypatch):
+    asked(monkeypatch, dp_replicate=1, dp_shard=1, cp=2)
+    check_parallelism(on(2), 8192, isolated=False)
+    asked(monkeypatch, dp_replicate=2, dp_shard=4, cp=1)
+    check_parallelism(on(8), 511, isolated=True)
+
+
+TINY = dict(
+    hidden_size=32,
+    intermediate_size=64,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    vocab_size=99,
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted", "words"),
+    [
+        ("qwen2", "eager", "here Qwen2ForCausalLM has eager attention. Use fsdp2.yaml"),
+        ("gemma3_text", "auto", "here Gemma3ForCausalLM has sdpa attention with windows"),
+    ],
+)
+def test_another_attention_is_refused(monkeypatch, kind, wanted, words):
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY))
+    asked(monkeypatch, cp=2)
+    with pytest.raises(InputError, match=words):
+        choose_attention(model, wanted, False, torch.device("cpu"))
+
+
+def test_the_plan_counts_half_a_row_on_each_card():
+    setting = setting_of_yaml(YAML, Setting(rows=1, context_length=32_768), processes=2)
+    assert (setting.context_length, setting.processes, setting.strategy, setting.compiled) == (
+        16_384,
+        2,
+        "fsdp2",
+        False,
+    )
+
+
+def test_a_recipes_plan_says_that_cards_share_a_row(capsys):
+    flags = f"--plan --plan_config {YAML} --plan_processes 2 --context_length 32768 --tokens_per_step 131072"
+    load_recipe("wiki_zh_scratch").main([*flags.split(), "--per_device_train_batch_size", "1"])
+    printed = capsys.readouterr().out
+    assert (
+        "(2 cards share each row of 32,768 tokens)" in printed and "1 rows of 16384 tokens at once on each" in printed
+    )
+
+
+def test_what_processes_with_the_same_rows_evaluate_counts_once(wiki, cache_dir, tmp_path, monkeypatch):
+    """This one is the second of its group: the first one's nats and targets are the evaluation's, and only they."""
+    monkeypatch.setattr("common.train.trainer.reads_first", lambda training: False)
+    monkeypatch.setattr("common.train.trainer.gather_object", lambda mine: [*mine, (300.0, 100)])
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "2", "--eval_strategy", "no"))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert (results["eval_loss"], results["eval_tokens"]) == (3.0, 100)
+
+
+def test_torch_cuts_rows_into_pieces_that_belong_together(tmp_path):
+    in_two_processes(cut_rows, tmp_path)
+    parts = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
+    for part in parts:
+        assert all(tensor.shape == (3, 8) for tensor in part.values())
+        assert torch.equal(part["input_ids"] % 100, part["position_ids"])  # each token keeps its place in the row
+        assert torch.equal(part["shift_labels"], part["input_ids"] + 1)
+    places = torch.cat([part["position_ids"][0] for part in parts])
+    assert sorted(places.tolist()) == list(range(16))
+    sums = [int(part["position_ids"][0].sum()) for part in parts]
+    assert sums[0] == sums[1]  # a piece of the front with one of the back: equal work for causal attention
+
+
+def cut_rows(rank: int, folder: Path) -> None:
+    from torch.distributed.tensor.experimental import context_parallel
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,), mesh_dim_names=("cp",))
+    accelerator = SimpleNamespace(maybe_context_parallel=partial(context_parallel, mesh))
+    ids = torch.arange(16).repeat(3, 1) + 100 * torch.arange(3)[:, None]
+    inputs = {"input_ids": ids, "shift_labels": ids + 1, "labels": (ids + 1).clone()}
+    with divided_rows(accelerator, inputs)():
+        torch.save({name: inputs[name].clone() for name in inputs if name != "labels"}, folder / f"{rank}.pt")

@@ -1,0 +1,267 @@
+"""Batch arithmetic and what the preflight refuses."""
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils.dataclasses import FP8BackendType
+from transformers import Trainer, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import common.distributed.hardware as hardware
+import common.distributed.launch as launch
+from common.console import InputError
+from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
+from common.distributed.launch import check_launch, launch_defaults
+from common.distributed.strategy import precision_of
+from common.distributed.workarounds import compile_settings, launcher_flags, take_over_compile
+from common.train.batch import set_batch
+from common.train.preflight import choose_optimizer
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+def batch_of(per_device=16, processes=1, accumulation=0):
+    return SimpleNamespace(
+        per_device_train_batch_size=per_device, world_size=processes, gradient_accumulation_steps=accumulation
+    )
+
+
+@pytest.mark.parametrize(("processes", "accumulation"), [(1, 16), (2, 8), (16, 1)])
+def test_accumulation_is_derived_from_the_tokens_a_step(processes, accumulation):
+    training = batch_of(processes=processes)
+    assert set_batch(training, 131_072, 512) == 256
+    assert training.gradient_accumulation_steps == accumulation
+
+
+def test_an_explicit_accumulation_wins_and_is_said(capsys):
+    training = batch_of(per_device=1, accumulation=3)
+    assert set_batch(training, 131_072, 512) == 3
+    assert "1,536 tokens a step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("processes", "micro_batch", "accumulation"), [(8, 16, 2), (32, 8, 1), (3, 16, 5)])
+def test_a_process_with_fewer_rows_than_a_micro_batch_takes_them_at_once(processes, micro_batch, accumulation):
+    training = batch_of(per_device=16 if processes != 3 else 17, processes=processes)
+    assert set_batch(training, 8 * 16 * 2 * 512 if processes != 3 else 3 * 80 * 512, 512) % processes == 0
+    assert training.per_device_train_batch_size == micro_batch
+    assert training.gradient_accumulation_steps == accumulation
+
+
+@pytest.mark.parametrize("tokens_per_step", [131_073, 17 * 512, 0, -512])
+def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
+    with pytest.raises(InputError, match=r"cannot be divided among 1 processes into micro-batches of about") as error:
+        set_batch(batch_of(), tokens_per_step, 512)
+    suggested = int(str(error.value).split("Use --tokens_per_step ")[1].split(",")[0])
+    set_batch(batch_of(), suggested, 512)
+
+
+def optimizing(zero=None, optim="adamw_torch_fused"):
+    state = SimpleNamespace(distributed_type="NO")
+    return SimpleNamespace(deepspeed_plugin=zero, optim=optim, distributed_state=state, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "training", "chosen", "said"),
+    [
+        ("auto", optimizing(), "muon", ""),
+        ("muon", optimizing(optim=OptimizerNames.ADAMW_TORCH), "muon", ""),
+        ("adamw", optimizing(), "adamw", ""),
+        ("auto", optimizing(zero={}), "adamw", "not Muon: DeepSpeed's ZeRO cuts up the matrices"),
+        ("auto", optimizing(optim="adamw_8bit"), "adamw", "not Muon: --optim adamw_8bit names another one"),
+    ],
+)
+def test_the_optimizer_is_muon_where_it_can_be(wanted, training, chosen, said, capsys):
+    assert choose_optimizer(wanted, training) == chosen
+    printed = capsys.readouterr().out
+    assert said in printed and bool(said) == bool(printed)
+
+
+@pytest.mark.parametrize("training", [optimizing(zero={}), optimizing(optim="paged_adamw_8bit")])
+def test_muon_where_it_cannot_be_is_refused(training):
+    with pytest.raises(InputError, match=r"--optimizer muon: .* Use --optimizer adamw"):
+        choose_optimizer("muon", training)
+
+
+@pytest.mark.parametrize(("device", "missing"), [("cpu", "C\\+\\+ compiler"), ("cuda", "Triton")])
+def test_compiling_without_a_compiler_is_refused_with_the_flag_that_works(monkeypatch, device, missing):
+    monkeypatch.setattr(hardware.shutil, "which", lambda name: None)
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    check_compiler("no", torch.device(device))
+    with pytest.raises(InputError, match=f"needs (a )?{missing}.*\n.*--dynamo_backend no"):
+        check_compiler("INDUCTOR", torch.device(device))
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
+def test_the_yaml_owns_the_precision(monkeypatch, precision):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    defaults = launch_defaults()
+    assert (defaults["bf16"], defaults["fp16"]) == (precision == "bf16", precision == "fp16")
+    assert defaults["use_cpu"]  # there is no accelerator in the tests
+
+
+def arguments(**changes):
+    defaults = dict(world_size=1, n_gpu=0, use_cpu=True, bf16=False, fp16=False, device=torch.device("cpu"))
+    defaults |= dict(
+        label_smoothing_factor=0,
+        auto_find_batch_size=False,
+        save_only_model=False,
+        load_best_model_at_end=False,
+        hub_token=None,
+        push_to_hub=False,
+        bf16_full_eval=False,
+        fp16_full_eval=False,
+        report_to=[],
+    )
+    defaults |= dict(resume_from_checkpoint=None, deepspeed=None, fsdp=None, torch_compile=False)
+    defaults |= dict(gradient_checkpointing=False, deepspeed_plugin=None)
+    defaults["accelerator_config"] = SimpleNamespace(split_batches=False)
+    return SimpleNamespace(**defaults | changes)
+
+
+def test_processes_that_train_alone_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="2 independent models"):
+        check_launch(arguments())
+    check_launch(arguments(world_size=2))
+
+
+def test_fsdp_on_a_cpu_is_refused(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="FSDP needs an accelerator"):
+        check_launch(arguments())
+
+
+def test_data_parallel_is_refused():
+    with pytest.raises(InputError, match="--num_processes 2"):
+        check_launch(arguments(n_gpu=2))
+
+
+def test_a_flag_against_the_yaml_is_refused_naming_both(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    with pytest.raises(InputError, match="says mixed_precision no, the recipe's flags say bf16"):
+        check_launch(arguments(bf16=True))
+
+
+ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch's CUDA 13 wheels
+
+
+def test_a_card_without_code_in_the_wheels_is_refused():
+    with pytest.raises(InputError, match="(?s)capability 7.0.*whl/cu126"):
+        check_cuda_device("Tesla V100", (7, 0), ARCHITECTURES, "fp16")
+    for capability in [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)]:
+        check_cuda_device("a card", capability, ARCHITECTURES, "fp16")
+    check_cuda_device("Tesla V100", (7, 0), ["sm_70", *ARCHITECTURES], "fp16")
+
+
+def test_bf16_on_a_card_without_it_is_refused():
+    with pytest.raises(InputError, match="Tesla T4.*has no bf16.*\n.*--mixed_precision fp16"):
+        check_cuda_device("Tesla T4", (7, 5), ARCHITECTURES, "bf16")
+    check_cuda_device("Tesla T4", (7, 5), ARCHITECTURES, "fp16")
+    check_cuda_device("NVIDIA A100", (8, 0), ARCHITECTURES, "bf16")
+
+
+def test_idle_devices_are_mentioned(monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)
+    launch.check_launch(arguments(device=torch.device("cuda"), n_gpu=1, use_cpu=False))
+    assert "--num_processes 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "/x/bin/python /x/bin/accelerate launch",
+        "/x/bin/python -m accelerate.commands.accelerate_cli launch",
+        "/x/bin/python -m accelerate.commands.launch",
+        "/x/bin/python /x/bin/accelerate-launch",
+    ],
+)
+def test_the_launchers_flags_are_read_off_its_command_line(monkeypatch, command):
+    class Parent:
+        def __init__(self, words):
+            self.cmdline = lambda: words
+
+    flags = ["--config_file", "zero2.yaml", "recipe.py", "launch"]
+    parents = [Parent(["/x/bin/python", "watch.py", "launch"]), Parent([*command.split(), *flags]), Parent(["init"])]
+    monkeypatch.setattr("common.distributed.workarounds.psutil.Process.parents", lambda self: parents)
+    assert launcher_flags() == flags
+    monkeypatch.setattr("common.distributed.workarounds.psutil.Process.parents", lambda self: [parents[0], parents[2]])
+    assert launcher_flags() is None
+
+
+def test_deepspeed_runs_take_over_what_the_launcher_was_told_about_compiling(monkeypatch):
+    """accelerate launch hands dynamo_config on to every kind of process but DeepSpeed's."""
+    yaml = f"{ROOT}/accelerate_configs/zero2.yaml"
+    told = compile_settings(["--config_file", yaml, "--num_processes", "8", "recipe.py", "--sample"])
+    assert told["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
+    assert told["ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION"] == "True"
+    told = compile_settings(["--config_file", yaml, "--dynamo_backend", "no", "recipe.py", "--dynamo_backend", "x"])
+    assert told["ACCELERATE_DYNAMO_BACKEND"] == "no"  # the recipe's own flags are its own
+    uncompiled = f"{ROOT}/accelerate_configs/cpu.yaml"
+    assert compile_settings(["--config_file", uncompiled, "r.py"])["ACCELERATE_DYNAMO_BACKEND"] in ("no", "NO")
+    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+    monkeypatch.setattr("common.distributed.workarounds.launcher_flags", lambda: ["--config_file", yaml, "recipe.py"])
+    take_over_compile()
+    assert "ACCELERATE_DYNAMO_BACKEND" not in os.environ  # not under DeepSpeed
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    for name in told:
+        monkeypatch.setenv(name, "")  # to be taken back after the test
+        monkeypatch.delenv(name)
+    take_over_compile()
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
+
+
+# As the launcher says what fp8.yaml says.
+FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "False"}
+
+
+@pytest.mark.parametrize(
+    ("capability", "environment", "message"),
+    [
+        ((9, 0), FP8, None),
+        ((9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag says it
+        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "ao"}, None),  # likewise
+        ((8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
+        ((9, 0), FP8 | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fp8 under fsdp2: .*bf16 with this YAML"),
+        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
+        ((9, 0), {"ACCELERATE_FP8_BACKEND": "AO"}, "accelerate's default: .*never trained. Use fp8.yaml"),
+    ],
+)
+def test_fp8_is_for_cards_that_have_it_and_settings_that_train(capability, environment, message, monkeypatch):
+    for name in (*FP8, "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    training = SimpleNamespace(device=torch.device("cuda"), deepspeed_plugin=None, world_size=1)
+    if message is None:
+        check_fp8(training)
+        assert FP8BackendType(os.environ["ACCELERATE_FP8_BACKEND"]) == FP8BackendType.AO
+        return
+    with pytest.raises(InputError, match=message):
+        check_fp8(training)
+
+
+def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch, tmp_path):
+    """TrainingArguments have no flag for it: everything but the layers' products is bf16."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    monkeypatch.setattr(launch, "check_fp8", lambda training: None)
+    training = TrainingArguments(output_dir=str(tmp_path), **launch_defaults())
+    assert training.bf16 and training.mixed_precision == "bf16"
+    check_launch(training)
+    assert precision_of(training) == "fp8"
+
+    class Found(Exception):
+        pass
+
+    def accelerator(**arguments):
+        raise Found(arguments["mixed_precision"])
+
+    monkeypatch.setattr("transformers.trainer.Accelerator", accelerator)
+    with pytest.raises(Found, match="fp8"):
+        Trainer(torch.nn.Linear(2, 2), training)

@@ -1,0 +1,192 @@
+"""Isolated packing against the same documents trained one by one."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import store_of_tokens
+from torch.nn.attention import SDPBackend
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+
+from common.console import InputError
+from common.dataset.packing import IGNORED_TARGET, JoinedRows, PackedRows, collate_rows, document_positions
+from common.model.attention import (
+    block_mask,
+    causal_attention,
+    check_isolation,
+    choose_attention,
+    document_attention,
+    generating,
+    repeating_attention,
+)
+
+SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
+QWEN2 = dict(model_type="qwen2", intermediate_size=64, num_key_value_heads=2, **SHAPE)
+GEMMA3 = dict(  # sliding windows, shorter than the documents, in every other layer
+    model_type="gemma3_text", intermediate_size=64, num_key_value_heads=2, head_dim=8, sliding_window=4, **SHAPE
+)
+GPT2 = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=1000, n_positions=64)
+BLOOM = dict(model_type="bloom", n_layer=2, n_head=4, hidden_size=32, vocab_size=1000)
+
+
+def model_of(shape: dict, attention: str = "sdpa"):
+    torch.manual_seed(0)
+    shape = dict(shape)
+    config = AutoConfig.for_model(shape.pop("model_type"), **shape, attn_implementation=attention)
+    return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+
+
+def test_heads_are_repeated_where_no_fused_kernel_knows_groups(monkeypatch, capsys):
+    """As on a T4: torch would take the kernel that holds all scores. The numbers are the same."""
+    ids = torch.arange(24).view(2, 12) * 7 % 1000
+    grouped, repeated = model_of(QWEN2), model_of(QWEN2)
+    choose_attention(grouped, "auto", False, torch.device("cpu"))
+    expected = grouped(input_ids=ids).logits
+    real = torch._fused_sdp_choice
+    monkeypatch.setattr(
+        torch, "_fused_sdp_choice",
+        lambda *inputs, enable_gqa: SDPBackend.MATH.value if enable_gqa else real(*inputs),
+    )  # fmt: skip
+    capsys.readouterr()
+    choose_attention(repeated, "auto", False, torch.device("cpu"))
+    assert "flash kernel, with keys and values repeated for every query head" in capsys.readouterr().out
+    assert AttentionInterface()["causal"] is repeating_attention
+    torch.testing.assert_close(repeated(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
+    choose_attention(model_of(QWEN2 | dict(num_key_value_heads=4)), "auto", False, torch.device("cpu"))
+    assert AttentionInterface()["causal"] is causal_attention  # as many heads of each
+
+
+def test_positions_start_again_with_every_document():
+    starts = np.array([False, False, True, True, False, True])
+    assert document_positions(starts).tolist() == [0, 1, 0, 0, 1, 0]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("shape", [QWEN2, GEMMA3, GPT2], ids=lambda shape: shape["model_type"])
+def test_isolated_rows_train_as_their_documents_do_one_by_one(tmp_path, shape, attention):
+    generator = np.random.default_rng(0)
+    documents = [generator.integers(1, 1000, length).tolist() for length in (9, 1, 30, 3, 14, 2, 7)]
+    store = store_of_tokens(tmp_path, documents)
+    context_length = 16
+    rows = JoinedRows([PackedRows(store, np.ones(len(documents), bool), context_length, isolated=True)])
+    batch = collate_rows([rows[row] for row in range(len(rows))])
+    model = model_of(shape, attention).eval()
+
+    packed = model(**batch, use_cache=False, num_items_in_batch=1).loss
+    packed.backward()
+    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model.zero_grad()
+    unpacked, targets = torch.zeros(()), 0
+    for row in range(len(rows)):  # a document that crosses a row's border is trained in two parts
+        window = rows.sources[0].window(row * context_length, context_length + 1)
+        starts = [0, *(np.flatnonzero(rows.sources[0].starts_in(row * context_length, context_length + 1)[1:]) + 1)]
+        for begin, end in zip(starts, [*starts[1:], context_length + 1], strict=True):
+            part = torch.from_numpy(window[begin:end])[None]
+            if part.shape[1] > 1:  # the document that starts with the row's last target is not seen in it
+                logits = model(input_ids=part[:, :-1], use_cache=False).logits
+                loss = torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="sum")
+                unpacked, targets = unpacked + loss, targets + part.shape[1] - 1
+    unpacked.backward()
+
+    assert targets == int((batch["shift_labels"] != IGNORED_TARGET).sum())
+    assert packed.item() == pytest.approx(unpacked.item(), rel=1e-6)
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [QWEN2, GEMMA3, GPT2], ids=lambda shape: shape["model_type"])
+def test_architectures_that_isolate_pass_the_check(shape):
+    model = model_of(shape)
+    check_isolation(model)
+    assert model.training
+
+
+def test_an_architecture_that_mixes_documents_is_refused():
+    with pytest.raises(InputError, match="--packing isolated: BloomForCausalLM lets documents"):
+        check_isolation(model_of(BLOOM, "eager"))
+
+
+CPU = torch.device("cpu")
+LLAMA = dict(model_type="llama", intermediate_size=64, num_key_value_heads=4, **SHAPE)
+MISTRAL = dict(model_type="mistral", intermediate_size=64, num_key_value_heads=2, sliding_window=4, **SHAPE)
+WHOLE_MISTRAL = MISTRAL | {"sliding_window": None}
+
+
+@pytest.mark.parametrize("shape", [QWEN2, LLAMA, GPT2, WHOLE_MISTRAL], ids=lambda shape: shape["model_type"])
+def test_causal_attention_is_sdpa_without_a_look_for_borders(shape, capsys, monkeypatch):
+    model, ids = model_of(shape).eval(), torch.randint(0, 1000, (2, 20))
+    expected = model(input_ids=ids, labels=ids, use_cache=False).loss
+    expected.backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad()
+    choose_attention(model, "auto", False, CPU)
+    assert "attention: causal, by torch's flash kernel" in capsys.readouterr().out
+    monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: 1 / 0)
+    found = model(input_ids=ids, labels=ids, use_cache=False).loss
+    found.backward()
+    assert found.item() == expected.item()
+    for parameter, gradient in zip(model.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad, gradient)
+
+
+FALCON = dict(model_type="falcon", **SHAPE)
+
+
+@pytest.mark.parametrize("shape", [GEMMA3, MISTRAL, BLOOM, FALCON], ids=lambda shape: shape["model_type"])
+def test_windows_keep_their_masks_and_old_classes_their_attention(shape):
+    model = model_of(shape, "eager" if shape is BLOOM else "sdpa")
+    before = model.config._attn_implementation
+    choose_attention(model, "auto", False, CPU)
+    assert model.config._attn_implementation == before
+
+
+def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
+    model = model_of(QWEN2)
+    choose_attention(model, "auto", True, CPU)
+    assert model.config._attn_implementation == "sdpa"
+    assert "sdpa with a full mask, exact but slow; no flex attention, because" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("wanted", "isolated", "message"),
+    [
+        ("documents", True, "documents: used by itself where it fits"),
+        ("nonsense", False, "--attn_implementation nonsense"),
+        ("flash_attention_2", False, "--attn_implementation flash_attention_2"),
+        ("flash_attention_2", True, "batches of one row only, and would mix them up"),
+    ],
+)
+def test_attention_that_cannot_be_had_is_refused(wanted, isolated, message):
+    with pytest.raises(InputError, match=message):
+        choose_attention(model_of(QWEN2), wanted, isolated, CPU)
+
+
+@torch.no_grad()
+def test_the_block_mask_keeps_documents_apart():
+    """Flex attention, uncompiled on a CPU, against sdpa with the full mask that transformers makes."""
+    starts = np.array([[0, 5, 6, 40], [0, 130, 131, 180]])
+    marks = np.zeros((2, 200), bool)
+    for row, places in enumerate(starts):
+        marks[row, places] = True
+    positions = torch.from_numpy(np.stack([document_positions(row) for row in marks]))
+    ids, model = torch.randint(0, 1000, (2, 200)), model_of(QWEN2 | {"max_position_embeddings": 200}).eval()
+    expected = model(input_ids=ids, position_ids=positions, use_cache=False).logits
+    AttentionInterface.register("documents", document_attention)
+    model.set_attn_implementation("documents")
+    with torch.compiler.set_stance("force_eager"):
+        mask = block_mask(positions)
+        found = model(input_ids=ids, position_ids=positions, use_cache=False, document_mask=mask).logits
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        with pytest.raises(InputError, match="does not hand document_mask on"):
+            model(input_ids=ids, position_ids=positions, use_cache=False)
+
+
+def test_generating_knows_padding_and_gives_the_attention_back():
+    model = model_of(QWEN2).eval()
+    ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
+    settings = dict(attention_mask=(ids > 0).long(), max_new_tokens=4, do_sample=False, pad_token_id=0)
+    expected = model.generate(ids, **settings)
+    choose_attention(model, "auto", False, CPU)
+    with generating(model):
+        assert torch.equal(model.generate(ids, **settings), expected)
+    assert model.config._attn_implementation == "causal"

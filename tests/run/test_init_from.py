@@ -1,0 +1,34 @@
+"""Which row a run of --init_from begins at. Weights under every strategy: tests/system/test_equivalence.py."""
+
+import json
+
+import pytest
+from conftest import small_run
+
+from common.console import InputError
+from common.run.init_from import rows_behind
+
+IDENTITY = {"data": {"documents": ["a"]}, "training": {"seed": 1}}
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        {"log_history": [{"loss": 2.0, "tokens_seen": 64}, {"tokens_seen": 128}, {"eval_loss": 2.0}]},
+        {"global_step": 4, "loss": 2.0, "tokens_seen": 128},  # of explicit_loop.py
+    ],
+)
+def test_the_rows_behind_are_those_of_the_last_log(tmp_path, state):
+    (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
+    (tmp_path / "trainer_state.json").write_text(json.dumps(state))
+    assert rows_behind(str(tmp_path), IDENTITY, context_length=16) == 8
+    assert rows_behind(str(tmp_path), IDENTITY | {"training": {"seed": 2}}, context_length=16) == 0
+
+
+@pytest.mark.parametrize("fewer", ["0.05", "0.03"])
+def test_with_all_rows_trained_on_there_is_nothing_to_go_on_with(wiki, cache_dir, tmp_path, fewer):
+    flags = ["--num_train_epochs", "0.05", "--max_steps", "-1", "--eval_strategy", "no", "--save_strategy", "no"]
+    wiki.main(small_run(cache_dir, tmp_path / "first", *flags))
+    flags[1] = fewer
+    with pytest.raises(InputError, match="trained on .* rows, and .* are asked for in all. .*--num_train_epochs"):
+        wiki.main(small_run(cache_dir, tmp_path / "second", *flags, "--init_from", str(tmp_path / "first")))

@@ -1,0 +1,216 @@
+"""The report of a run: a page without network, in which nothing of a document is markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from conftest import ROOT, load_recipe, small_run
+
+from common.console import InputError
+from common.run.plots import Line, clock, line_plot, short, stacked_bar, ticks
+from common.run.record import Run
+from common.run.report import page, reproduce, write_report
+
+HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)> & \"quoted' \u202e"
+
+
+class Elements(HTMLParser):
+    """Every element of a page, and its text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.tags, self.attributes, self.text = [], [], ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def history(steps: int = 5) -> list[dict]:
+    """Return a log: a step of 100 tokens takes 2 s; an evaluation at every second step, logged behind it."""
+    entries = []
+    for step in range(1, steps + 1):
+        entry = {"step": step, "loss": 10.0 - step, "tokens_seen": 100 * step, "train_seconds": 2.0 * step}
+        entry |= {"learning_rate": 1e-3, "grad_norm": 1.0, "tokens_per_second_per_device": 50.0}
+        entries.append(entry | {"memory_peak_gib": 1.0, "memory_allocated_gib": 0.5})
+        if step % 2 == 0:
+            entries.append({"step": step, "eval_loss": 9.5 - step, "eval_bits_per_byte": 3.0, "eval_perplexity": 9.0})
+    return entries
+
+
+def svgs(text: str) -> list[ElementTree.Element]:
+    return [ElementTree.fromstring(found) for found in re.findall(r"<svg .*?</svg>", text, flags=re.DOTALL)]
+
+
+def test_hostile_text_is_shown_as_text_and_nothing_comes_from_elsewhere():
+    ledger = {"tokens_read": 10, "tokens_train": 8, "tokens_held_out": 2, "documents": 1}
+    run = Run(
+        name=HOSTILE,
+        history=history(),
+        results={"sources": {HOSTILE: ledger}},
+        identity={"recipe": HOSTILE, "model": {HOSTILE: HOSTILE}, "data": {"packing": HOSTILE}},
+        launches=[
+            {"command": HOSTILE, "versions": {HOSTILE: HOSTILE}, "launcher": {HOSTILE: HOSTILE}, "commit": HOSTILE}
+        ],
+        samples=[{"step": 2, "prompt": HOSTILE, "text": HOSTILE}],
+        status={"state": HOSTILE},
+    )
+    found = Elements(page(run))
+    assert not {"script", "img", "link", "iframe", "object", "base"} & set(found.tags)
+    assert not [name for name, _ in found.attributes if name in ("src", "href") or name.startswith("on")]
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'") in found.attributes
+    assert found.text.count(HOSTILE) >= 9
+    assert "://" not in page(run) and "@import" not in page(run) and "url(" not in page(run)
+
+
+def test_a_curve_is_where_its_numbers_are():
+    """Of a straight line, all points are on the line between the first and the last one."""
+    [drawing] = svgs(line_plot("t", "x", [Line("a", [0.0, 50.0, 100.0], [4.0, 3.0, 2.0])]))
+    [path] = [element.get("d") for element in drawing.iter() if element.get("class") == "line line0"]
+    points = [tuple(map(float, point.split())) for point in re.findall(r"[\d.]+ [\d.]+", path)]
+    assert len(points) == 3 and points[0][0] < points[1][0] < points[2][0] and points[0][1] < points[2][1]
+    assert points[1] == pytest.approx([(points[0][i] + points[2][i]) / 2 for i in range(2)], abs=0.11)
+
+
+def test_what_is_not_finite_leaves_a_gap_and_nothing_at_all_leaves_no_plot():
+    lines = [Line("a", [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, float("nan"), 3.0, 4.0])]
+    [drawing] = svgs(line_plot("t", "x", lines))
+    [path] = [element.get("d") for element in drawing.iter() if element.get("class") == "line line0"]
+    assert [letter for letter in path if letter.isalpha()] == ["M", "L", "M", "L"]
+    assert line_plot("t", "x", [Line("a", [1.0], [float("inf")])]) == "" == stacked_bar("t", {"a": 0})
+    assert svgs(line_plot("t", "x", [Line("a", [1.0], [2.0])])), "one point is a plot"
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (3.2036, 3.2472), (0, 62_500_000), (1e-5, 1e-3), (-5, 7), (0, 1e-12)]
+)
+def test_ticks_are_few_round_and_inside(low, high):
+    marks = ticks(low, high)
+    assert 3 <= len(marks) <= 7 and low <= marks[0] and marks[-1] <= high * (1 + 1e-9)
+    assert all(len(f"{mark:.6e}".rstrip("0").split("e")[0].rstrip("0")) <= 6 for mark in marks)
+
+
+def test_units():
+    assert [short(number) for number in (0, 1500, 2_000_000, 2e-5, 0.001)] == ["0", "1.5k", "2M", "2e-05", "0.001"]
+    assert [clock(seconds) for seconds in (90, 300, 9000, 259_200)] == ["90 s", "5 min", "2.5 h", "3 d"]
+
+
+def test_an_evaluation_is_placed_by_the_tokens_and_seconds_of_its_step():
+    run = Run("r", history())
+    assert run.series("eval_loss", "tokens_seen") == ([200.0, 400.0], [7.5, 5.5])
+    assert run.series("eval_loss", "train_seconds") == ([4.0, 8.0], [7.5, 5.5])
+    before = [{"step": 0, "eval_loss": 9.9}, *history()]
+    assert Run("r", before).series("eval_loss", "tokens_seen")[0][0] == 0.0
+
+
+def test_a_ledger_bar_is_divided_as_its_tokens():
+    [drawing] = svgs(stacked_bar("t", {"train": 75, "held_out": 20, "dropped": 5}))
+    widths = [float(element.get("width")) for element in drawing.iter() if element.tag == "rect"]
+    assert [width / sum(widths) for width in widths] == pytest.approx([0.75, 0.2, 0.05], abs=1e-3)
+
+
+def test_what_a_killed_run_left_still_gives_a_report(tmp_path):
+    (tmp_path / "checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-10").mkdir()
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": history(2)}))
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history(10)}))
+    (tmp_path / "all_results.json").write_text('{"half')
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "a", "text": "b"}\n{"step": 2, "pro')
+    assert "1,000" in Elements(write_report(tmp_path).read_text(encoding="utf-8")).text, "of the newest checkpoint"
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_what_is_to_be_repeated_can_be():
+    launch = {"commit": "abc-dirty", "versions": {"torch": "2.13.0+cpu", "numpy": "2.1.0"}, "command": "python x.py"}
+    shown = reproduce(Run("r", [], launches=[launch]))
+    assert "<pre>git checkout abc\npip install torch==2.13.0 numpy==2.1.0\npython x.py</pre>" in shown
+    shown = reproduce(Run("r", [], launches=[launch | {"commit": None, "versions": {}}]))
+    assert "<pre>python x.py</pre>" in shown and "had been changed" not in shown
+
+
+@pytest.fixture(scope="module")
+def two_runs(cache_dir, tmp_path_factory):
+    """Two finished runs, and the report of the first as it was at its first evaluation."""
+    folders, seen = [tmp_path_factory.mktemp(name) for name in ("first", "second")], []
+    recipe = load_recipe("wiki_zh_scratch")
+
+    class Watched(recipe.ReportCallback):
+        def on_evaluate(self, args, state, control, **kwargs):
+            super().on_evaluate(args, state, control, **kwargs)
+            seen.append((folders[0] / "report.html").read_text(encoding="utf-8"))
+
+    recipe.ReportCallback = Watched
+    recipe.main(small_run(cache_dir, folders[0]))
+    recipe.main(small_run(cache_dir, folders[1], "--seed", "7"))
+    return folders, seen[0]
+
+
+def test_the_report_of_a_run_has_its_figures_samples_and_curves(two_runs):
+    (folder, _), midway = two_runs
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    results = json.loads((folder / "all_results.json").read_text())
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text(encoding="utf-8").splitlines()]
+    shown = Elements(text).text
+    assert f"{results['eval_loss']:.4f}" in shown and f"{results['eval_bits_per_byte']:.4f}" in shown
+    assert "finished, step 6 of 6" in shown and samples[-1]["text"] in shown
+    assert f"{results['ledger']['tokens_read']:,} tokens read" in shown
+    titles = [drawing.find("title").text for drawing in svgs(text)]
+    for title in ("loss, nats a token", "held-out bits per byte", "learning rate", "memory of a device, GiB"):
+        assert title in titles
+    assert "running, step" in Elements(midway).text and svgs(midway), "it is there while the run goes on"
+    assert "6 of 6" not in Elements(midway).text
+
+
+def test_two_runs_are_compared(two_runs, tmp_path, capsys):
+    folders, _ = two_runs
+    compare = load_script("compare")
+    compare.main([*map(str, folders), "--output", str(tmp_path / "c.html")])
+    printed = capsys.readouterr().out
+    for folder in folders:
+        assert f"{json.loads((folder / 'all_results.json').read_text())['eval_loss']:.4f}" in printed
+    assert "training.seed" in printed
+    drawings = svgs((tmp_path / "c.html").read_text(encoding="utf-8"))
+    curves = [[e for e in drawing.iter() if (e.get("class") or "").startswith("line line")] for drawing in drawings]
+    assert curves and all(len(found) == 2 for found in curves)
+    with pytest.raises(InputError, match="give 2 to"):
+        compare.main([str(folders[0])])
+    with pytest.raises(InputError, match="no log of a run"):
+        compare.main([str(folders[0]), str(tmp_path)])
+
+
+def load_script(name: str):
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someones_own(two_runs):
+    from huggingface_hub import ModelCard
+
+    from common.run.model_card import CARD_FILE, MARK, language_of, write_card
+
+    (folder, _), _ = two_runs
+    results = json.loads((folder / "all_results.json").read_text())
+    card = ModelCard.load(folder / CARD_FILE)
+    data = card.data.to_dict()
+    assert data["language"] == "zh" and data["library_name"] == "transformers" and "license" not in data
+    assert "datasets" not in data  # none known by a hub's id: a source's name is not one
+    metrics = {metric.metric_type: metric.metric_value for metric in card.data.eval_results}
+    assert metrics["bits_per_byte"] == pytest.approx(results["eval_bits_per_byte"], rel=1e-5)
+    write_card(folder, "r", results, [], "second")
+    assert "second" in (folder / CARD_FILE).read_text() and MARK in (folder / CARD_FILE).read_text()
+    (folder / CARD_FILE).write_text("mine")
+    write_card(folder, "r", results, [], "third")
+    assert (folder / CARD_FILE).read_text() == "mine"
+    assert [language_of([text]) for text in ("地球 is", "The earth", "これはペンです", "Земля", "")] == [
+        "zh", "en", "ja", None, None,
+    ]  # fmt: skip

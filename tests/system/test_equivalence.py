@@ -1,0 +1,189 @@
+"""Same seed and tokens a step: the same run under every strategy, and a checkpoint of one goes on under another.
+
+Two CPU processes in fp32, so that only the order of additions differs. FSDP2 does not run on CPUs under accelerate: its
+layers are compared in process (test_loss.py, test_recompute.py), and its runs by benchmarks/multi_gpu.py on GPUs.
+"""
+
+import json
+import os
+import subprocess
+
+import pytest
+from conftest import losses, small_run
+from test_distributed import RECIPE, launch
+
+from common.console import InputError
+from common.run.checkpoints import finish_checkpoint, unfinished
+from common.run.init_from import check_resumable, writer_of
+from common.train.batch import set_batch
+
+# 117 of 1,314 rows: 29 steps of 4 rows, and one of a single row.
+RUN = "--max_steps -1 --num_train_epochs 0.089 --eval_strategy no --max_eval_rows 2 --save_strategy no".split()
+STEPS, ROWS = 30, 117
+
+
+def logs(folder) -> dict[int, dict]:
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return {entry["step"]: entry for entry in history if "loss" in entry}
+
+
+@pytest.fixture(scope="module")
+def alone(wiki, cache_dir, tmp_path_factory):
+    """The run of one process, four rows at once."""
+    folder = tmp_path_factory.mktemp("alone")
+    wiki.main(small_run(cache_dir, folder, *RUN))
+    assert len(logs(folder)) == STEPS and logs(folder)[STEPS]["tokens_seen"] == ROWS * 64
+    return folder
+
+
+def launched(
+    config: str, folder, cache_dir, *flags: str, processes: int = 2, compiler: str = "no"
+) -> subprocess.CompletedProcess:
+    done = launch(
+        config, "--mixed_precision", "no", "--dynamo_backend", compiler, "--num_processes", str(processes), RECIPE,
+        *small_run(cache_dir, folder, *flags),
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def assert_same_run(found, expected) -> None:
+    found, expected = logs(found), logs(expected)
+    assert found.keys() == expected.keys()
+    for step, entry in found.items():
+        assert entry["loss"] == pytest.approx(expected[step]["loss"], rel=2e-5), step
+        assert entry["grad_norm"] == pytest.approx(expected[step]["grad_norm"], rel=1e-3), step
+        assert entry["learning_rate"] == pytest.approx(expected[step]["learning_rate"], rel=1e-12), step
+        assert entry["tokens_seen"] == expected[step]["tokens_seen"], step
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rows", ["1", "2"], ids=["accumulated", "at once"])
+@pytest.mark.parametrize("config", ["cpu_2proc.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml"])
+def test_every_strategy_is_the_run_of_one_process(alone, cache_dir, tmp_path, config, rows):
+    launched(config, tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", rows)
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_zero3_compiled_is_the_run_of_one_process(alone, cache_dir, tmp_path, recompute):
+    """DeepSpeed's hooks around layers that are compiled whole, and recomputed."""
+    flags = ["--per_device_train_batch_size", "1", "--gradient_checkpointing", recompute]
+    launched("zero3.yaml", tmp_path, cache_dir, *RUN, *flags, compiler="aot_eager")
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("rows", ["1", "2", "3"])
+def test_every_split_of_a_step_is_the_same_run(wiki, alone, cache_dir, tmp_path, rows):
+    wiki.main(small_run(cache_dir, tmp_path, *RUN, "--per_device_train_batch_size", rows))
+    assert_same_run(tmp_path, alone)
+
+
+def test_any_number_of_processes_takes_as_many_steps(tmp_path):
+    from types import SimpleNamespace
+
+    rows_a_step = {
+        set_batch(
+            SimpleNamespace(per_device_train_batch_size=8, world_size=processes, gradient_accumulation_steps=0),
+            131_072, 512,
+        )
+        for processes in (1, 2, 4, 8, 32, 256)
+    }  # fmt: skip
+    assert rows_a_step == {256}
+
+
+CONSTANT = "--lr_scheduler_type constant --lr_scheduler_kwargs {} --warmup_steps 0 --save_steps 4 --eval_strategy no"
+HALVES = [*CONSTANT.split(), "--learning_rate", "1e-4", "--max_eval_rows", "2", "--per_device_train_batch_size", "2"]
+
+
+@pytest.mark.heavy
+def test_a_checkpoint_goes_on_under_another_strategy_and_back(wiki, cache_dir, tmp_path):
+    """1 process, then ZeRO-2 on 2, then DDP on 2: the rows go on, and so does the loss; no optimizer's state does."""
+    first, second, third = (tmp_path / name for name in ("first", "second", "third"))
+    wiki.main(small_run(cache_dir, first, *HALVES, "--max_steps", "4"))
+    assert writer_of(str(first / "checkpoint-4")) == ("plain", None)
+    done = launched(
+        "zero2.yaml", second, cache_dir, *HALVES, "--max_steps", "4", "--init_from", str(first / "checkpoint-4")
+    )
+    assert "going on behind the 16 rows" in done.stdout and "optimizer and schedule begin anew" in done.stdout
+    assert writer_of(str(second / "checkpoint-4")) == ("zero", 2)
+    launched(
+        "cpu_2proc.yaml", third, cache_dir, *HALVES, "--max_steps", "4", "--init_from", str(second / "checkpoint-4")
+    )
+    assert [logs(folder)[4]["tokens_seen"] for folder in (first, second, third)] == [16 * 64, 32 * 64, 48 * 64]
+
+    # The independent truth: one process that does the same, each with a new optimizer.
+    for name, source in (("b", first), ("c", tmp_path / "b")):
+        more = ["--max_steps", "4", "--init_from", str(source / "checkpoint-4")]
+        wiki.main(small_run(cache_dir, tmp_path / name, *HALVES, *more))
+    for name, other in (("b", second), ("c", third)):
+        assert losses(other) == pytest.approx(losses(tmp_path / name), rel=2e-5)
+    assert losses(third)[1] < losses(first)[1]
+
+    with pytest.raises(InputError, match="written under DeepSpeed on 2 processes; .*--init_from .*checkpoint-4"):
+        wiki.main(small_run(cache_dir, second, *HALVES, "--max_steps", "6", "--init_from", str(first / "checkpoint-4")))
+
+
+@pytest.mark.heavy
+def test_a_run_of_one_process_is_continued_exactly_by_two(wiki, cache_dir, tmp_path):
+    """The same folder: optimizer, schedule and rows go on."""
+    wiki.main(small_run(cache_dir, tmp_path / "whole", *HALVES, "--max_steps", "8"))
+    wiki.main(small_run(cache_dir, tmp_path / "halves", *HALVES, "--max_steps", "4"))
+    launched("cpu_2proc.yaml", tmp_path / "halves", cache_dir, *HALVES, "--max_steps", "8")
+    assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
+
+
+def test_who_wrote_a_checkpoint_is_seen_and_others_are_refused(tmp_path):
+    from types import SimpleNamespace
+
+    def training(stage=None, processes=1):
+        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
+        state = SimpleNamespace(distributed_type="NO")
+        return SimpleNamespace(deepspeed_plugin=plugin, distributed_state=state, world_size=processes)
+
+    (tmp_path / "plain").mkdir()
+    check_resumable(str(tmp_path / "plain"), training(processes=8))
+    with pytest.raises(InputError, match="written under one process or DDP; zero2 on 2 processes cannot"):
+        check_resumable(str(tmp_path / "plain"), training(2, 2))
+    for rank in range(4):
+        file = tmp_path / "zero" / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    check_resumable(str(tmp_path / "zero"), training(2, 4))
+    for now in (training(2, 2), training(processes=4)):
+        with pytest.raises(InputError, match="DeepSpeed on 4 processes"):
+            check_resumable(str(tmp_path / "zero"), now)
+
+
+def test_weights_of_another_model_are_refused(wiki, cache_dir, tmp_path):
+    from common.model.from_config import planned_model
+    from common.run.init_from import load_start
+
+    shape = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_attention_heads=2)
+    shape |= dict(tie_word_embeddings=True, num_key_value_heads=2)
+    from transformers import AutoModelForCausalLM
+
+    def built(layers):
+        config = planned_model(shape | dict(num_hidden_layers=layers), 1000, 64).config
+        return AutoModelForCausalLM.from_config(config)
+
+    built(2).save_pretrained(tmp_path)
+    load_start(built(2), str(tmp_path))
+    with pytest.raises(InputError, match="another model. Missing: .*layers.2"):
+        load_start(built(3), str(tmp_path))
+    with pytest.raises(InputError, match="no model.*safetensors"):
+        load_start(built(2), str(tmp_path / "nowhere"))
+
+    # A checkpoint is whole, or refused; and so are weights that were cut off.
+    built(2).save_pretrained(unfinished(tmp_path, 3))
+    finish_checkpoint(tmp_path, 3, processes=1)
+    whole = tmp_path / "checkpoint-3"
+    load_start(built(2), str(whole))
+    os.truncate(whole / "model.safetensors", 5000)
+    with pytest.raises(InputError, match="'model.safetensors' has 5,000 bytes, not .*Give a whole checkpoint"):
+        load_start(built(2), str(whole))
+    whole.rename(tmp_path / "other")
+    with pytest.raises(InputError, match="its weights cannot be read"):
+        load_start(built(2), str(tmp_path / "other"))

@@ -1,0 +1,64 @@
+"""Libraries are quiet about what is not the user's to fix, and about nothing else."""
+
+import logging
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+from conftest import ROOT
+
+from common.console import MESSAGES, LeftOut, be_quiet
+
+
+def test_importing_a_recipe_says_nothing():
+    """As a process of its own: what peft, bitsandbytes and DeepSpeed say is said once, while they load."""
+    code = "import runpy; runpy.run_path('recipes/wiki_zh_scratch.py', run_name='imported')"
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0 and done.stdout == "" and done.stderr == ""
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_only_the_named_messages_are_left_out(name):
+    heard = []
+    logger = logging.getLogger(name)
+    handler = logging.Handler()
+    handler.emit = heard.append
+    logger.addHandler(handler)
+    be_quiet()
+    be_quiet()
+    try:
+        assert sum(isinstance(known, LeftOut) for known in logger.filters) == 1
+        logger.warning(MESSAGES[name][0] + " and so on")
+        assert not heard
+        logger.warning("something else")
+        logger.error("broken: %s", 1)
+        assert [record.getMessage() for record in heard] == ["something else", "broken: 1"]
+    finally:
+        logger.removeHandler(handler)
+
+
+def test_only_the_named_warnings_are_left_out():
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        be_quiet()
+        # As in torch/_inductor/compile_fx.py and torch/distributed/distributed_c10d.py of torch 2.13.
+        warnings.warn(
+            "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider",
+            stacklevel=1,
+        )
+        warnings.warn("barrier(): using the device under current context. You can specify", stacklevel=1)
+        warnings.warn("something else", stacklevel=1)
+    assert [str(warning.message) for warning in heard] == ["something else"]
+
+
+def test_everything_is_heard_on_request(monkeypatch):
+    logger = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    known = list(logger.filters)
+    logger.filters.clear()
+    monkeypatch.setenv("PRETRAINING_VERBOSE", "1")
+    be_quiet()
+    assert not logger.filters
+    logger.filters.extend(known)

@@ -1,0 +1,35 @@
+"""Cores by affinity and quota."""
+
+import os
+
+import pytest
+import torch
+
+from common import system as cores
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 192),
+        ({"cpu.max": "max 100000"}, 192),
+        ({"cpu.max": "1600000 100000"}, 16),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 192),
+        ({"cpu/cpu.cfs_quota_us": "800000", "cpu/cpu.cfs_period_us": "100000"}, 8),
+    ],
+)
+def test_a_quota_counts(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(192)), raising=False)
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert cores.usable_cores(tmp_path) == expected
+
+
+def test_the_processes_of_a_machine_share_them(monkeypatch):
+    before, threads = torch.get_num_threads(), []
+    monkeypatch.setattr(cores, "usable_cores", lambda: 16)
+    monkeypatch.setattr(torch, "set_num_threads", threads.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    assert cores.take_cores() == before and threads == [5]

@@ -1,0 +1,221 @@
+"""Writing token stores: whole or absent, the same with any number of threads, found again, never written twice."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import store_of_tokens
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+import common.tokens.writer as token_writer
+from common.arguments import SharedArguments
+from common.console import InputError
+from common.corpus.documents import CorpusCounts
+from common.corpus.sources import resolve_source, resolve_sources
+from common.tokens.store import TokenStore
+from common.tokens.writer import token_store_of, write_token_store
+
+
+def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
+    """Return a tokenizer for which "17 4" is [17, 4], and 0 the end of a document."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({str(number): number for number in range(size)}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="0", unk_token="0")
+
+
+SMALL, LARGE = number_tokenizer(65_499), number_tokenizer(65_500)
+
+
+def spelled(documents: list[list[int]]) -> list[str]:
+    return [" ".join(map(str, document)) for document in documents]
+
+
+def write(prefix, documents, tokenizer=SMALL, **options) -> TokenStore:
+    return write_token_store(spelled(documents), CorpusCounts(), tokenizer, prefix, {}, **options)
+
+
+def read(store: TokenStore) -> list[list[int]]:
+    starts = store.document_starts
+    return [store.tokens[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+
+
+def test_the_bytes_are_the_ecosystems(tmp_path):
+    write(tmp_path / "pair", [[1, 2], [4]])
+    assert (tmp_path / "pair.bin").read_bytes() == np.array([1, 2, 0, 4, 0], "<u2").tobytes()
+    # [[1, 2, 0], [4, 0]] as uint16, from the format's description.
+    assert (tmp_path / "pair.idx").read_bytes() == bytes.fromhex(
+        "4d4d49444944580000 0100000000000000 08 0200000000000000 0300000000000000 03000000 02000000"
+        "0000000000000000 0600000000000000 0000000000000000 0100000000000000 0200000000000000"
+    )
+
+
+def test_datatrove_writes_the_same_bytes(tmp_path):
+    from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
+
+    documents = [[1, 2, 3], [65_498], [], list(range(1, 1000))]
+    for tokenizer, token_size in ((SMALL, 2), (LARGE, 4)):
+        theirs = MegatronTokenizedFile(str(tmp_path), f"theirs{token_size}", token_size=token_size)
+        for document in documents:
+            theirs.write([*document, 0])
+        theirs.close()
+        write(tmp_path / f"ours{token_size}", documents, tokenizer)
+        for suffix in (".bin", ".idx"):
+            ours = (tmp_path / f"ours{token_size}{suffix}").read_bytes()
+            assert ours == (tmp_path / f"theirs{token_size}{suffix}").read_bytes()
+
+
+@settings(max_examples=10)  # each builds an encoder twice
+@given(st.lists(st.lists(st.integers(1, 65_498), max_size=5), min_size=1, max_size=8))
+def test_what_is_written_is_read(tmp_path_factory, documents):
+    for tokenizer, dtype in ((SMALL, np.uint16), (LARGE, np.int32)):
+        store = write(tmp_path_factory.mktemp("store") / "tokens", documents, tokenizer)
+        assert read(store) == [[*document, 0] for document in documents]
+        assert store.tokens.dtype == dtype
+        counts = {name: store.sidecar[name] for name in ("documents", "tokens", "end_tokens")}
+        tokens = sum(len(document) + 1 for document in documents)
+        assert counts == {"documents": len(documents), "tokens": tokens, "end_tokens": len(documents)}
+
+
+def test_the_store_does_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
+    documents = [[number % 60_000 + 1] * (number % 13) for number in range(2_000)]
+    write(tmp_path / "one", documents, workers=1)
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 50)
+    write(tmp_path / "many", documents, workers=7)
+    for suffix in (".bin", ".idx", ".hashes.npy"):
+        assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
+
+
+def test_duplicates_are_dropped_only_where_asked_for_and_counted(tmp_path, monkeypatch):
+    documents = [[1, 2], [3], [1, 2], [4, 5, 6], [3], [1, 2]]
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 5)  # copies in the same batch and in later ones
+    assert len(read(write(tmp_path / "all", documents))) == 6
+    store = write(tmp_path / "first", documents, drop_duplicates=True)
+    assert read(store) == [[1, 2, 0], [3, 0], [4, 5, 6, 0]]
+    assert (store.sidecar["duplicates"], store.sidecar["duplicate_tokens"]) == (3, 8)
+    assert store.sidecar["documents"] == len(store.document_hashes()) == 3
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, code):
+    def full(*_):
+        raise OSError(code, "no space")
+
+    monkeypatch.setattr(token_writer, "write_index", full)
+    with pytest.raises(InputError, match="no space left while tokenizing.*--cache_dir"):
+        write(tmp_path / "store" / "tokens", [[1, 2]])
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["tokens.lock"]
+
+
+def test_a_bad_document_leaves_nothing(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"text": "1 2"}\n{"text": 3}\n', encoding="utf-8")
+    with pytest.raises(InputError, match="line 2: field 'text' holds int"):
+        token_store_of(resolve_source(str(path)), SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert sorted(left) == ["CACHEDIR.TAG", "tokens.lock"]
+
+
+def corpus(path: Path, documents: int, length: int = 200) -> Path:
+    lines = (json.dumps({"text": f"{number} " * length}) for number in range(1, documents + 1))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def test_text_is_tokenized_once_until_something_changes(tmp_path, capsys):
+    path, arguments = corpus(tmp_path / "c.jsonl", 3), SharedArguments(cache_dir=str(tmp_path / "cache"))
+
+    def said() -> str:
+        token_store_of(resolve_source(str(path)), SMALL, arguments)
+        return capsys.readouterr().out
+
+    assert "tokenizing into" in said()
+    assert "tokenized before" in said()
+    corpus(path, 4)
+    assert "tokenizing into" in said()
+    arguments.text_field = "{text}."
+    assert "tokenizing into" in said()
+    assert "tokenized before" in said()
+
+
+LAUNCH = """
+import sys
+from common.arguments import SharedArguments
+from common.corpus.sources import resolve_source
+from common.tokens.writer import token_store_of
+sys.path.insert(0, {tests!r})
+from test_writer import SMALL
+store = token_store_of(resolve_source({data!r}), SMALL, SharedArguments(cache_dir={cache!r}))
+print("documents", store.documents)
+"""
+
+
+def launch(data: Path, cache: Path) -> subprocess.Popen:
+    code = LAUNCH.format(tests=str(Path(__file__).parent), data=str(data), cache=str(cache))
+    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+def test_killed_and_run_again_the_store_is_the_same(tmp_path):
+    data = corpus(tmp_path / "c.jsonl", 20_000)
+    killed = launch(data, tmp_path / "cache")
+    while not any(path.stat().st_size for path in tmp_path.glob("cache/*/tokens.partial.bin")):
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not list(tmp_path.glob("cache/*/tokens.json"))
+
+    arguments = SharedArguments(cache_dir=str(tmp_path / "cache"))
+    again = token_store_of(resolve_source(str(data)), SMALL, arguments)
+    arguments.cache_dir = str(tmp_path / "other")
+    alone = token_store_of(resolve_source(str(data)), SMALL, arguments)
+    assert again.documents == 20_000 and again.fingerprint() == alone.fingerprint()
+    assert Path(again.prefix + ".bin").read_bytes() == Path(alone.prefix + ".bin").read_bytes()
+    assert not list(tmp_path.glob("cache/*/*.partial*"))
+
+
+def test_many_at_once_on_a_cold_cache_write_it_once(tmp_path):
+    data = corpus(tmp_path / "c.jsonl", 5_000)
+    processes = [launch(data, tmp_path / "cache") for _ in range(3)]
+    outputs = [process.communicate() for process in processes]
+    assert all("documents 5000" in out for out, _ in outputs), outputs
+    assert sum("tokenizing into" in out for out, _ in outputs) == 1
+    assert len(list(tmp_path.glob("cache/*/tokens.bin"))) == 1
+
+
+def test_the_sidecar_says_where_the_tokens_come_from(tmp_path):
+    path = tmp_path / "c.jsonl"
+    path.write_text('{"text": "1 2"}\n{"text": " "}\nbroken\n', encoding="utf-8")
+    arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), skip_malformed=True)
+    sidecar = token_store_of(resolve_source(str(path)), SMALL, arguments).sidecar
+    assert sidecar["sources"][0]["files"][0]["file"] == "c.jsonl"
+    assert (sidecar["documents"], sidecar["tokens"], sidecar["empty"], sidecar["malformed"]) == (1, 3, 1, 1)
+    assert sidecar["text_bytes"] == 3 and sidecar["tokenizer"]["end_token"] == "0"
+    assert set(asdict(CorpusCounts())) <= set(sidecar)
+
+
+def test_a_token_store_is_used_as_it_is(tmp_path, capsys):
+    write(tmp_path / "mine", [[1, 2], [70]])
+    [source] = resolve_sources([str(tmp_path / "mine.bin")])
+    store = token_store_of(source, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+    assert read(store) == [[1, 2, 0], [70, 0]]
+    assert "note" not in capsys.readouterr().out
+    (tmp_path / "theirs").mkdir()
+    store_of_tokens(tmp_path / "theirs", [[1, 2], [3]], end=[])
+    [theirs] = resolve_sources([str(tmp_path / "theirs" / "tokens.bin")])
+    token_store_of(theirs, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+    assert "only 0% of the first documents" in capsys.readouterr().out
+    with pytest.raises(InputError, match="holds token 70"):
+        token_store_of(source, number_tokenizer(50), SharedArguments(cache_dir=str(tmp_path / "cache")))

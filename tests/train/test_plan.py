@@ -1,0 +1,302 @@
+"""--plan: what it prints, what it advises, and that it loads nothing."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import ROOT, load_recipe, small_run
+from test_memory import model_of
+from transformers import AutoConfig, Trainer, TrainerControl, TrainingArguments
+
+from common.console import InputError
+from common.model.memory import Setting
+from common.train.plan import StepTimer, advice, setting_of_run, setting_of_yaml
+
+CONFIGS = ROOT / "accelerate_configs"
+
+
+def test_the_last_line_is_json_and_nothing_is_loaded(tmp_path):
+    """With a tokenizer and data that do not exist."""
+    flags = ["--plan", "--tokenizer", "no/such", "--data", "no/such", "--output_dir", str(tmp_path / "out")]
+    where = ["--plan_config", str(CONFIGS / "zero2.yaml"), "--plan_processes", "8", "--plan_memory_gib", "80"]
+    command = [sys.executable, str(ROOT / "recipes" / "wiki_zh_scratch.py"), *flags, *where]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    planned = json.loads(done.stdout.splitlines()[-1])
+    names = {"parameters_gib", "gradients_gib", "optimizer_gib", "activations_gib", "logits_gib", "framework_gib"}
+    assert set(planned) == names | {"fits", "total_gib"}
+    assert planned["fits"] is True
+    assert planned["total_gib"] == pytest.approx(sum(planned[name] for name in names), abs=0.01)
+    assert planned["parameters_gib"] == pytest.approx(2 * 123_295_232 / 2**30, abs=0.001)
+    assert "zero2 on 8 card(s), 16 rows of 512 tokens" in done.stdout, "all of a step's, on an eighth of the cards"
+    assert not (tmp_path / "out").exists()
+    assert "planned for a vocabulary of 151,646; no/such is not loaded for a plan" in done.stdout
+
+
+def test_what_does_not_fit_gets_switches_that_make_it_fit(wiki, capsys):
+    flags = ["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", "6"]
+    wiki.main([*flags, "--per_device_train_batch_size", "64"])
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1])["fits"] is False
+    assert "the cheapest first:\n  --per_device_train_batch_size 16\n{" in printed
+
+
+YAMLS, ROWS = "accelerate_configs/", "--per_device_train_batch_size "
+
+
+@pytest.mark.parametrize(
+    ("name", "processes", "limit", "expected"),
+    [
+        ("0.5B", 1, 40, [ROWS + "8"]),  # half of 41.7 GiB that are activations and 9.5 that stay
+        ("7B", 8, 60, [ROWS + "4", YAMLS + "zero2.yaml"]),
+        ("7B", 8, 30, [YAMLS + "fsdp2.yaml", ROWS + "2"]),
+        ("7B", 1, 80, [ROWS + "1", "--gradient_checkpointing true: activations are computed twice"]),
+        ("7B", 1, 50, [ROWS + "1", "--gradient_checkpointing true", "--optimizer adamw --optim adamw_8bit"]),
+    ],
+)
+def test_the_advice_is_the_cheapest_that_fits(name, processes, limit, expected):
+    found = advice(model_of(name), Setting(16, 2048, processes=processes), limit)
+    assert len(found) == len(expected)
+    assert all(switch.startswith(start) for switch, start in zip(found, expected, strict=True))
+
+
+QWEN = dict(model_type="qwen2", max_position_embeddings=32_768)
+SIZES = {
+    "3B": QWEN
+    | dict(hidden_size=2048, intermediate_size=11_008, num_hidden_layers=36, num_attention_heads=16)
+    | dict(num_key_value_heads=2, vocab_size=151_936, tie_word_embeddings=True),
+    "7B": QWEN
+    | dict(hidden_size=3584, intermediate_size=18_944, num_hidden_layers=28, num_attention_heads=28)
+    | dict(num_key_value_heads=4, vocab_size=152_064, tie_word_embeddings=False),
+}
+ZERO_3 = "{distributed_type: DEEPSPEED, deepspeed_config: {zero_stage: 3}, mixed_precision: bf16, num_processes: 1}"
+# Qwen2.5-7B. A layer: queries and their output with one bias, keys and values with biases, the MLP, two norms.
+END = 152_064 * 3584
+LAYER = (2 * 3584 * 3584 + 3584) + 2 * (3584 * 512 + 512) + 3 * 3584 * 18_944 + 2 * 3584
+ALL = 2 * END + 28 * LAYER + 3584
+# A token in a layer, in bf16: the residual stream twice, two norms' results, queries and the attention's result, keys
+# and values, three tensors of the MLP.
+SAVED = 2 * (2 * 3584 + 2 * 3584 + 2 * 3584 + 2 * 512 + 3 * 18_944)
+NOT_COMPILED = 17 * 3584  # the factor that memory.py says is fitted
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "gradients", "optimizer", "exchanged", "saved"),
+    [
+        # All in bf16; an eighth of fp32 gradients, masters and two moments. The bucket comes when the logits are gone.
+        ("zero2", 2 * ALL, 4 * ALL / 8, 12 * ALL / 8, 0, SAVED),
+        # The parameters divided, too, and 1e9 of them gathered, and a bucket of 500M numbers that is always there.
+        ("zero3", 2 * ALL / 8, 4 * ALL / 8, 12 * ALL / 8, 2 * 1.5e9, SAVED + NOT_COMPILED),
+        # The parameters are the masters, in fp32; gathered in bf16: embedding, head and two layers.
+        ("fsdp2", 4 * ALL / 8, 4 * ALL / 8, 8 * ALL / 8, 2 * (2 * END + 2 * LAYER), SAVED),
+    ],
+)
+def test_7b_on_eight_cards_by_hand(
+    name, parameters, gradients, optimizer, exchanged, saved, config_of, tmp_path, capsys
+):
+    path = CONFIGS / f"{name}.yaml"
+    if name == "zero3":
+        path = tmp_path / "zero3.yaml"
+        path.write_text(ZERO_3)
+    load_recipe("openwebtext_continue").main(
+        [
+            *("--plan", "--model", config_of("7B"), "--plan_config", str(path)),
+            *"--plan_processes 8 --plan_memory_gib 80 --context_length 2048 --per_device_train_batch_size 1".split(),
+        ]
+    )
+    printed = capsys.readouterr().out
+    assert "7,615,616,512 parameters" in printed and ALL == 7_615_616_512  # as its model card says: 7.61B
+    found = json.loads(printed.splitlines()[-1])
+    by_hand = {
+        "parameters": parameters,
+        "gradients": gradients,
+        "optimizer": optimizer,
+        "activations": 28 * 2048 * saved,
+        "logits": 2 * 2048 * 152_064 + 4 * END + 4 * 2048 * 3584,  # bf16; fp32 gradients of head and input
+        "framework": exchanged + 0.6 * 2**30,
+    }
+    for part, expected in by_hand.items():
+        assert found[f"{part}_gib"] == pytest.approx(expected / 2**30, abs=0.001), part
+    assert found["total_gib"] == pytest.approx(sum(by_hand.values()) / 2**30, abs=0.002) and found["fits"] is True
+
+
+@pytest.fixture
+def config_of(tmp_path):
+    """Return a function that returns a folder with the config of a size, and nothing else."""
+
+    def folder(size: str) -> str:
+        AutoConfig.for_model(**SIZES[size]).save_pretrained(tmp_path / size)
+        return str(tmp_path / size)
+
+    return folder
+
+
+IN_BACKWARD = "--step_in_backward --max_grad_norm 0 --tokens_per_step 2048"
+
+
+@pytest.mark.parametrize(
+    ("size", "flags", "limit", "expected"),
+    [
+        ("3B", "", 15.5, [IN_BACKWARD]),
+        ("3B", "", 10, ["--method lora"]),
+        ("3B", "", 5, ["--method qlora"]),
+        ("3B", "--plan_processes 2", 15.5, ["--method lora"]),
+        ("3B", "--gradient_checkpointing false --optim adamw_torch", 15.5, [
+            "--gradient_checkpointing true", "--optimizer adamw --optim adamw_8bit", IN_BACKWARD]),
+        ("7B", "--method lora", 15.5, ["--method qlora"]),
+        ("7B", "--method qlora", 15.5, []),
+    ],
+)  # fmt: skip
+def test_the_16_gb_recipe_is_told_its_own_switches(size, flags, limit, expected, config_of, capsys):
+    """And not YAMLs that it refuses. Without --plan_config it is single_gpu.yaml, in bf16."""
+    recipe = load_recipe("low_memory_16gb")
+    recipe.main(["--plan", "--model", config_of(size), "--plan_memory_gib", str(limit), *flags.split()])
+    lines = capsys.readouterr().out.splitlines()
+    named = [line.strip() for line in lines if line.startswith("  --") or line.startswith("  accelerate_configs")]
+    assert [name.startswith(start) for name, start in zip(named, expected, strict=True)] == [True] * len(expected)
+    assert json.loads(lines[-1])["fits"] is (not expected)
+
+
+@pytest.mark.parametrize(
+    ("flags", "parameters", "gradients", "optimizer"),
+    [
+        ("", 2 * 1_543_714_304, 2 * 1_543_714_304, "8 bits"),
+        ("--step_in_backward --tokens_per_step 2048 --max_grad_norm 0", 2 * 1_543_714_304, 0, "8 bits"),
+        ("--weights fp32 --optim adamw_torch", 4 * 1_543_714_304, 4 * 1_543_714_304, 8 * 1_543_714_304),
+        ("--method lora", 2 * 1_543_714_304 + 4 * 18_464_768, 4 * 18_464_768, 2 * (1 + 4 / 256) * 18_464_768),
+        ("--method qlora", "4 bits", 4 * 18_464_768, 2 * (1 + 4 / 256) * 18_464_768),
+    ],
+)
+def test_the_16_gb_recipes_default_by_hand(flags, parameters, gradients, optimizer, capsys):
+    """Qwen2.5-1.5B: 1,543,714,304 parameters; adapters of rank 16: 28 x 16 x 41,216 (in and out of seven matrices)."""
+    small = 28 * (1536 + 2 * 256 + 2 * 1536) + 1536  # biases and norms: below 4,096 numbers each, states in fp32
+    if optimizer == "8 bits":
+        optimizer = 2 * (1 + 4 / 256) * (1_543_714_304 - small) + 8 * small
+    if parameters == "4 bits":
+        ends = 151_936 * 1536
+        packed = (1_543_714_304 - ends - small) * (4 + 8 / 64 + 32 / (64 * 256)) / 8
+        parameters = 2 * (ends + small) + packed + 4 * 18_464_768 + 2 * 2 * 1536 * 8960  # the largest, unpacked twice
+    load_recipe("low_memory_16gb").main(["--plan", *flags.split()])
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["parameters_gib"] == pytest.approx(parameters / 2**30, abs=0.001)
+    assert found["gradients_gib"] == pytest.approx(gradients / 2**30, abs=0.001)
+    assert found["optimizer_gib"] == pytest.approx(optimizer / 2**30, abs=0.001)
+
+
+@pytest.mark.parametrize("flag", ["--plan_config x.yaml", "--plan_processes 8", "--plan_memory_gib 80"])
+@pytest.mark.parametrize("recipe", ["wiki_zh_scratch", "low_memory_16gb", "openwebtext_continue", "explicit_loop"])
+def test_what_only_a_plan_reads_is_refused_without_it(recipe, flag):
+    with pytest.raises(InputError, match=f"{flag.split()[0]} .*: it would be ignored. With --plan"):
+        load_recipe(recipe).main(flag.split())
+    if recipe != "explicit_loop":  # which has no --plan
+        with pytest.raises(InputError, match="the probe runs as it is launched"):
+            load_recipe(recipe).main(["--plan", "--probe", *flag.split()])
+
+
+def test_a_trained_tokenizer_has_the_vocabulary_that_was_asked_for(wiki, capsys):
+    wiki.main(["--sample", "--plan"])
+    assert "vocabulary of 4,096 rows" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"), [("--plan_processes", 0), ("--context_length", 0), ("--per_device_train_batch_size", -1)]
+)
+def test_numbers_below_one_are_refused(wiki, flag, value):
+    with pytest.raises(InputError, match=f"{flag} {value}: must be at least 1"):
+        wiki.main(["--plan", flag, str(value)])
+
+
+def test_rows_left_open_are_those_that_fit_the_planned_card(wiki, capsys):
+    """As benchmarks/README.md has them: 17.9 GiB for 128 rows, 10.7 for 64."""
+    for memory, rows in (("24", 128), ("16", 64)):
+        wiki.main(["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", memory])
+        assert f" {rows} rows of 512 tokens at once" in capsys.readouterr().out
+
+
+def test_no_advice_where_nothing_helps():
+    assert advice(model_of("7B"), Setting(1, 4096), 4) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "strategy"), [("cpu", "single"), ("ddp", "ddp"), ("zero2", "zero2"), ("fsdp2", "fsdp2")]
+)
+def test_every_yaml_is_understood(config, strategy):
+    setting = setting_of_yaml(str(CONFIGS / f"{config}.yaml"), Setting(4, 512, optimizer="muon"))
+    assert setting.strategy == strategy
+    assert setting.compiled == (config != "cpu")
+    assert setting.optimizer == ("adamw" if config == "zero2" else "muon")
+
+
+@pytest.mark.parametrize(
+    ("sharded", "zero", "expected"), [("true", None, "fsdp2"), ("false", 3, "zero3"), ("", None, "ddp")]
+)
+def test_the_strategy_of_a_run_on_two_cards(sharded, zero, expected, monkeypatch):
+    """As at run time, for --probe and for the advice when memory runs out."""
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
+    monkeypatch.setenv("FSDP_VERSION", "2")
+    training = TrainingArguments(use_cpu=True)
+    names = ("optim", "bf16", "fp16", "mixed_precision", "gradient_checkpointing")
+    launched = SimpleNamespace(
+        **{name: getattr(training, name) for name in names},
+        **dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2),
+        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero, deepspeed_config={}),
+    )
+    assert setting_of_run(model_of("0.5B"), launched, 2048, "adamw").strategy == expected
+
+
+@pytest.mark.parametrize("content", [None, "just text", "a: [", "distributed_type: TPU"])
+def test_a_yaml_that_is_none_is_one_clear_error(tmp_path, content):
+    path = tmp_path / "config.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match="--plan_config .*config.yaml: "):
+        setting_of_yaml(str(path), Setting(4, 512))
+
+
+def test_the_probe_trains_three_steps_and_keeps_nothing(wiki, cache_dir, tmp_path, capsys):
+    flags = small_run(cache_dir, tmp_path / "out", "--plan", "--probe", "--max_steps", "100")
+    wiki.main(flags)
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    assert "step 3/100" in printed and "step 4/100" not in printed
+    assert found["hours"] == pytest.approx(100 * 256 / found["tokens_per_second"] / 3600, rel=0.05, abs=1e-4)
+    assert 0 < found["passes"] < 1 and found["peak_gib"] > 0 and found["predicted_gib"] > 0
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_step_is_timed_with_the_fetching_of_its_batch():
+    timer, control = StepTimer(stop_after=1), TrainerControl()
+    timer.on_train_begin()
+    time.sleep(0.2)  # the batch
+    timer.on_step_end(None, None, control)
+    assert timer.seconds[0] >= 0.2 and control.should_training_stop
+
+
+def test_a_probe_that_is_stopped_keeps_nothing_either(wiki, cache_dir, tmp_path, monkeypatch):
+    """A signal asks for a checkpoint, whatever the save strategy is."""
+
+    def signalled(*_, **__) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(StepTimer, "on_step_begin", signalled)
+    with pytest.raises(SystemExit) as stopped:
+        wiki.main(small_run(cache_dir, tmp_path / "out", "--plan", "--probe", "--max_steps", "100"))
+    assert stopped.value.code == 143
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_running_out_of_memory_ends_in_advice(wiki, cache_dir, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore")
+
+    monkeypatch.setattr(Trainer, "training_step", full)
+    with pytest.raises(InputError) as error:
+        wiki.main(small_run(cache_dir, tmp_path))
+    assert str(error.value).startswith("out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.\nPredicted: ")
+    assert "4 rows of 64 tokens" in str(error.value)

@@ -1,0 +1,219 @@
+"""The preflight: its table, and wrong combinations refused with the YAML or flag that works."""
+
+import json
+import subprocess
+import sys
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from conftest import ROOT, small_run
+from transformers import SchedulerType, TrainingArguments
+from transformers.training_args import OptimizerNames
+
+import common.train.preflight as preflight_module
+from common.arguments import SharedArguments
+from common.console import InputError
+from common.distributed.launch import launch_defaults
+from common.distributed.strategy import offloads, strategy_of
+from common.model.from_config import planned_model
+from common.model.memory import Setting
+from common.run.folder import lock_folder
+from common.train.batch import derive_micro_batch
+from common.train.preflight import preflight
+
+SHAPE = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+ZERO = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}
+
+
+def fsdp(**environment) -> dict:
+    """Return a launch by an FSDP YAML: what TrainingArguments say, and the environment."""
+    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    defaults = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
+    # A GPU, as far as the preflight can tell: FSDP on a CPU is refused.
+    return dict(distributed_state=state, use_cpu=False, environment=defaults | environment)
+
+
+def zero(stage: int, **config) -> dict:
+    """Return a launch by a DeepSpeed YAML."""
+    return dict(deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config=ZERO | config))
+
+
+def training_of(folder, environment=None, **changes):
+    """Return TrainingArguments of one CPU process, as a recipe makes them, with changes a launcher would make."""
+    real = TrainingArguments(output_dir=str(folder), use_cpu=True, gradient_accumulation_steps=1, max_steps=5)
+    names = [name for name in dir(real) if not name.startswith("_")]
+    plain = {name: getattr(real, name) for name in names if not callable(getattr(real, name))}
+    plain |= dict(gradient_accumulation_steps=0, per_device_train_batch_size=4)
+    plain |= dict(to_dict=real.to_dict, get_warmup_steps=real.get_warmup_steps)
+    return SimpleNamespace(**plain | changes)
+
+
+def run(monkeypatch, folder, launch: dict, shared: dict | None = None, **more):
+    arguments = SharedArguments(**dict(context_length=64, tokens_per_step=512, optimizer="adamw") | (shared or {}))
+    training = training_of(folder, **launch)
+    for name, value in (launch.get("environment") or {}).items():
+        monkeypatch.setenv(name, value)
+    return preflight("a.py", arguments, training, **more)
+
+
+LOW_BIT = dict(optim=OptimizerNames("adamw_8bit"))
+WRONG = {
+    "8-bit AdamW under ZeRO-2": (zero(2) | LOW_BIT, {}, {}, r"8-bit.*under zero2: .*ddp.yaml, or --optim adamw_torch"),
+    "8-bit AdamW under FSDP2": (fsdp() | LOW_BIT, {}, {}, "8-bit.*under fsdp2: .*single_gpu.yaml"),
+    "QLoRA under FSDP2": (fsdp(), {}, dict(method="qlora"), "QLoRA under fsdp2: .*ddp.yaml"),
+    "QLoRA under ZeRO-3": (zero(3), {}, dict(method="qlora"), "QLoRA under zero3: .*ddp.yaml"),
+    "Muon under ZeRO": (zero(1), dict(optimizer="muon"), {}, "cuts up the matrices.*Use --optimizer adamw"),
+    "Muon, offloaded": (fsdp(FSDP_OFFLOAD_PARAMS="true"), dict(optimizer="muon"), {}, "the CPU's.*--optimizer adamw"),
+    "Muon on LoRA": ({}, dict(optimizer="muon"), dict(method="lora"), "Muon for LoRA's factors.*--optimizer adamw"),
+    "FSDP1": (fsdp(FSDP_VERSION="1"), {}, {}, "Write fsdp_version: 2"),
+    "FSDP2 in shards": (fsdp(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"), {}, {}, "Write FULL_STATE_DICT"),
+    "ZeRO-3 without whole weights": (zero(3, zero_optimization={}), {}, {}, "zero3_save_16bit_model: true"),
+    "recompute twice": (
+        fsdp(FSDP_ACTIVATION_CHECKPOINTING="true") | dict(gradient_checkpointing=True), {}, {},
+        "--gradient_checkpointing and fsdp_activation_checkpointing.*leave the flag out",
+    ),
+    "recompute that a family has not": (
+        dict(gradient_checkpointing=True), {}, dict(model=planned_model({"model_type": "openai-gpt"}, 100, 64)),
+        r"recompute \(--gradient_checkpointing\): transformers has none for OpenAIGPT.*Leave it out",
+    ),
+    "accumulation twice": (zero(2, gradient_accumulation_steps=16), {}, {}, "gradient_accumulation_steps: auto"),
+    "clipping twice": (zero(2, gradient_clipping=0.3), {}, {}, "gradient_clipping: auto"),
+    "DeepSpeed's own optimizer": (zero(2, optimizer={"type": "Adam"}), {}, {}, "optimizer in the deepspeed_config"),
+    "fp16 on a CPU": (dict(fp16=True), {}, {}, "fp16 under cpu: .*accelerate_configs/cpu.yaml"),
+    "precision twice": (
+        dict(bf16=True, environment={"ACCELERATE_MIXED_PRECISION": "fp16"}), {}, {}, "says mixed_precision fp16"
+    ),
+    "FP8 on a CPU": (dict(bf16=True, environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "CPU has none. Use"),
+    "FP8 without bf16": (dict(environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "flags say no. The launcher"),
+    "strategy by flag": (dict(deepspeed="z.json"), {}, {}, "--deepspeed: .*accelerate_configs/zero2.yaml"),
+    "compile by flag": (dict(torch_compile=True), {}, {}, "--torch_compile: .*--dynamo_backend"),
+    "processes alone": (dict(environment={"WORLD_SIZE": "2"}), {}, {}, "2 independent models.*cpu_2proc.yaml"),
+    "a batch in pieces": ({}, dict(tokens_per_step=500), {}, "Use --tokens_per_step 512"),
+    "a batch by the card": (
+        dict(per_device_train_batch_size=0, gradient_accumulation_steps=4), {}, {}, "would depend on the card"
+    ),
+    "evaluation in bf16": (dict(bf16_full_eval=True), {}, {}, "--bf16_full_eval: .*the model itself would be cast"),
+    "pushing checkpoints": (dict(push_to_hub=True), {}, {}, "--hub_strategy every_save: .*Add --hub_strategy end"),
+    "another schedule's settings": (
+        dict(lr_scheduler_kwargs={"num_decay_steps": 0.3}), {}, {},
+        "--lr_scheduler_type linear.*unexpected keyword argument 'num_decay_steps'.*none: --lr_scheduler_kwargs '{}'",
+    ),
+    "a schedule without its settings": (
+        dict(lr_scheduler_type=SchedulerType("warmup_stable_decay")), {}, {}, "Give the schedule's own",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_combinations_are_refused_with_what_works(monkeypatch, tmp_path, case):
+    launch, shared, more, message = WRONG[case]
+    with pytest.raises(InputError, match=f"(?s){message}"):
+        run(monkeypatch, tmp_path / "run", launch, shared, **more)
+    assert not (tmp_path / "run").exists(), "refused before anything is written"
+
+
+@pytest.mark.parametrize(("gib", "rows"), [(0.7, 1), (80, 8)])
+def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, capsys, gib, rows):
+    monkeypatch.setattr(preflight_module, "card_gib", lambda training: gib)
+    model = planned_model(SHAPE, 1000, 64)
+    launch = dict(per_device_train_batch_size=0, per_device_eval_batch_size=0)
+    rows_per_step, _ = run(monkeypatch, tmp_path, launch, model=model)
+    assert rows_per_step == 8, "the step stays what it is"
+    assert f"batch: {rows} rows x 1 processes x 64 tokens x {8 // rows} accumulated" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("known", "card", "unknown"), [(False, 80, "the model's size is not known"), (True, None, "memory is not known")]
+)
+def test_few_rows_on_a_card_are_said_aloud(monkeypatch, capsys, known, card, unknown):
+    monkeypatch.setattr(preflight_module, "card_gib", lambda training: card)
+    monkeypatch.setattr(preflight_module, "setting_of_run", lambda *_: Setting(rows=1, context_length=64))
+    training = SimpleNamespace(per_device_train_batch_size=0, per_device_eval_batch_size=0, world_size=1)
+    training.gradient_accumulation_steps = 0
+    training.device = torch.device("meta")  # stands in for a card
+    shared = SharedArguments(context_length=64, tokens_per_step=1 << 20)
+    derive_micro_batch(planned_model(SHAPE, 1000, 64) if known else None, training, shared, "adamw")
+    assert training.per_device_train_batch_size == training.per_device_eval_batch_size == 8192 // 64
+    assert f"{unknown} here. More: --per_device_train_batch_size" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("launch", "strategy"),
+    [({}, "single"), (dict(world_size=2), "ddp"), (zero(1), "zero1"), (zero(3), "zero3"), (fsdp(), "fsdp2")],
+)
+def test_right_ones_pass_and_the_table_says_what_they_are(monkeypatch, tmp_path, capsys, launch, strategy):
+    model = planned_model(SHAPE, 1000, 64)
+    rows, optimizer = run(monkeypatch, tmp_path, launch, model=model)
+    assert (rows, optimizer) == (8, "adamw")
+    table = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("note"))
+    names = "processes strategy precision compile batch optimizer memory disk folder"
+    assert list(table) == names.split()
+    assert table["strategy"] == f"{strategy}; trained: full"
+    assert "= 512 tokens a step" in table["batch"]
+
+
+def test_offloading_is_seen_by_every_way(monkeypatch, tmp_path):
+    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}}
+    plugin = SimpleNamespace(zero_stage=2, deepspeed_config=config)
+    assert offloads(training_of(tmp_path, deepspeed_plugin=plugin))
+    config["zero_optimization"]["offload_optimizer"]["device"] = "none"
+    assert not offloads(training_of(tmp_path, deepspeed_plugin=plugin))
+    launch = fsdp(FSDP_OFFLOAD_PARAMS="true")
+    for name, value in launch.pop("environment").items():
+        monkeypatch.setenv(name, value)
+    assert offloads(training_of(tmp_path, **launch)) and strategy_of(training_of(tmp_path, **launch)) == "fsdp2"
+
+
+def test_more_processes_than_devices_are_refused_before_they_look_for_theirs(monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    with pytest.raises(InputError, match="8 processes.*2 devices.*--num_processes 2"):
+        launch_defaults()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launch_defaults()
+
+
+def test_a_full_disk_is_found_before_the_run(monkeypatch, tmp_path):
+    model = planned_model(SHAPE, 1000, 64)
+    small = SimpleNamespace(free=12 * model.num_parameters())
+    monkeypatch.setattr(preflight_module.check_disk_space.__globals__["shutil"], "disk_usage", lambda _: small)
+    with pytest.raises(InputError, match="--save_total_limit 1"):
+        run(monkeypatch, tmp_path / "not" / "there", {}, model=model)
+
+
+def test_another_run_in_the_folder_is_found_before_data_and_weights(wiki, cache_dir, tmp_path, monkeypatch):
+    (tmp_path / "checkpoint-3").mkdir()
+    (tmp_path / "run.json").write_text(json.dumps({"recipe": "mine.py", "training": {}, "data": {}}))
+    monkeypatch.setattr(wiki, "resolve_sources", None)  # would be called for the data
+    with pytest.raises(InputError, match="recipe: 'mine.py' in the folder, 'wiki_zh_scratch.py' now"):
+        wiki.main(small_run(cache_dir, tmp_path))
+
+
+def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path, monkeypatch):
+    code = f"from common.run.folder import lock_folder; kept = lock_folder({str(tmp_path)!r}); print('locked'); input()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
+    assert other.stdout.readline() == "locked\n"
+    monkeypatch.setattr(preflight_module, "lock_folder", partial(lock_folder, seconds=0.1))  # it waits 15 s
+    with pytest.raises(InputError, match="is being trained into by another process"):
+        run(monkeypatch, tmp_path, {})
+    other.kill()  # as kill -9: nothing is left to clean up
+    other.wait()
+    run(monkeypatch, tmp_path, {})
+    assert run(monkeypatch, tmp_path, {}) == (8, "adamw")  # the same process, as in a notebook
+
+
+@pytest.mark.parametrize(("wanted", "given", "expected"), [("muon", 0, 4), ("adamw", 0, 1), ("muon", 0.5, 0.5)])
+def test_the_learning_rate_is_that_of_the_optimizer_unless_one_is_given(
+    monkeypatch, tmp_path, capsys, wanted, given, expected
+):
+    """As for zero2.yaml, under which the recipe's optimizer is AdamW."""
+    training = training_of(tmp_path, learning_rate=given)
+    shared = SharedArguments(context_length=64, tokens_per_step=512, optimizer=wanted)
+    preflight("a.py", shared, training, learning_rates={"muon": 4, "adamw": 1})
+    assert training.learning_rate == expected
+    assert f"learning rate: {expected}" in capsys.readouterr().out

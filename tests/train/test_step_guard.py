@@ -1,0 +1,223 @@
+"""Bad numbers: left out, counted, named; and the end of a run that has nothing else."""
+
+import json
+import math
+import random
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from conftest import losses, small_run, store_of_tokens
+from transformers import Trainer
+
+from common.console import InputError
+from common.dataset.mixture import TrainingOrder
+from common.dataset.packing import JoinedRows, PackedRows
+from common.run.folder import read_status
+from common.train.step_guard import LEAST_STEPS, WINDOW_STEPS, StepGuard, name_rows, robust_z_score
+
+NAN, INF = math.nan, math.inf
+
+
+def quiet(guard, steps=WINDOW_STEPS, seed=0):
+    """Feed losses of about 5 +- 0.1."""
+    drawn = random.Random(seed)
+    for _ in range(steps):
+        assert guard.judge(5 + drawn.gauss(0, 0.1), 1.0) == (True, None)
+
+
+@pytest.mark.parametrize("numbers", [(NAN, 1.0), (INF, 1.0), (-INF, 1.0), (5.0, NAN), (5.0, INF), (5.0, -1.0)])
+def test_what_is_not_finite_is_left_out_and_counted(numbers):
+    guard = StepGuard("warn", max_bad_steps=2)
+    quiet(guard, 3)
+    make, problem = guard.judge(*numbers)
+    assert not make and f"loss {numbers[0]}, gradient norm {numbers[1]}" in problem
+    assert (guard.left_out, guard.in_a_row, guard.stop) == (1, 1, None)
+    assert guard.judge(5.0, 1.0) == (True, None) and guard.in_a_row == 0
+
+
+def test_more_than_the_limit_in_a_row_stops():
+    guard = StepGuard("warn", max_bad_steps=2)
+    for expected in (None, None, "3 bad steps in a row, the last: loss nan"):
+        guard.judge(NAN, 1.0)
+        assert (guard.stop or "").startswith(expected or "") and (guard.stop is None) == (expected is None)
+
+
+def test_fp16_may_look_for_its_scale():
+    guard = StepGuard("warn", max_bad_steps=2, scaled=True)
+    for _ in range(18):
+        guard.judge(5.0, INF)
+        assert guard.stop is None
+    guard.judge(5.0, INF)
+    assert guard.stop
+
+
+@pytest.mark.parametrize(
+    ("policy", "make", "stops"), [("warn", True, False), ("skip", False, False), ("stop", False, True)]
+)
+def test_a_spike_is_met_as_asked(policy, make, stops):
+    guard = StepGuard(policy, max_bad_steps=2)
+    quiet(guard)
+    made, problem = guard.judge(7.0, 1.0)
+    assert made is make and "deviations above the median of 128 steps" in problem
+    assert (guard.stop is not None) == stops and guard.spikes == 1 and guard.left_out == (not make)
+
+
+def test_a_spike_whose_step_was_made_stops_the_run_and_is_not_counted_as_left_out():
+    guard = StepGuard("stop", max_bad_steps=2)
+    quiet(guard)
+    make, _ = guard.judge(7.0, 1.0, made=True)
+    assert make and guard.stop and guard.left_out == 0
+    assert guard.judge(NAN, 1.0, made=True)[0] is False, "weights that are spoilt are no better for having been made"
+
+
+def test_what_is_no_spike():
+    """A fall, a slow rise, a constant loss, and the first steps, whose losses differ anyway."""
+    guard = StepGuard("stop", max_bad_steps=0)
+    for step in range(LEAST_STEPS):
+        assert guard.judge(11 - 0.1 * step + (5 if step % 7 == 0 else 0), 1.0)[0]
+    guard = StepGuard("stop", max_bad_steps=0)
+    quiet(guard)
+    assert guard.judge(2.0, 1.0) == (True, None)
+    for step in range(300):
+        assert guard.judge(5 + step * 0.002, 1.0)[0]
+    constant = StepGuard("stop", max_bad_steps=0)
+    for _ in range(200):
+        assert constant.judge(5.0, 1.0)[0]
+
+
+def test_a_spike_does_not_hide_the_next_one():
+    """Twenty of them: mean and standard deviation would have taken them for usual."""
+    guard, seen = StepGuard("warn", max_bad_steps=2), []
+    quiet(guard)
+    for _ in range(20):
+        guard.judge(50.0, 1.0)
+        seen.append(50.0)
+    assert guard.spikes == 20
+    window = list(guard.losses)
+    assert (50 - np.mean(window)) / np.std(window) < 6
+
+
+def test_the_score_is_that_of_iglewicz_and_hoaglin():
+    window = np.random.default_rng(1).normal(3, 2, 100).tolist()
+    median_deviation = np.median(np.abs(np.array(window) - np.median(window)))
+    deviation = median_deviation / statistics.NormalDist().inv_cdf(0.75)  # that of a normal distribution
+    assert robust_z_score(9.0, window) == pytest.approx((9 - np.median(window)) / deviation, rel=1e-4)
+
+
+def test_a_resumed_guard_judges_as_one_left_alone():
+    whole, first = StepGuard("skip", 2), StepGuard("skip", 2)
+    drawn = random.Random(3)
+    numbers = [5 + drawn.gauss(0, 0.1) + (3 if drawn.random() < 0.05 else 0) for _ in range(400)]
+    numbers[200] = NAN
+    expected = [whole.judge(number, 1.0) for number in numbers]
+    found = [first.judge(number, 1.0) for number in numbers[:201]]
+    second = StepGuard("skip", 2)
+    second.load(json.loads(json.dumps(first.state())))
+    assert found + [second.judge(number, 1.0) for number in numbers[201:]] == expected
+    assert second.state() == whole.state() and whole.left_out > 5
+
+
+def test_the_log_is_the_mean_of_the_steps_that_were_made():
+    guard = StepGuard("warn", max_bad_steps=5)
+    guard.judge(4.0, 1.0)
+    assert guard.logged() == {}
+    for loss in (2.0, NAN, 4.0):
+        guard.judge(loss, 1.0)
+    assert guard.logged() == {"loss": 3.0, "steps_left_out": 1}
+    guard.judge(2.0, 1.0)
+    assert guard.logged() == {"steps_left_out": 1}
+    guard.judge(NAN, 1.0)
+    assert math.isnan(guard.logged()["loss"])
+
+
+def test_rows_are_named_by_source_and_document(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    store = store_of_tokens(tmp_path / "a", [[1] * 6, [2] * 2, [3] * 9])
+    other = store_of_tokens(tmp_path / "b", [[4] * 20])
+    rows = JoinedRows([PackedRows(store, np.array([True, False, True]), 4), PackedRows(other, np.array([True]), 4)])
+    # The first stream is 1 1 1 1 1 1 0 3 3 3 3 3 3 3 3 3 0: rows of 4 + 1 tokens begin at 0, 4, 8, 12.
+    named = name_rows(rows, [0, 1, 2, -1, 4])
+    assert [(row["row"], row["documents"]) for row in named] == [(0, [0]), (1, [0, 2]), (2, [2]), (0, [0])]
+    assert [row["source"] for row in named] == [str(store.prefix)] * 3 + [str(other.prefix)]
+
+
+@pytest.fixture
+def poisoned(wiki, monkeypatch):
+    """Make the loss of given (step, micro-batch) pairs NaN, as a broken row would; counted from 1 and 0."""
+
+    def poison(wanted):
+        compute, seen = Trainer.compute_loss, {"step": None, "micro": 0}
+
+        def poisoned_loss(self, model, inputs, *args, **kwargs):
+            step = self.state.global_step + 1
+            seen["micro"] = seen["micro"] + 1 if seen["step"] == step else 0
+            seen["step"] = step
+            loss = compute(self, model, inputs, *args, **kwargs)
+            return loss * NAN if (step, seen["micro"]) in wanted else loss
+
+        monkeypatch.setattr(wiki.PretrainingTrainer, "compute_loss", poisoned_loss)
+
+    return poison
+
+
+def test_a_bad_step_changes_nothing_but_the_count(wiki, cache_dir, tmp_path, poisoned, capsys, monkeypatch):
+    """Weights and optimizer after step 3 are, to the bit, those after step 2; its micro-batch's rows are named."""
+    states = {}
+    check = wiki.PretrainingTrainer._save_checkpoint
+
+    def remember(self, *args):
+        weights = {name: value.clone() for name, value in self.model.state_dict().items()}
+        moments = [value.clone() for state in self.optimizer.state.values() for value in state.values()]
+        states[self.state.global_step] = weights, moments
+        check(self, *args)
+
+    monkeypatch.setattr(wiki.PretrainingTrainer, "_save_checkpoint", remember)
+    poisoned({(3, 1)})
+    flags = ["--per_device_train_batch_size", "2", "--save_steps", "1", "--eval_strategy", "no"]
+    wiki.main(small_run(cache_dir, tmp_path, *flags))
+    for before, after in zip(states[2], states[3], strict=True):
+        before, after = (list(part.values()) if isinstance(part, dict) else part for part in (before, after))
+        assert len(before) > 5 and all(map(torch.equal, before, after))
+    assert not all(map(torch.equal, states[3][0].values(), states[4][0].values()))
+    history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]
+    logged = {entry["step"]: entry for entry in history if "loss" in entry}
+    assert math.isnan(logged[3]["loss"]) and [logged[step].get("steps_left_out") for step in (2, 3, 4)] == [None, 1, 1]
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert results["steps_left_out"] == 1 and math.isfinite(results["eval_loss"])
+    [entry] = map(json.loads, (tmp_path / "bad_steps.jsonl").read_text().splitlines())
+    rows = (results["ledger"]["tokens_train"] - 1) // 64
+    expected = TrainingOrder([rows], 42).rows_at(np.arange(10, 12)).tolist()  # step 3 is positions 8 to 11
+    assert (entry["step"], entry["action"], [row["row"] for row in entry["rows"]]) == (3, "left out", expected)
+    assert "step 3 left out: loss nan" in capsys.readouterr().out
+
+
+def test_too_many_in_a_row_end_with_a_checkpoint(wiki, cache_dir, tmp_path, poisoned):
+    poisoned({(step, 0) for step in (3, 4, 5)})
+    flags = small_run(cache_dir, tmp_path, "--max_bad_steps", "1", "--save_steps", "100")
+    with pytest.raises(InputError, match="stopped at step 4: 2 bad steps in a row"):
+        wiki.main(flags)
+    assert (tmp_path / "checkpoint-4" / "manifest.json").exists()
+    assert read_status(tmp_path) | {"state": "failed", "step": 4} == read_status(tmp_path)
+    with pytest.raises(InputError, match="stopped at step 5: 3 bad steps in a row"):  # it goes on with the count
+        wiki.main(flags)
+
+
+def test_evaluation_names_what_is_not_finite(wiki, cache_dir, tmp_path, monkeypatch, capsys):
+    step = wiki.PretrainingTrainer.prediction_step
+
+    def poisoned_step(self, *args, **kwargs):
+        result = step(self, *args, **kwargs)
+        if len(self.eval_sums) == 2:
+            self.eval_sums[1] = (self.eval_sums[1][0] * NAN, self.eval_sums[1][1])
+        return result
+
+    monkeypatch.setattr(wiki.PretrainingTrainer, "prediction_step", poisoned_step)
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "1", "--per_device_eval_batch_size", "2"))
+    results = json.loads((tmp_path / "all_results.json").read_text())
+    assert math.isnan(results["eval_loss"]) and results["eval_bad_batches"] == 1
+    said = capsys.readouterr().out
+    assert "eval: 1 of 3 batches have a loss that is not finite" in said and "row 2 of " in said and "row 3 of " in said
+    assert losses(tmp_path)
