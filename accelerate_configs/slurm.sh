@@ -13,7 +13,7 @@
 #SBATCH --output slurm-%j.log
 # --requeue: a job that loses a machine starts again, and the recipe continues from its last checkpoint.
 # The job ends when the recipe ends. A machine that fails ends the others within NCCL's timeout (--ddp_timeout).
-# Not yet run under Slurm; tests/test_configs.py runs it with stand-ins for Slurm's commands.
+# Not yet run under Slurm; test_configs.py runs it with stand-ins for Slurm's commands.
 set -euo pipefail
 if [ $# -lt 2 ]; then
     echo "usage: sbatch --nodes N accelerate_configs/slurm.sh YAML RECIPE [FLAGS]" >&2

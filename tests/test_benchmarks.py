@@ -102,7 +102,7 @@ print('Traceback (most recent call last):\\n  File "<frozen runpy>", line 1\\nCa
 sys.exit(1)"""
     assert launching.result_of([sys.executable, "-c", launcher], str(tmp_path), dict(os.environ)) == "ValueError: mine"
     own = 'Traceback (most recent call last):\n  File "<frozen runpy>", line 1\nValueError: no such YAML'
-    assert launching.error_in(launching.less_the_launchers(own)) == "ValueError: no such YAML"
+    assert launching.error_in(launching.without_launchers_traceback(own)) == "ValueError: no such YAML"
     assert launching.error_in("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: x").endswith("of memory.")
 
 
