@@ -6,8 +6,8 @@
 Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml or fp8.yaml. It trains on
 random tokens, so its losses mean nothing. Tokens a second are the median over intervals of two steps, after the fourth
 step. The seconds to the first step include compiling. The compiler cache starts empty, so it has nothing for the first
-compiled variant of a job. MFU is model FLOPs (attention in full, recompute not counted) over the card's dense bf16 peak.
-FP8 has no MFU, because its products have another peak. The ratio is to the job's variant "tutorial".
+compiled variant of a job. MFU is model FLOPs (attention in full, recompute not counted) over the card's dense bf16
+peak. FP8 has no MFU, because its products have another peak. The ratio is to the job's variant "tutorial".
 """
 
 import argparse

@@ -2,10 +2,10 @@
 
     python benchmarks/token_store.py
 
-The stores are synthetic: a real index of documents of 1 to 1,000 tokens, and a sparse ``.bin``. With 10 million documents
-the ``.bin`` has a size of 10 GB, but it occupies disk only where the file system has no sparse files (NTFS). Each store
-is opened in a process of its own. Memory is the peak while opening and fetching, minus what the process held after its
-imports. Mapped pages of the ``.bin`` count, though the system takes them back when it needs memory.
+The stores are synthetic: a real index of documents of 1 to 1,000 tokens, and a sparse ``.bin``. With 10 million
+documents the ``.bin`` has a size of 10 GB, but it occupies disk only where the file system has no sparse files (NTFS).
+Each store is opened in a process of its own. Memory is the peak while opening and fetching, minus what the process held
+after its imports. Mapped pages of the ``.bin`` count, though the system takes them back when it needs memory.
 """
 
 import json
