@@ -217,7 +217,10 @@ def work(described: dict, profile: bool, folder: str) -> dict:
 
 def train_tutorial(model, training, data, clock) -> None:
     """Train as SwanLab's wiki tutorial and run_clm.py: plain Trainer; the model shifts labels and holds all logits."""
-    rows = [{"input_ids": data[row]["input_ids"], "labels": data[row]["input_ids"]} for row in range(len(data))]
+    rows = []
+    for row in range(len(data)):
+        ids = data[row]["input_ids"]
+        rows.append({"input_ids": ids, "labels": ids})
     Trainer(model, training, train_dataset=rows, callbacks=[clock]).train()
 
 

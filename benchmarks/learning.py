@@ -137,8 +137,10 @@ def documents_fingerprint(stores: list[TokenStore]) -> str:
 
 def work(name: str, arguments: argparse.Namespace) -> dict:
     """Train one run in this process; return its points and counts."""
-    changes, recipe = dict(RUNS[name]), load_recipe("wiki_zh_scratch.py")
-    tokens, vocabulary = changes.pop("tokens", arguments.tokens), changes.pop("vocabulary", None)
+    recipe = load_recipe("wiki_zh_scratch.py")
+    changes = dict(RUNS[name])
+    tokens = changes.pop("tokens", arguments.tokens)
+    vocabulary = changes.pop("vocabulary", None)
     set_seed(42)
     shared = SharedArguments(vocabulary_size=vocabulary or 0, cache_dir=arguments.cache_dir)
     sources = resolve_sources(arguments.data)
@@ -163,10 +165,12 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
             for store, mask in zip(stores, held_out, strict=True)
             for chunk in chunks_of_the_tutorial(store, ~mask)
         ]
-        trainer, tokens_per_step = Trainer(model, training, train_dataset=chunks), 131_072
+        trainer = Trainer(model, training, train_dataset=chunks)
+        tokens_per_step = 131_072
     else:
         wanted = {**recipe.TRAINING, **changes, **settings, "eval_strategy": "no"}
-        tokens_per_step, optimizer = wanted.pop("tokens_per_step"), wanted.pop("optimizer")
+        tokens_per_step = wanted.pop("tokens_per_step")
+        optimizer = wanted.pop("optimizer")
         wanted["max_steps"] = round(tokens / tokens_per_step)
         training = TrainingArguments(**wanted)
         optimizer = choose_optimizer(optimizer, training)
