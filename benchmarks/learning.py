@@ -272,7 +272,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True, help="a folder or id")
     parser.add_argument("--tokens", type=float, default=20e6, help="number of tokens that each of our runs trains on")
-    parser.add_argument("--runs", nargs="*", default=["tutorial", "recipe"], help=f"of: {', '.join(RUNS)}")
+    known = ", ".join(RUNS).replace("%", "%%")  # argparse formats help texts with %
+    parser.add_argument("--runs", nargs="*", default=["tutorial", "recipe"], help=f"names of: {known}")
     parser.add_argument("--output", default=str(ROOT / "outputs" / "learning"))
     parser.add_argument("--cache_dir", default=str(ROOT / "data" / "cache"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -287,6 +287,14 @@ def test_seconds_to_a_goal_lie_on_a_line_between_points():
     assert learning.seconds_to(points, 1.0) is None
 
 
+@pytest.mark.parametrize("module", [data, gpu, learning, low_memory, multi_gpu, scaling])
+def test_help_is_printed(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out
+
+
 def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):
     store = store_of_tokens(tmp_path, [[1] * 1030, [2] * 511, [3] * 512])
     chunks = learning.chunks_of_the_tutorial(store, torch.tensor([True, True, True]).numpy())
