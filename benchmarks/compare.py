@@ -1,8 +1,8 @@
-"""Compare two or more runs by their output folders: a table, and their curves in one picture each.
+"""Compare two or more runs by their output folders: print a table, and draw each figure of all runs in one plot.
 
     python benchmarks/compare.py outputs/wiki_zh_sample outputs/other --output compare.html
 
-A run that is not finished is compared up to its newest checkpoint, and the table says so.
+An unfinished run is compared up to its newest checkpoint. The table says which runs are unfinished.
 """
 
 import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
@@ -28,7 +28,7 @@ PLOTS = [
 
 
 def compared(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
-    """Return names and figures of ``runs`` as a table: header and rows, one a figure."""
+    """Return the figures of ``runs`` as a table: the header, and one row for each figure."""
     columns = [{"state": run.status.get("state", "unknown")} | figures(run) for run in runs]
     names = [*dict.fromkeys(name for column in columns for name in column)]
     return ["", *(run.name for run in runs)], [[name, *(column.get(name, "-") for column in columns)] for name in names]
@@ -37,7 +37,7 @@ def compared(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", help="output folders of runs")
-    parser.add_argument("--output", help="also write the page with the curves to this file")
+    parser.add_argument("--output", help="also write a page with the curves to this file")
     arguments = parser.parse_args(argv)
     if not 2 <= len(arguments.folders) <= COLOURS:
         raise InputError(f"{len(arguments.folders)} folders: give 2 to {COLOURS} to compare.")
@@ -50,19 +50,19 @@ def main(argv: list[str] | None = None) -> None:
     say("\n".join("| " + " | ".join(row) + " |" for row in rows))
     unlike = [difference for run in runs[1:] for difference in differences(runs[0].identity, run.identity)]
     changed = [*dict.fromkeys(name for name, _, _ in unlike)]
-    say(f"what differs of what decides the losses: {', '.join(changed) or 'nothing'}")
+    different = ", ".join(changed) if changed else "nothing"
+    say(f"settings that affect the losses and differ: {different}")
     if any(len(set(counts)) > 1 for name, *counts in rows if name == "held-out tokens"):
-        say("note: they were evaluated on different held-out tokens; their held-out figures do not compare")
+        say("note: the runs were evaluated on different held-out tokens. Their held-out figures do not compare.")
     if arguments.output:
         cells = "".join(f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in [header, *rows])
-        drawn = [
-            line_plot(title, "time of training" if seconds else "tokens seen", lines, seconds)
-            for title, name, axis, dots in PLOTS
-            for seconds in [axis == "train_seconds"]
-            for lines in [[run.line(run.name, name, axis, dots) for run in runs]]
-        ]
+        drawn = []
+        for title, name, axis, dots in PLOTS:
+            lines = [run.line(run.name, name, axis, dots) for run in runs]
+            over_time = axis == "train_seconds"
+            drawn.append(line_plot(title, "time of training" if over_time else "tokens seen", lines, over_time))
         body = f"<h1>{escape(' and '.join(header[1:]))}</h1><div class=wide><table>{cells}</table></div>"
-        body += f"<p>Different: {escape(', '.join(changed) or 'nothing')}</p><div class=plots>{''.join(drawn)}</div>"
+        body += f"<p>Different: {escape(different)}</p><div class=plots>{''.join(drawn)}</div>"
         Path(arguments.output).write_text(document("Comparison of runs", body), encoding="utf-8")
         say(f"curves: {arguments.output}")
 

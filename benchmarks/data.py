@@ -1,9 +1,9 @@
-"""From text to rows: ours against the tutorials' way, on the same text and the same cores, in one run.
+"""Compare this project's way from text to rows with the tutorials' way, on the same text and cores, in one run.
 
     python benchmarks/data.py --data corpus.jsonl --tokenizer DIR
 
-Each variant runs in a process of its own and starts from nothing: read, tokenize, write, pack into rows of 512, and
-read every row once. Seconds are of that work, without imports. The tutorials' rules are written out below.
+Each variant runs in a process of its own and starts from nothing. It reads, tokenizes, writes, packs into rows of 512,
+and reads every row once. The seconds are of that work, without imports. The tutorials' rules are written out below.
 """
 
 import argparse
@@ -33,7 +33,7 @@ HEADER = f"{'variant':<28}{'seconds':>9}{'tokens/s':>12}{'ratio':>7}{'bytes/toke
 
 
 def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
-    """happy-llm's chapter 6 and run_clm.py: map(tokenize), map(group_texts), the tail of each batch dropped."""
+    """Do as happy-llm's chapter 6 and run_clm.py: map(tokenize), map(group_texts), each batch's tail dropped."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
 
@@ -55,7 +55,7 @@ def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) 
 
 
 def whole_chunks(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
-    """SwanLab's wiki tutorial: cut each document into pieces of 512 tokens, keep the pieces of exactly 512."""
+    """Do as SwanLab's wiki tutorial: cut each document into pieces of 512 tokens, keep the pieces of exactly 512."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
 
@@ -69,18 +69,18 @@ def whole_chunks(data: str, tokenizer_folder: str, folder: Path, processes: int)
 
 
 def ours(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
-    """This project: token_store_of and PackedRows, as the recipes call them."""
+    """Do as the recipes do, with token_store_of and PackedRows."""
     tokenizer = load_tokenizer(tokenizer_folder)
     store = token_store_of(resolve_source(data), tokenizer, SharedArguments(cache_dir=str(folder)))
     rows = PackedRows(store, np.ones(store.documents, dtype=bool), CONTEXT_LENGTH)
-    return 1 + sum(len(rows[row]["shift_labels"]) for row in range(len(rows)))  # 1: the first is no target
+    return 1 + sum(len(rows[row]["shift_labels"]) for row in range(len(rows)))  # 1: the first token is no target
 
 
 VARIANTS = {"group_texts": group_texts, "whole_chunks": whole_chunks, "ours": ours}
 
 
 def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
-    """Run one variant in this process; return seconds, tokens in rows, bytes on disk, peak MB of a process."""
+    """Run one variant in this process; return seconds, tokens in rows, bytes on disk, and a process's peak of MB."""
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         kept = VARIANTS[variant](data, tokenizer, Path(folder), processes)
@@ -90,7 +90,7 @@ def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
 
 
 def peak_mb() -> float:
-    """Return the most memory that this process or one of its children had; on Windows, of this process alone."""
+    """Return the peak memory of this process or of its largest child; on Windows, of this process only."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset / 2**20
     import resource  # POSIX only
@@ -100,7 +100,7 @@ def peak_mb() -> float:
 
 
 def totals(data: str, tokenizer_folder: str) -> tuple[int, int]:
-    """Return tokens without and with end-of-document tokens, counted by transformers one document at a time."""
+    """Count tokens without and with end-of-document tokens, by transformers, one document at a time."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     with open(data, encoding="utf-8") as file:
         sizes = [len(tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]) for line in file]
@@ -109,11 +109,13 @@ def totals(data: str, tokenizer_folder: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", required=True, help="A .jsonl file with a field text.")
-    parser.add_argument("--tokenizer", required=True, help="A folder.")
+    parser.add_argument("--data", required=True, help="a .jsonl file with a field named text")
+    parser.add_argument("--tokenizer", required=True, help="a folder")
     cores = os.cpu_count() or 1
     num_proc = sorted({1, cores, 10})
-    parser.add_argument("--num_proc", type=int, nargs="+", default=num_proc, help="Of group_texts; %(default)s.")
+    parser.add_argument(
+        "--num_proc", type=int, nargs="+", default=num_proc, help="processes of group_texts (default: %(default)s)"
+    )
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -128,13 +130,13 @@ def main() -> None:
         for variant, processes in runs:
             results[variant, processes] = launch(variant, processes, arguments)
             print(f"{variant} {processes}: {results[variant, processes]}", file=sys.stderr)
-    finally:  # what was measured before Ctrl-C, too
+    finally:  # also after Ctrl-C: print what was measured before it
         print(f"{cores} cores, {Path(arguments.data).name}, {tokens:,} tokens")
         print(table(results, text_tokens, tokens), flush=True)
 
 
 def launch(variant: str, processes: int, arguments: argparse.Namespace) -> dict | str:
-    """Run a variant in a process of its own; return what it measured, or the end of what it printed."""
+    """Run a variant in a process of its own; return what it measured, or the end of its output."""
     command = [sys.executable, __file__, "--data", arguments.data, "--tokenizer", arguments.tokenizer]
     command += ["--variant", variant, "--processes", str(processes)]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -142,18 +144,19 @@ def launch(variant: str, processes: int, arguments: argparse.Namespace) -> dict 
 
 
 def table(results: dict[tuple[str, int], dict | str], text_tokens: int, tokens: int) -> str:
-    """Return what was measured as lines; the ratios are to the fastest group_texts."""
-    lines, read = [HEADER], {run: text_tokens if run[0] == "whole_chunks" else tokens for run in results}
+    """Return the measurements as lines. The ratios are to the fastest run of group_texts."""
+    lines = [HEADER]
+    read = {run: text_tokens if run[0] == "whole_chunks" else tokens for run in results}
     rates = {run: read[run] / result["seconds"] for run, result in results.items() if isinstance(result, dict)}
     best = max((rate for (variant, _), rate in rates.items() if variant == "group_texts"), default=math.nan)
     for run, result in results.items():
         variant, processes = run
-        name = f"{variant + (f', {processes} threads' if variant == 'ours' else f', num_proc={processes}'):<28}"
+        name = f"{variant}, {processes} threads" if variant == "ours" else f"{variant}, num_proc={processes}"
         if isinstance(result, str):
-            lines.append(f"{name} failed: {(result.splitlines() or ['nothing was printed'])[-1]}")
+            lines.append(f"{name:<28} failed: {(result.splitlines() or ['nothing was printed'])[-1]}")
             continue
         lines.append(
-            f"{name}{result['seconds']:>9.1f}{rates[run]:>12,.0f}{rates[run] / best:>7.2f}"
+            f"{name:<28}{result['seconds']:>9.1f}{rates[run]:>12,.0f}{rates[run] / best:>7.2f}"
             f"{result['disk'] / read[run]:>13.1f}{result['peak_mb']:>9.0f}{1 - result['kept'] / read[run]:>9.2%}"
         )
     return "\n".join(lines)

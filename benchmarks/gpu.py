@@ -1,13 +1,13 @@
-"""Training speed on one GPU: the tutorials' way, ours through Trainer and the launcher, and a bare loop, in one table.
+"""Measure training speed on one GPU: plain Trainer as in the tutorials, the recipe, and a bare loop, in one table.
 
     python benchmarks/gpu.py                                        # every variant, about 10 minutes on an H100
-    python benchmarks/gpu.py --variants '123M*' --profile           # some of them, and where their time goes
+    python benchmarks/gpu.py --variants '123M*' --profile           # some variants, and where their time goes
 
-Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml, or fp8.yaml, and trains on
-random tokens, so that nothing but speed can be read off. Tokens a second are the median over intervals of two steps
-after the fourth; the seconds to the first step include compiling, from an empty compiler cache for each job's first
-compiled variant. MFU is model FLOPs (counts.py: attention in full, recomputation not counted) over the card's
-dense bf16 peak; FP8, whose products have another, has none. The ratio is to the job's variant "tutorial".
+Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml or fp8.yaml. It trains on
+random tokens, so its losses mean nothing. Tokens a second are the median over intervals of two steps, after the fourth
+step. The seconds to the first step include compiling. The compiler cache starts empty, so it has nothing for the first
+compiled variant of a job. MFU is model FLOPs (attention in full, recompute not counted) over the card's dense bf16
+peak. FP8 has no MFU, because its products have another peak. The ratio is to the job's variant "tutorial".
 """
 
 import argparse
@@ -24,19 +24,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
+from common.attention import choose_attention
+from common.flops import flops_per_token, peak_tflops
+from common.launch import launch_defaults
+from common.loss import use_fused_loss
+from common.packing import JoinedRows, PackedRows, collate_rows
+from common.strategy import launched_precision
+from common.token_index import write_index
+from common.token_store import TokenStore
+from common.trainer import PretrainingTrainer
 from launching import compact, launcher, one_gpu, result_of
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from common.dataset.packing import JoinedRows, PackedRows, collate_rows
-from common.distributed.launch import launch_defaults
-from common.distributed.strategy import launched_precision
-from common.model.attention import choose_attention
-from common.model.counts import flops_per_token, peak_tflops
-from common.model.from_config import residual_stream_in_bf16
-from common.model.fused_loss import use_fused_loss
-from common.tokens.megatron import write_index
-from common.tokens.store import TokenStore
-from common.train.trainer import PretrainingTrainer
+from common.model import residual_stream_in_bf16
 
 WARM_STEPS, INTERVAL = 4, 2
 
@@ -67,11 +67,11 @@ JOBS = {
 
 
 def variant(job: str, rows: int, loop: str = "recipe", compiled: bool = True, **changes) -> dict:
-    """Describe a run: ``rows`` a micro-batch; ``loop`` is tutorial, recipe or bare; ``changes`` overrule the job."""
+    """Describe a run: ``rows`` of a micro-batch; ``loop`` is tutorial, recipe or bare; ``changes`` override the job."""
     return {**JOBS[job], "job": job, "rows": rows, "loop": loop, "compiled": compiled, **changes}
 
 
-# The tutorial's vocabulary is not padded: the tokenizer's 151,646, as SwanLab's wiki tutorial builds it.
+# SwanLab's wiki tutorial does not pad the vocabulary: it has the tokenizer's 151,646 entries.
 TUTORIAL_123M = {**JOBS["123M"]["shape"], "vocab_size": 151_646}
 VARIANTS = {
     "123M tutorial": variant("123M", 32, "tutorial", compiled=False, shape=TUTORIAL_123M),
@@ -97,10 +97,12 @@ VARIANTS = {
 
 
 class Clock(TrainerCallback):
-    """Time steps, waiting for the GPU only at the ends of intervals; optionally profile one interval."""
+    """Time the steps. Wait for the GPU only at the end of each interval. Optionally profile one interval."""
 
     def __init__(self, profile: bool):
-        self.intervals, self.step, self.kernels = [], 0, None
+        self.intervals = []
+        self.step = 0
+        self.kernels = None
         self.profiler = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) if profile else None
 
     def on_train_begin(self, *_, **__):
@@ -128,7 +130,7 @@ class Clock(TrainerCallback):
         return time.perf_counter()
 
 
-KINDS = {  # by the kernel's name
+KINDS = {  # patterns of kernels' names
     "loss": "cross_entropy",
     "attention": "flash|fmha|cudnn.*attention|sdpa|flex_attention",
     "products": "gemm|nvjet|cutlass|splitK|ampere_|sm90_xmma",
@@ -139,13 +141,14 @@ KINDS = {  # by the kernel's name
 
 
 def kernel_shares(profiler, seconds: float) -> dict[str, float]:
-    """Return the share of ``seconds`` that each kind of kernel takes, and in which the GPU has nothing to do."""
+    """Return the share of ``seconds`` that each kind of kernel takes, and the share in which the GPU is idle."""
     events = sorted(
         (event.time_range.start, event.time_range.end, event.name)
         for event in profiler.events()
         if event.device_type == torch.autograd.DeviceType.CUDA
     )
-    shares, busy, until = dict.fromkeys([*KINDS, "other"], 0.0), 0.0, 0.0
+    shares = dict.fromkeys([*KINDS, "other"], 0.0)
+    busy = until = 0.0  # microseconds: total time with a kernel running; end of the kernels seen so far
     for start, end, name in events:
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name)), "other")
         shares[kind] += (end - start) / 1e6 / seconds
@@ -155,7 +158,7 @@ def kernel_shares(profiler, seconds: float) -> dict[str, float]:
 
 
 def random_rows(described: dict, folder: str) -> JoinedRows:
-    """Return rows of random tokens, in documents of about 500, enough for two steps."""
+    """Return rows of random tokens, in documents of about 500 tokens, enough for two steps."""
     generator = np.random.default_rng(0)
     tokens = 2 * described["tokens_per_step"] + 1
     sizes = generator.geometric(1 / 500, size=tokens // 100)
@@ -180,16 +183,17 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         save_strategy="no", disable_tqdm=True, gradient_checkpointing=described.get("recompute", False),
         **launch_defaults(),
     )  # fmt: skip
-    training.mixed_precision = launched_precision()  # FP8, too, for which there is no flag
-    assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
+    training.mixed_precision = launched_precision()  # also FP8, which has no flag
+    assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     shape = {**described["shape"], "max_position_embeddings": described["context_length"]}
     with torch.device("cuda"):
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model(**shape), dtype=getattr(torch, described.get("dtype", "float32"))
         )
     flops, parameters = flops_per_token(model, described["context_length"]), model.num_parameters()
-    data, clock = random_rows(described, folder), Clock(profile)
-    model.config.use_cache = False  # Trainer does so itself; a cache of keys and values costs a bare loop 4 GiB
+    data = random_rows(described, folder)
+    clock = Clock(profile)
+    model.config.use_cache = False  # as Trainer does; a cache of keys and values costs a bare loop 4 GiB
     if loop == "tutorial":
         train_tutorial(model, training, data, clock)
     else:
@@ -199,7 +203,7 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
-    peak = peak_tflops(training.device, half_precision=training.mixed_precision != "fp8")  # FP8's is another
+    peak = peak_tflops(training.device, half_precision=training.mixed_precision != "fp8")  # FP8 has another peak
     return {
         "parameters": parameters,
         "tokens_per_second": rate,
@@ -212,10 +216,11 @@ def work(described: dict, profile: bool, folder: str) -> dict:
 
 
 def train_tutorial(model, training, data, clock) -> None:
-    """As SwanLab's wiki tutorial and run_clm do: Trainer as it is, labels shifted by the model, all logits held."""
-    rows = [
-        {"input_ids": row["input_ids"], "labels": row["input_ids"]} for row in map(data.__getitem__, range(len(data)))
-    ]
+    """Train as SwanLab's wiki tutorial and run_clm.py: plain Trainer; the model shifts labels and holds all logits."""
+    rows = []
+    for row in range(len(data)):
+        ids = data[row]["input_ids"]
+        rows.append({"input_ids": ids, "labels": ids})
     Trainer(model, training, train_dataset=rows, callbacks=[clock]).train()
 
 
@@ -232,7 +237,7 @@ def first_rows(model) -> list[list[torch.Tensor]]:
 
 
 def check_all_trained(model, optimizer, before: list[list[torch.Tensor]]) -> None:
-    """Fail unless the optimizer has exactly the parameters to be trained, and the matrices of every layer moved."""
+    """Fail unless the optimizer has exactly the trainable parameters, and a matrix of every layer has changed."""
     held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
     trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     assert held == trained, f"the optimizer has {len(held & trained)} of the model's {len(trained)} parameters"
@@ -241,18 +246,19 @@ def check_all_trained(model, optimizer, before: list[list[torch.Tensor]]) -> Non
 
 
 def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
-    """The same without Trainer: what it costs is the difference."""
-    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True))  # the rest from the YAML
-    groups = [p for p in model.parameters() if p.dim() >= 2], [p for p in model.parameters() if p.dim() < 2]
+    """Train the same without Trainer. The difference in speed is what Trainer costs."""
+    accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True))  # the YAML sets the rest
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
     optimizer = torch.optim.AdamW(
-        [{"params": groups[0], "weight_decay": 0.1}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-4, fused=True
+        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}], lr=1e-4, fused=True
     )
     loader = torch.utils.data.DataLoader(
         data, training.per_device_train_batch_size, shuffle=True, collate_fn=collate_rows, pin_memory=True
     )
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     clock.on_train_begin()
-    batches = (batch for _ in range(training.max_steps) for batch in loader)  # passes over the rows
+    batches = (batch for _ in range(training.max_steps) for batch in loader)  # as many passes over the rows as needed
     for _ in range(training.max_steps):
         for _ in range(training.gradient_accumulation_steps):
             batch = next(batches)
@@ -264,7 +270,7 @@ def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
 
 
 def launch(name: str, described: dict, profile: bool, cache: str, limit: float) -> dict | str:
-    """Run a variant in a process of its own; return its row, or what went wrong."""
+    """Run a variant in a process of its own; return its row, or an error message."""
     with tempfile.TemporaryDirectory() as folder:
         command = launcher(described.get("yaml", "single_gpu.yaml"))
         command += [] if described["compiled"] else ["--dynamo_backend", "no"]
@@ -293,12 +299,12 @@ def main(argv: list[str] | None = None) -> None:
             for name in chosen:
                 found[name] = launch(name, VARIANTS[name], arguments.profile, cache, arguments.limit)
                 print(name, compact(found[name]), file=sys.stderr, flush=True)
-    finally:  # what was measured before Ctrl-C, too
+    finally:  # also after Ctrl-C: print what was measured before it
         print(table(found), flush=True)
 
 
 def table(found: dict[str, dict | str]) -> str:
-    """Return ``found`` as Markdown tables: speed, and where the time goes if it was profiled."""
+    """Return ``found`` as Markdown tables: the speed and, if profiled, where the time goes."""
     lines = [
         "| variant | rows at once | tokens/s | MFU | peak GiB | s to first step | ratio |",
         "|---|---|---|---|---|---|---|",

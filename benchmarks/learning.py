@@ -1,19 +1,20 @@
-"""How fast is it learnt? Bits per byte of held-out text against seconds of training: the tutorial's recipe and ours.
+"""Compare how fast the tutorial's recipe and ours learn: bits per byte of held-out text against seconds of training.
 
     python benchmarks/learning.py --data zh.jsonl.zst en.jsonl.zst --tokenizer qwen2.5-tokenizer
 
-The model is wiki_zh_scratch's, 123M parameters. Every 50th document of each file is held out. Each run is a process of
-its own and starts with nothing compiled in memory; the clock runs from the first step on, compiling included, and
-stands still while held-out text is evaluated. Every run draws all points with the same code. Results are kept in
---output as one JSON file a run; the table and the plot, learning.png, are made of all that are there, so that runs can
-be added one by one: --runs recipe. Of another commit, version, device or corpus they are refused, not mixed.
+The model is that of wiki_zh_scratch.py, with 123M parameters. Every 50th document of each file is held out. Each run is
+a process of its own and starts with nothing compiled. The clock runs from the first step on and includes compiling. It
+stops while held-out text is evaluated, which all runs do with the same code.
 
-Bits per byte are of text alone: the ends of documents, which have no bytes, are no targets here.
+Each run leaves a JSON file in --output. The table and the plot, learning.png, are made from all files there, so runs
+can be added one by one: --runs recipe. Runs of different commits, versions, devices or corpora are refused.
 
-The tutorial's recipe is SwanLab's wiki tutorial: chunks of exactly 512 tokens within a document, the rest dropped, no
-end-of-document token, transformers' own loss, no padding of the vocabulary, batch, schedule and optimizer as there.
-Its warm-up of 200 steps leaves the cosine only the last 70 of these 270; and their 35.4M tokens are several passes over
-a corpus of some 9M.
+Bits per byte are of text only: the ends of documents have no bytes and are no targets here.
+
+The tutorial's recipe is SwanLab's wiki tutorial. It trains on chunks of exactly 512 tokens within a document and drops
+the rest. It has no end-of-document token, transformers' own loss, and no padding of the vocabulary; batch, schedule and
+optimizer are as in the tutorial. Its warmup of 200 steps leaves only the last 70 of 270 steps to the cosine. Its 35.4M
+tokens are several passes over a corpus of some 9M.
 """
 
 import argparse
@@ -52,7 +53,7 @@ TUTORIAL = dict(
     per_device_train_batch_size=32, gradient_accumulation_steps=8, learning_rate=5e-4, lr_scheduler_type="cosine",
     warmup_steps=200, weight_decay=0.1,
 )  # fmt: skip
-# What each run changes of the recipe's TRAINING; "tokens" are those it trains on, "vocabulary" trains a tokenizer.
+# What each run changes in the recipe's TRAINING. "tokens": how many it trains on. "vocabulary": trains a tokenizer.
 RUNS = {
     "tutorial": {"tokens": 270 * 131_072},
     "recipe": {},
@@ -71,11 +72,14 @@ RUNS = {
 
 
 class Race(TrainerCallback):
-    """Measure bits per byte POINTS times on the way, and stop the clock meanwhile."""
+    """Measure bits per byte POINTS times during training. The clock stops meanwhile."""
 
     def __init__(self, rows: JoinedRows, tokenizer):
-        self.rows, self.bytes, self.end = rows, rows.target_bytes(tokenizer), tokenizer.eos_token_id
-        self.points, self.seconds = [], 0.0
+        self.rows = rows
+        self.bytes = rows.target_bytes(tokenizer)
+        self.end = tokenizer.eos_token_id
+        self.points = []
+        self.seconds = 0.0
 
     def on_train_begin(self, *_, **__):
         self.started = now()
@@ -98,9 +102,9 @@ def now() -> float:
 
 @torch.no_grad()
 def held_out_nats(model, rows: JoinedRows, end: int, at_once: int = 32) -> float:
-    """Return the sum of the losses of all targets but ``end``, computed from whole logits.
+    """Return the sum of the losses, in nats, of all targets except ``end``, computed from whole logits.
 
-    The end of a document has no bytes, and the tutorial's chunks never have one: it would be charged for all of them.
+    The end of a document has no bytes. The tutorial never trains on one, so counting it would charge the tutorial.
     """
     total = 0.0
     model.eval()
@@ -117,7 +121,7 @@ def held_out_nats(model, rows: JoinedRows, end: int, at_once: int = 32) -> float
 
 
 def chunks_of_the_tutorial(store: TokenStore, chosen: np.ndarray) -> list[dict]:
-    """Return the chunks of exactly CONTEXT_LENGTH tokens of each document, without its end token."""
+    """Cut each document, without its end token, into chunks of exactly CONTEXT_LENGTH tokens; drop the rest."""
     rows = []
     for document in np.flatnonzero(chosen):
         tokens = store.tokens[int(store.document_starts[document]) : int(store.document_starts[document + 1]) - 1]
@@ -128,14 +132,16 @@ def chunks_of_the_tutorial(store: TokenStore, chosen: np.ndarray) -> list[dict]:
 
 
 def documents_fingerprint(stores: list[TokenStore]) -> str:
-    """Return 16 hex digits that change with the documents, not with the tokenizer."""
+    """Return 16 hex digits that depend on the documents, but not on the tokenizer."""
     return hashlib.blake2b(np.concatenate([store.document_hashes() for store in stores]), digest_size=8).hexdigest()
 
 
 def work(name: str, arguments: argparse.Namespace) -> dict:
     """Train one run in this process; return its points and counts."""
-    changes, recipe = dict(RUNS[name]), load_recipe("wiki_zh_scratch.py")
-    tokens, vocabulary = changes.pop("tokens", arguments.tokens), changes.pop("vocabulary", None)
+    recipe = load_recipe("wiki_zh_scratch.py")
+    changes = dict(RUNS[name])
+    tokens = changes.pop("tokens", arguments.tokens)
+    vocabulary = changes.pop("vocabulary", None)
     set_seed(42)
     shared = SharedArguments(vocabulary_size=vocabulary or 0, cache_dir=arguments.cache_dir)
     sources = resolve_sources(arguments.data)
@@ -160,10 +166,12 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
             for store, mask in zip(stores, held_out, strict=True)
             for chunk in chunks_of_the_tutorial(store, ~mask)
         ]
-        trainer, tokens_per_step = Trainer(model, training, train_dataset=chunks), 131_072
+        trainer = Trainer(model, training, train_dataset=chunks)
+        tokens_per_step = 131_072
     else:
         wanted = {**recipe.TRAINING, **changes, **settings, "eval_strategy": "no"}
-        tokens_per_step, optimizer = wanted.pop("tokens_per_step"), wanted.pop("optimizer")
+        tokens_per_step = wanted.pop("tokens_per_step")
+        optimizer = wanted.pop("optimizer")
         wanted["max_steps"] = round(tokens / tokens_per_step)
         training = TrainingArguments(**wanted)
         optimizer = choose_optimizer(optimizer, training)
@@ -178,7 +186,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         trainer = PretrainingTrainer(
             model, training, rows, race_rows, rows_per_step, optimizer, processing_class=tokenizer
         )
-    assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
+    assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     trainer.add_callback(race)
     trainer.train()
     first, last = race.points[0], race.points[-1]
@@ -192,15 +200,15 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
 
 
 def launch(name: str, arguments: list[str]) -> str:
-    """Train a run in a process of its own, which leaves its JSON file; return what went wrong, "" if nothing did."""
+    """Train a run in a process of its own, which writes its JSON file; return an error message, or ""."""
     command = launcher("single_gpu.yaml")
-    command += ["--dynamo_backend", "no"] if name == "tutorial" else []  # it does not compile
+    command += ["--dynamo_backend", "no"] if name == "tutorial" else []  # the tutorial does not compile
     output, failure = run([*command, __file__, *arguments, "--worker", name], one_gpu())
     return error_in(output) if failure else ""
 
 
 def seconds_to(points: list[dict], bits: float) -> float | None:
-    """Return when a run first reached ``bits``, on straight lines between its points."""
+    """Return the seconds at which a run first reached ``bits``, interpolated linearly; None if it never did."""
     earlier = None
     for point in (point for point in points if "bits_per_byte" in point):
         if point["bits_per_byte"] <= bits:
@@ -213,7 +221,7 @@ def seconds_to(points: list[dict], bits: float) -> float | None:
 
 
 def unlike(results: list[dict]) -> str:
-    """Return what keeps ``results`` from being compared, "" if nothing does."""
+    """Return the reason why ``results`` do not compare, or ""."""
     found = {result["name"]: result.get("circumstances", {}) for result in results}
     names = dict.fromkeys(name for circumstances in found.values() for name in circumstances)
     seen = {name: {run: circumstances.get(name) for run, circumstances in found.items()} for name in names}
@@ -222,7 +230,7 @@ def unlike(results: list[dict]) -> str:
 
 
 def table(results: list[dict], failures: dict[str, str] | None = None) -> str:
-    """Return the runs as a Markdown table; the last column is against the tutorial's last point."""
+    """Return the runs as a Markdown table. The last column is the time to the bits of the tutorial's last point."""
     tutorial = next((result for result in results if result["name"] == "tutorial"), None)
     goal = tutorial["points"][-1]["bits_per_byte"] if tutorial else None
     reached = f"seconds to {goal:.3f} bits" if goal else "seconds to the tutorial's bits"
@@ -264,8 +272,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", nargs="+", required=True)
     parser.add_argument("--tokenizer", required=True, help="a folder or id")
-    parser.add_argument("--tokens", type=float, default=20e6, help="that each of our runs trains on")
-    parser.add_argument("--runs", nargs="*", default=["tutorial", "recipe"], help=f"of: {', '.join(RUNS)}")
+    parser.add_argument("--tokens", type=float, default=20e6, help="number of tokens that each of our runs trains on")
+    known = ", ".join(RUNS).replace("%", "%%")  # argparse formats help texts with %
+    parser.add_argument("--runs", nargs="*", default=["tutorial", "recipe"], help=f"names of: {known}")
     parser.add_argument("--output", default=str(ROOT / "outputs" / "learning"))
     parser.add_argument("--cache_dir", default=str(ROOT / "data" / "cache"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -277,20 +286,23 @@ def main(argv: list[str] | None = None) -> None:
         file = output / (re.sub(r"\W+", "_", arguments.worker) + ".json")
         file.write_text(json.dumps(result, indent=1), encoding="utf-8")
         return
-    if unknown := set(arguments.runs) - set(RUNS):
+    unknown = set(arguments.runs) - set(RUNS)
+    if unknown:
         sys.exit(f"--runs {', '.join(unknown)}: not among {', '.join(RUNS)}")
     kept = [result for result in results_in(output) if result["name"] not in arguments.runs]
-    for result in kept:  # the data are known when they are tokenized
+    for result in kept:  # the data are compared later, after they are tokenized
         here = {**circumstances(), "data": result.get("circumstances", {}).get("data")}
-        if difference := unlike([result, {"name": "this machine now", "circumstances": here}]):
+        difference = unlike([result, {"name": "this machine now", "circumstances": here}])
+        if difference:
             sys.exit(f"{output} has a run that does not compare. Use another --output. {difference}")
     failures = {}
     try:
         for name in arguments.runs:
-            if failure := launch(name, argv):
+            failure = launch(name, argv)
+            if failure:
                 failures[name] = failure
-            print(name, compact(failure or "done"), file=sys.stderr, flush=True)
-    finally:  # what was measured before Ctrl-C, too
+            print(name, compact(failure if failure else "done"), file=sys.stderr, flush=True)
+    finally:  # also after Ctrl-C: report what was measured before it
         report([result for result in results_in(output) if result["name"] not in failures], failures, output)
 
 
@@ -301,9 +313,10 @@ def results_in(output: Path) -> list[dict]:
 
 
 def report(results: list[dict], failures: dict[str, str], output: Path) -> None:
-    """Print the table and draw the plot, if the results compare."""
-    if difference := unlike(results):
-        sys.exit(f"{output} has runs that do not compare, and so gives no table. Use another --output. {difference}")
+    """Print the table and draw the plot; exit with the reason if the results do not compare."""
+    difference = unlike(results)
+    if difference:
+        sys.exit(f"{output} has runs that do not compare, so there is no table. Use another --output. {difference}")
     print(table(results, failures), flush=True)
     if results:
         plot(results, output / "learning.png")

@@ -1,21 +1,21 @@
-"""What trains on a card of 16 GB: memory and speed under a cap, what each saving buys, and what it costs in loss.
+"""Measure what trains on a card of 16 GB: memory and speed under a cap, what each saving gains and costs in loss.
 
     python benchmarks/low_memory.py                                   # the table of memory, some 12 minutes on an H100
-    python benchmarks/low_memory.py --variants 'bf16: 3B*' '*QLoRA'   # some of it
+    python benchmarks/low_memory.py --variants 'bf16: 3B*' '*QLoRA'   # some variants of it
     python benchmarks/low_memory.py --loss --data zh.jsonl.zst en.jsonl.zst --tokenizer qwen2.5-tokenizer
 
-Memory: each variant is launched in a process of its own, capped with torch.cuda.set_per_process_memory_fraction, so
-that torch's allocator refuses what does not fit: 15.5 GiB for a card with bf16, 14.5 for one like a T4, where it is
-fp16 with fp32 masters and attention without flash or cuDNN kernels. The CUDA context, some 0.5 GiB, is outside of the
-cap, as it is outside of what such a card has left. What is refused is run again without the cap, to see what it would
-take. Weights and tokens are random. 4-bit weights are made of 16-bit ones before the cap is set, while
-recipes/low_memory_16gb.py loads them one by one. One micro-batch a step; tokens a second are the median of the steps
-after the third.
+Memory: each variant is launched in a process of its own. torch.cuda.set_per_process_memory_fraction caps it, so torch's
+allocator refuses what does not fit. The cap is 15.5 GiB for a card with bf16. For a card like a T4 it is 14.5 GiB, with
+fp16, fp32 master weights, and attention without flash or cuDNN kernels. The CUDA context, some 0.5 GiB, is not part of
+the cap; a real card needs it on top. What is refused is run again without the cap, to see how much it needs.
+Weights and tokens are random. 4-bit weights are made from 16-bit weights before the cap is set;
+recipes/low_memory_16gb.py loads them one by one. A step has one micro-batch. Tokens a second are the median of the
+steps after the third.
 
-Loss: the 123M model of wiki_zh_scratch (with --job 0.5B Qwen2.5-0.5B's shape, with --job 4.2M the bundled sample's,
-which a CPU trains, too; 8-bit states of Trainer's want a GPU) from one and the same start on the same rows, with
-full-precision AdamW and with the savings; every 50th document (of the sample every 20th) is held out. No clipping
-anywhere, as steps inside backward exclude it. Without a cap.
+Loss: every run starts from the same weights and trains on the same rows, with full-precision AdamW or with the savings.
+The model is the 123M of wiki_zh_scratch.py; with --job 0.5B it is Qwen2.5-0.5B's shape, with --job 4.2M the bundled
+sample's, which also trains on a CPU (Trainer's 8-bit states need a GPU). Every 50th document is held out (every 20th of
+the sample). There is no clipping, because it cannot be combined with steps inside backward, and no cap.
 """
 
 import argparse
@@ -77,7 +77,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 
-# All parameters with every saving; and with each switched off.
+# Every saving, for training all parameters; below, each of them switched off.
 ALL_SAVINGS = dict(
     method="full", weights="bfloat16", optim="adamw_8bit", recompute=True, fused_head=True, in_backward=True
 )
@@ -93,11 +93,11 @@ ADAPTERS = dict(in_backward=False)
 
 
 def variant(size: str, card: str = "bf16", context_length: int = 2048, **changes) -> dict:
-    """Describe a run of one row at once: ALL_SAVINGS but for ``changes``."""
+    """Describe a run of one row at once: ALL_SAVINGS, overridden by ``changes``."""
     return {**ALL_SAVINGS, "size": size, "card": card, "context_length": context_length, **changes}
 
 
-T4_FULL = dict(weights="float32", in_backward=False)  # the scaler wants both
+T4_FULL = dict(weights="float32", in_backward=False)  # the loss scaler needs both
 VARIANTS = {
     "bf16: 0.5B": variant("0.5B"),
     **{f"bf16: 0.5B without {name}": variant("0.5B", **off) for name, off in WITHOUT.items()},
@@ -110,7 +110,7 @@ VARIANTS = {
     "bf16: Llama-2-7B QLoRA": variant("Llama-2-7B", method="qlora", **ADAPTERS),
     "bf16: 7B LoRA": variant("7B", method="lora", **ADAPTERS),
     "bf16: 7B QLoRA": variant("7B", method="qlora", **ADAPTERS),
-    "bf16: 0.5B of 1,024": variant("0.5B", context_length=1024),  # PaddleNLP's: 12.31 GiB there
+    "bf16: 0.5B of 1,024": variant("0.5B", context_length=1024),  # PaddleNLP's guide: 12.31 GiB there
     "bf16: 0.5B of 1,024 without any": variant("0.5B", context_length=1024, **NONE),
     "T4: 0.5B": variant("0.5B", "T4", **T4_FULL),
     "T4: 0.5B of 1,024": variant("0.5B", "T4", 1024, **T4_FULL),
@@ -121,7 +121,7 @@ VARIANTS = {
     "T4: 7B QLoRA": variant("7B", "T4", method="qlora", **ADAPTERS),
 }
 
-# Of --loss. The first is the reference.
+# The runs of --loss. The first is the reference.
 LOSS_RUNS = {
     "fp32 weights, fp32 states": NONE | dict(method="full", fused_head=True),
     "fp32 weights, 8-bit states of Trainer's": dict(weights="float32", in_backward=False),
@@ -130,7 +130,7 @@ LOSS_RUNS = {
     "bf16 weights, 8-bit states, rounded to the nearest": dict(stochastic=False),
     "bf16 weights, 8-bit states, rounded stochastically": {},
 }
-JOBS = {  # of --loss: context length, rows a step, learning rate, which documents are held out
+JOBS = {  # of --loss; every=20: every 20th document is held out
     "4.2M": dict(size="4.2M", context_length=128, rows=4, learning_rate=1e-3, every=20),
     "123M": dict(size="123M", context_length=512, rows=64, learning_rate=1e-3, every=50),
     "0.5B": dict(size="0.5B", context_length=1024, rows=16, learning_rate=5e-4, every=50),
@@ -143,14 +143,15 @@ def training_arguments(described: dict, folder: str, **settings) -> TrainingArgu
         gradient_accumulation_steps=1, weight_decay=0.1, adam_beta2=0.95, logging_nan_inf_filter=False,
         report_to="none", save_strategy="no", disable_tqdm=True, **settings, **launch_defaults(),
     )  # fmt: skip
-    assert training.n_gpu <= 1, "one GPU is measured, and Trainer would spread the batch over several"
+    assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     return training
 
 
 def work(described: dict, capped: bool, folder: str) -> dict:
     """Train one variant in this process; return its row of the table of memory."""
     set_seed(0)
-    in_backward, length = described["in_backward"], described["context_length"]
+    in_backward = described["in_backward"]
+    length = described["context_length"]
     training = training_arguments(
         described, folder, max_steps=STEPS, per_device_train_batch_size=1, learning_rate=1e-5, logging_steps=STEPS,
         max_grad_norm=0.0 if in_backward else 1.0,
@@ -191,7 +192,7 @@ def work(described: dict, capped: bool, folder: str) -> dict:
 
 
 def cap(limit_gib: float | None) -> None:
-    """Make torch's allocator refuse more than ``limit_gib``, if given, from now on, and forget the peak so far."""
+    """Make torch's allocator refuse more than ``limit_gib`` (None: no limit) from now on, and reset its peak."""
     torch.cuda.empty_cache()
     if limit_gib is not None:
         torch.cuda.set_per_process_memory_fraction(limit_gib * GIB / torch.cuda.get_device_properties(0).total_memory)
@@ -199,7 +200,7 @@ def cap(limit_gib: float | None) -> None:
 
 
 def random_model_of(described: dict, computes_in: torch.dtype, device: torch.device):
-    """Build a model on ``device``: in the dtype it is trained in, or, beside adapters, in that of the computation."""
+    """Build a model on ``device``, in its training dtype, or in ``computes_in`` if adapters are trained instead."""
     shape = {**SHAPES[described["size"]], "max_position_embeddings": described["context_length"]}
     dtype = getattr(torch, described["weights"]) if described["method"] == "full" else computes_in
     with device:
@@ -210,22 +211,25 @@ def random_model_of(described: dict, computes_in: torch.dtype, device: torch.dev
 
 
 def quantize_layers(model, dtype: torch.dtype) -> None:
-    """Put the layers' matrices into NF4, as transformers does when it loads with common/adapters.four_bits."""
+    """Quantize the layers' matrices to NF4, as transformers does when it loads with the adapters' four_bits config."""
     from bitsandbytes.nn import Linear4bit, Params4bit
 
     for layer in model.model.layers:
         for name, linear in [(n, module) for n, module in layer.named_modules() if type(module) is nn.Linear]:
-            sizes, bias = (linear.in_features, linear.out_features), linear.bias is not None
-            packed = Linear4bit(*sizes, bias, dtype, compress_statistics=True, quant_type="nf4", device="meta")
+            sizes = (linear.in_features, linear.out_features)
+            has_bias = linear.bias is not None
+            packed = Linear4bit(*sizes, has_bias, dtype, compress_statistics=True, quant_type="nf4", device="meta")
             weight = Params4bit(linear.weight.data, False, compress_statistics=True, quant_type="nf4", module=packed)
-            packed.weight, packed.bias = weight.to(linear.weight.device), linear.bias
+            packed.weight = weight.to(linear.weight.device)
+            packed.bias = linear.bias
             layer.set_submodule(name, packed)
-    model.is_loaded_in_4bit = True  # peft asks
+    model.is_loaded_in_4bit = True  # peft reads it
 
 
 def random_rows(described: dict, folder: str) -> JoinedRows:
     """Return a few rows of random tokens."""
-    vocabulary, length = SHAPES[described["size"]]["vocab_size"], described["context_length"]
+    vocabulary = SHAPES[described["size"]]["vocab_size"]
+    length = described["context_length"]
     ids = np.random.default_rng(0).integers(0, vocabulary, 8 * length + 1, dtype=np.int32)
     ids.tofile(f"{folder}/tokens.bin")
     write_index(f"{folder}/tokens.idx", np.array([len(ids)], np.int32), ids.dtype)
@@ -233,15 +237,17 @@ def random_rows(described: dict, folder: str) -> JoinedRows:
 
 
 def token_stores(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, list[TokenStore]]:
-    """Return the tokenizer and the tokenized sources of --loss, found again once they were made."""
-    tokenizer, shared = load_tokenizer(arguments.tokenizer, None), SharedArguments(cache_dir=arguments.cache_dir)
+    """Return the tokenizer and the tokenized sources of --loss; they are made once and then found in the cache."""
+    tokenizer = load_tokenizer(arguments.tokenizer, None)
+    shared = SharedArguments(cache_dir=arguments.cache_dir)
     return tokenizer, [token_store_of(source, tokenizer, shared) for source in resolve_sources(arguments.data)]
 
 
 def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) -> dict:
     """Train one run of --loss in this process; return its row of the table of losses."""
     job = JOBS[arguments.job]
-    length, rows = job["context_length"], job["rows"]
+    length = job["context_length"]
+    rows = job["rows"]
     tokenizer, stores = token_stores(arguments)
     train_rows, held_out_rows = (
         JoinedRows(
@@ -281,7 +287,7 @@ def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) ->
 
 
 def launch(name: str, described: dict, flags: list[str], compiled: bool, limit: float) -> dict | str:
-    """Run a variant in a process of its own; return its row, or what went wrong."""
+    """Run a variant in a process of its own; return its row, or an error message."""
     with tempfile.TemporaryDirectory() as folder:
         precision = "fp16" if described.get("card") == "T4" else "bf16"
         command = launcher("single_gpu.yaml" if torch.cuda.is_available() else "cpu.yaml")
@@ -309,7 +315,7 @@ def table(found: dict[str, dict | str]) -> str:
 
 
 def loss_table(found: dict[str, dict | str]) -> str:
-    """Return the table of losses in Markdown; the difference is to the first run."""
+    """Return the table of losses in Markdown. The difference is to the reference, the first run."""
     reference = found.get(next(iter(LOSS_RUNS)))
     lines = [
         "| run | tokens | held-out loss | difference | bits per byte | tokens/s | GiB |",
@@ -333,10 +339,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--variants", nargs="+", default=["*"], help="names or patterns, such as 'bf16: 0.5B*'")
     parser.add_argument("--compiled", action="store_true", help="compile the layers, as the recipe's YAML does")
     parser.add_argument("--limit", type=float, help="seconds a variant may take: 180, with --loss 600")
-    parser.add_argument("--loss", action="store_true", help="the table of losses instead")
+    parser.add_argument("--loss", action="store_true", help="measure the table of losses instead")
     parser.add_argument("--data", nargs="+", help="with --loss: documents")
     parser.add_argument("--tokenizer", help="with --loss: a folder or id")
-    parser.add_argument("--tokens", type=float, default=8e6, help="with --loss: that each run trains on")
+    parser.add_argument("--tokens", type=float, default=8e6, help="with --loss: tokens that each run trains on")
     parser.add_argument("--job", choices=list(JOBS), default="123M", help="with --loss")
     parser.add_argument("--cache_dir", default=str(ROOT / "data" / "cache"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -358,7 +364,7 @@ def main(argv: list[str] | None = None) -> None:
     if not chosen:
         sys.exit(f"--variants {arguments.variants}: none of {', '.join(runs)}")
     if arguments.loss:
-        token_stores(arguments)  # so that no run's time goes into tokenizing
+        token_stores(arguments)  # first, so that no run spends its time on tokenizing
     limit = arguments.limit or (600 if arguments.loss else 180)
     found = {}
     try:
@@ -369,7 +375,7 @@ def main(argv: list[str] | None = None) -> None:
                 row = launch(name, runs[name], [*argv, "--uncapped"], arguments.compiled, limit)
             found[name] = row
             print(name, compact(row), flush=True)
-    finally:  # what was measured before Ctrl-C, too
+    finally:  # also after Ctrl-C: print what was measured before it
         print(loss_table(found) if arguments.loss else table(found), flush=True)
 
 

@@ -1,22 +1,23 @@
-"""Every YAML for GPUs on the same job: speed, scaling, memory, and how far its losses are from those of one GPU.
+"""Run every GPU YAML on the same job: speed, scaling, memory, and how far its losses are from those of one GPU.
 
     python benchmarks/multi_gpu.py --data zh.jsonl --tokenizer qwen2.5-tokenizer
     python benchmarks/multi_gpu.py --job 0.5B --data en.jsonl --yamls single_gpu ddp 'zero*' --num_processes 2
     python benchmarks/multi_gpu.py --data zh.jsonl --folder runs --plan --plot losses.png
 
-Each YAML is launched once, in a process of its own, on all visible GPUs or --num_processes of them; those for one GPU
-on the first. What is launched is the recipe up to the end of training: it neither evaluates nor saves. Tokens are made
-before the first run. A row of the table is printed when its run is done; one that failed, or was not done in time, has
-what it logged until then and shows the end of what it printed, and the rest goes on. With --folder the runs are kept,
-and those that are there already are read, not run again, if flags, commit, versions and device are the same.
+Each YAML is launched once, in a process of its own, on all visible GPUs or --num_processes of them. YAMLs for one GPU
+run on the first. The launched script is the recipe up to the end of training; it neither evaluates nor saves. Tokens
+are made before the first run. A row of the table is printed when its run is done. A run that failed or was not done in
+time has what it logged until then, and the end of its output is shown. The other runs continue. With --folder, runs are
+kept. A kept run is read and not repeated if its flags, commit, versions and device are the same.
 
-Scaling is strong scaling: all runs take the same steps of the same tokens, which the recipe divides among the cards, so
-that each of several has fewer rows to hide its messages behind. It is tokens a second and GPU over those of the
-baseline, the first run that logged a step: single_gpu.yaml's if it is among them and fits (of --job 7B it does not, and
-is left out). The deviation is the largest of all steps' losses, relative to the baseline's.
+Scaling is strong scaling: all runs take the same steps of the same tokens, and the recipe divides them among the cards.
+With more cards, each card has fewer rows whose computation can hide its communication. Scaling is tokens a second and
+GPU, relative to the baseline. The baseline is the first run that logged a step: single_gpu.yaml's, if it is among the
+runs and fits (with --job 7B it does not fit and is left out). The deviation is the largest relative difference, over
+all steps, between a run's loss and the baseline's.
 
-Tokens a second and MFU are medians over the steps after the fifth; the loss is read at every step, which costs a little
-speed. The peak is that of the process with the highest.
+Tokens a second and MFU are medians over the steps after the fifth. The loss is read at every step, which costs a little
+speed. The peak is that of the process with the highest peak.
 """
 
 import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
@@ -50,7 +51,7 @@ NOT_HERE = ("cpu", "cpu_2proc", "multi_node", "fsdp2_context_parallel")
 WARM_STEPS = 5
 HISTORY_FILE, KEPT_FILE = "history.jsonl", "kept.json"
 
-# What is trained: recipe and its flags, rows of a micro-batch, steps, YAMLs. AdamW, which every strategy has.
+# What is trained: recipe and its flags, rows of a micro-batch, steps, YAMLs. AdamW, because every strategy has it.
 JOBS = {
     "123M": ("wiki_zh_scratch.py --learning_rate 1e-3 --tokens_per_step 131072", 128, 60, ["*"]),
     "0.5B": (  # Qwen2.5-0.5B's shape
@@ -60,12 +61,12 @@ JOBS = {
         60,
         ["*"],
     ),
-    "7B": (  # Llama-2-7B's; with --tokenizer train its vocabulary, too
+    "7B": (  # Llama-2-7B's shape; with --tokenizer train also its vocabulary
         "wiki_zh_scratch.py --model llama-2-7b --vocabulary_size 32000 --learning_rate 1e-4 --context_length 4096 "
         "--tokens_per_step 131072 --held_out_fraction 0.02",
         1,
         12,
-        ["fsdp2*", "zero2_recompute", "zero3_offload"],  # that fit two cards of 80 GB, by --plan
+        ["fsdp2*", "zero2_recompute", "zero3_offload"],  # those that fit two cards of 80 GB, by --plan
     ),
 }
 HEADS = [
@@ -84,7 +85,7 @@ HEADS = [
 
 
 class TrainingOnly(PretrainingTrainer):
-    """Train, keep each log as it comes, and end the process: no evaluation, no samples, no model saved."""
+    """Train, write each log as it comes, and end the process. It does not evaluate, sample or save the model."""
 
     def train(self, **kwargs) -> None:
         super().train(**kwargs)
@@ -102,13 +103,13 @@ class TrainingOnly(PretrainingTrainer):
 
 
 def work(until: str, recipe: str, flags: list[str]) -> None:
-    """Run a recipe in this process until its "data" are tokenized, or its "training" is done.
+    """Run a recipe in this process until its "data" are tokenized or its "training" is done.
 
-    For that, the recipe gets another Trainer, or one of its steps is its end.
+    To stop there, one of the recipe's functions is replaced by an exit, or its Trainer by one that ends the process.
     """
     module = load_recipe(recipe)
     if until == "data":
-        module.split_rows = lambda *_: sys.exit()  # what it does first with the tokens
+        module.split_rows = lambda *_: sys.exit()  # the first step after tokenizing
     else:
         module.PretrainingTrainer = TrainingOnly
     module.main(flags)
@@ -120,24 +121,24 @@ def main(argv: list[str] | None = None) -> None:
         return work(argv[1], argv[2], argv[3:])
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--job", choices=list(JOBS), default="123M")
-    parser.add_argument("--data", nargs="+", help="as the recipe's; without it, what the recipe downloads")
+    parser.add_argument("--data", nargs="+", help="as the recipe's; default: what the recipe downloads")
     parser.add_argument("--tokenizer", help="as the recipe's")
     parser.add_argument("--cache_dir", default=str(ROOT / "data" / "cache"), help="as the recipe's")
-    parser.add_argument("--yamls", nargs="+", help="names or patterns, such as 'zero*'; all that the job fits")
+    parser.add_argument("--yamls", nargs="+", help="names or patterns, such as 'zero*'; default: all that fit the job")
     parser.add_argument("--num_processes", type=int, default=torch.accelerator.device_count())
-    parser.add_argument("--steps", type=int, help="instead of the job's")
-    parser.add_argument("--rows", type=int, help="of a micro-batch, instead of the job's")
+    parser.add_argument("--steps", type=int, help="steps, instead of the job's")
+    parser.add_argument("--rows", type=int, help="rows of a micro-batch, instead of the job's")
     parser.add_argument("--limit", type=float, default=300, help="seconds a YAML may take")
-    parser.add_argument("--folder", help="keep the runs here, and read those that are there")
-    parser.add_argument("--plan", action="store_true", help="also what --plan predicts of the memory")
+    parser.add_argument("--folder", help="keep the runs here, and read the runs kept before")
+    parser.add_argument("--plan", action="store_true", help="also show the memory that --plan predicts")
     parser.add_argument("--plot", help="write the losses of all runs to this picture")
     parser.add_argument("--launcher", default="", help="more flags of accelerate launch, such as '--dynamo_backend no'")
     parser.add_argument("--recipe", default="", help="more flags of the recipe")
     arguments = parser.parse_args(argv)
     if arguments.num_processes < 1:
-        sys.exit("no accelerator here. To try this script out on CPUs: --num_processes 1 --yamls cpu --recipe --sample")
+        sys.exit("no accelerator here. To try this script on CPUs: --num_processes 1 --yamls cpu --recipe --sample")
     if arguments.steps is not None and arguments.steps <= WARM_STEPS:
-        sys.exit(f"--steps {arguments.steps}: the first {WARM_STEPS} are left out of the rates. Use more.")
+        sys.exit(f"--steps {arguments.steps}: the first {WARM_STEPS} do not count for the rates. Use more.")
     names = chosen(arguments.yamls or JOBS[arguments.job][-1])
     if not names:
         sys.exit(f"--yamls {arguments.yamls}: none of {', '.join(chosen(['*']))}")
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def chosen(patterns: list[str]) -> list[str]:
-    """Return the names of the YAMLs that match, the baseline first; the CPU's only if named."""
+    """Return the names of the YAMLs that match, the baseline first; those in NOT_HERE only by their full name."""
     every = sorted(path.stem for path in (ROOT / "accelerate_configs").glob("*.yaml"))
     found = [
         name
@@ -180,7 +181,7 @@ def baseline_of(histories: dict[str, list[dict]]) -> str | None:
 
 
 def job_flags(arguments: argparse.Namespace) -> list[str]:
-    """Return recipe and flags of the job."""
+    """Return the job's recipe and all flags."""
     recipe, rows, steps, _ = JOBS[arguments.job]
     flags = f"{recipe} --optimizer adamw --per_device_train_batch_size {arguments.rows or rows}".split()
     flags += ["--max_steps", str(arguments.steps or steps)]
@@ -192,7 +193,7 @@ def job_flags(arguments: argparse.Namespace) -> list[str]:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Tokenize what the runs train on, so that none of their time goes into it."""
+    """Tokenize the job's data, so that no run spends its time on it."""
     command = [*launcher("cpu.yaml"), __file__, "--worker", "data", *job_flags(arguments)]
     if arguments.folder:  # where there is room
         Path(arguments.folder).mkdir(parents=True, exist_ok=True)
@@ -203,8 +204,9 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[dict], str, str]:
-    """Train with a YAML; return its logs, how it failed ("": not at all), and what it printed."""
-    kept, history = folder / KEPT_FILE, folder / HISTORY_FILE
+    """Train with a YAML; return its logs, how it failed ("" if it did not), and its output."""
+    kept = folder / KEPT_FILE
+    history = folder / HISTORY_FILE
     launched = [*arguments.launcher.split(), "--num_processes", str(gpus(name, arguments))]
     flags = job_flags(arguments)
     described = {"launcher": launched, "flags": flags, **circumstances()}
@@ -227,13 +229,13 @@ def run(name: str, arguments: argparse.Namespace, folder: Path) -> tuple[list[di
 
 
 def logged_in(path: Path) -> list[dict]:
-    """Return the whole lines of a history; a killed run may leave half of one."""
+    """Return the complete lines of a history. A killed run may leave half a line."""
     text = path.read_text(encoding="utf-8") if path.exists() else ""
     return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
 
 
 def plan(name: str, arguments: argparse.Namespace) -> float | None:
-    """Return the GiB that the recipe's --plan predicts for torch's allocator, or None, with a note, if it cannot."""
+    """Return the GiB that --plan predicts for torch's allocator, or None, with a note, if there is no plan."""
     recipe, *flags = job_flags(arguments)
     with tempfile.TemporaryDirectory() as folder:
         config = planned_yaml(name, arguments.launcher.split(), Path(folder))
@@ -247,7 +249,7 @@ def plan(name: str, arguments: argparse.Namespace) -> float | None:
 
 
 def planned_yaml(name: str, flags: list[str], folder: Path) -> Path:
-    """Write the YAML, compiled or not as the launcher's ``flags`` leave it."""
+    """Write a copy of the YAML into ``folder``, compiled or not as the launcher's ``flags`` say; return its path."""
     path = ROOT / "accelerate_configs" / f"{name}.yaml"
     compiled = compile_settings(["--config_file", str(path), *flags, "script.py"])
     config = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -269,15 +271,19 @@ def warm_median(history: list[dict], key: str) -> float | None:
 def row(
     name: str, gpus: int, histories: dict[str, list[dict]], predicted: float | None = None, failure: str = ""
 ) -> str:
-    """Return a line of the table; ``histories`` are the logs of the runs so far."""
-    history, baseline = histories[name], histories.get(baseline_of(histories), [])
-    losses, theirs = by_step(history), by_step(baseline)
+    """Return a line of the table. ``histories`` are the logs of all runs so far."""
+    history = histories[name]
+    baseline = histories.get(baseline_of(histories), [])
+    losses = by_step(history)
+    baseline_losses = by_step(baseline)
     if failure:
         name += f", {failure}, after step {max(losses, default=0)}"
     if not losses:
         return f"| {name} | {gpus}" + " | -" * (len(HEADS) - 2) + " |"
     rate, reference = (warm_median(logs, "tokens_per_second_per_device") for logs in (history, baseline))
-    mfu, deviations = warm_median(history, "mfu"), [abs(losses[s] / theirs[s] - 1) for s in losses.keys() & theirs]
+    mfu = warm_median(history, "mfu")
+    common_steps = losses.keys() & baseline_losses.keys()
+    deviations = [abs(losses[step] / baseline_losses[step] - 1) for step in common_steps]
     peak = max(by_step(history, "memory_peak_gib").values())
     cells = [
         name,
@@ -296,7 +302,7 @@ def row(
 
 
 def plot(histories: dict[str, list[dict]], arguments: argparse.Namespace) -> None:
-    """Draw the losses of all runs over each other."""
+    """Draw the losses of all runs in one plot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

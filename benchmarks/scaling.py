@@ -1,37 +1,38 @@
-"""From 1 to 1,000 GPUs: memory and traffic of each strategy, and which YAML is the first that fits. No GPU is needed.
+"""Compute memory and traffic of each strategy on 1 to 1,000 GPUs, and the first YAML that fits. No GPU is needed.
 
     python benchmarks/scaling.py                       # the tables of docs/scaling.md
     python benchmarks/scaling.py --model qwen2.5-1.5b --context_length 4096 --rows 2
 
-Memory is common/model/memory.py's prediction, within 5% of what was measured on one and two cards (fsdp2_offload:
-9%); beyond that it is computed only. Traffic is what each card sends for one optimizer step: a ring of n cards sends
-(n - 1) / n of a tensor for a gather or a scatter, twice that for a sum that all get. Parameters travel in bf16,
-gradients in fp32 (DDP, FSDP2) or bf16 (DeepSpeed). Sources: https://arxiv.org/abs/1910.02054 section 7, and each
-library's defaults.
+Memory is the prediction of --plan. It is within 5% of the peaks measured on one and two cards (fsdp2_offload: 9%). For
+more cards it is computed only. Traffic is what each card sends for one optimizer step. A ring of n cards sends
+(n - 1) / n of a tensor for a gather or a scatter, and twice that for an all-reduce. Parameters are sent in bf16,
+gradients in fp32 (DDP, FSDP2) or bf16 (DeepSpeed).
+Source: https://arxiv.org/abs/1910.02054 section 7, and each library's defaults.
 """
 
 import argparse
 from dataclasses import replace
 
-from common.model.from_config import planned_model
-from common.model.memory import Setting, predict
-from common.model.presets import PRESETS
-from common.system import GIB
+from common.memory import GIB, Setting, predict
+from common.sizes import PRESETS
+
+from common.model import planned_model
 
 CARDS = (1, 2, 8, 64, 256, 1000)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 MODELS = ("smollm2-135m", "qwen2.5-0.5b", "qwen2.5-1.5b", "qwen2.5-3b", "qwen2.5-7b")
-MACHINES = ((1, 16), (1, 24), (1, 80), (8, 24), (8, 80), (64, 80))  # cards, GiB of each
+MACHINES = ((1, 16), (1, 24), (1, 80), (8, 24), (8, 80), (64, 80))  # number of cards, GiB of each card
 VOCABULARY = 151_936
 LEAST_ROWS = 1
 
 
 def bytes_sent(strategy: str, parameters: float, cards: int, accumulation: int = 1) -> float:
     """Return the bytes that each card sends for an optimizer step of ``accumulation`` micro-batches."""
-    gather, scatter = 2 * parameters, {"fsdp2": 4, "ddp": 4}.get(strategy, 2) * parameters
+    gather = 2 * parameters
+    scatter = {"fsdp2": 4, "ddp": 4}.get(strategy, 2) * parameters
     volume = {
-        "ddp": 2 * scatter,  # a sum that all get, once a step
-        "zero1": scatter + gather,  # gradients to their owners once a step, and the new parameters back
+        "ddp": 2 * scatter,  # an all-reduce of the gradients, once a step
+        "zero1": scatter + gather,  # once a step: gradients to their owners, new parameters back
         "zero2": accumulation * scatter + gather,  # each micro-batch's gradients go to their owners
         "zero3": accumulation * (2 * gather + scatter),  # parameters in the forward and in the backward pass
         "fsdp2": accumulation * (2 * gather + scatter),
@@ -40,7 +41,7 @@ def bytes_sent(strategy: str, parameters: float, cards: int, accumulation: int =
 
 
 def candidates(cards: int, setting: Setting) -> list[tuple[str, Setting]]:
-    """Return the YAMLs in the order in which to try them, the fastest first, with what each makes of ``setting``."""
+    """Return the YAMLs to try, the fastest first, each with its variant of ``setting``."""
     if cards == 1:
         plain = [("single_gpu", replace(setting, strategy="single"))]
         switches = plain + [("single_gpu, recompute", replace(setting, strategy="single", recompute=True))]
@@ -52,7 +53,7 @@ def candidates(cards: int, setting: Setting) -> list[tuple[str, Setting]]:
 
 
 def first_that_fits(model, cards: int, limit_gib: float, context_length: int) -> str:
-    """Return the first YAML under which one row at a time fits."""
+    """Return the first YAML whose prediction for one row at a time fits 95% of a card, or "-"."""
     setting = Setting(rows=LEAST_ROWS, context_length=context_length, processes=cards)
     for name, changed in candidates(cards, setting):
         if predict(model, changed).total <= 0.95 * limit_gib * GIB:
@@ -64,8 +65,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="qwen2.5-7b", choices=PRESETS)
     parser.add_argument("--context_length", type=int, default=2048)
-    parser.add_argument("--rows", type=int, default=1, help="of a micro-batch")
-    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches a step, for the traffic")
+    parser.add_argument("--rows", type=int, default=1, help="rows of a micro-batch")
+    parser.add_argument("--accumulation", type=int, default=8, help="micro-batches of a step, for the traffic")
     arguments = parser.parse_args(argv)
     model = planned_model(PRESETS[arguments.model], VOCABULARY, arguments.context_length)
     parameters = model.num_parameters()

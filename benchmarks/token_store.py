@@ -1,11 +1,11 @@
-"""Open a token store of many documents, and fetch random windows from it: seconds and memory.
+"""Measure seconds and memory for opening a token store of many documents and fetching random windows from it.
 
     python benchmarks/token_store.py
 
-The stores are synthetic: a real index of documents of 1 to 1,000 tokens beside a sparse ``.bin``, of 10 GB in name at
-10 million documents, which takes disk only where the file system has no sparse files (NTFS). Each is opened in a
-process of its own. Memory is the peak while opening and fetching, over what the process held with all imports done;
-pages of the ``.bin`` that are mapped count, though the system takes them back when it needs memory.
+The stores are synthetic: a real index of documents of 1 to 1,000 tokens, and a sparse ``.bin``. With 10 million
+documents the ``.bin`` has a size of 10 GB, but it occupies disk only where the file system has no sparse files (NTFS).
+Each store is opened in a process of its own. Memory is the peak while opening and fetching, minus what the process held
+after its imports. Mapped pages of the ``.bin`` count, though the system takes them back when it needs memory.
 """
 
 import json
@@ -41,7 +41,7 @@ def _in_a_process(step: str, folder: str, documents: int) -> dict:
 
 
 def make(folder: str, documents: int) -> dict:
-    """Write a synthetic pair: an index, and a sparse ``.bin`` of its size."""
+    """Write a synthetic pair: an index, and a sparse ``.bin`` of the matching size."""
     import numpy as np
 
     from common.tokens.megatron import write_index
@@ -54,13 +54,14 @@ def make(folder: str, documents: int) -> dict:
 
 
 def measure(folder: str, documents: int) -> dict:
-    """Open the store and fetch windows at random places."""
+    """Open the store and fetch windows at random positions; return tokens, seconds and added bytes."""
     import numpy as np
     import psutil
 
     from common.tokens.store import TokenStore
 
-    before, began = psutil.Process().memory_info().rss, time.perf_counter()
+    before = psutil.Process().memory_info().rss
+    began = time.perf_counter()
     store = TokenStore(Path(folder) / "tokens")
     opened = time.perf_counter()
     assert store.documents == documents

@@ -102,7 +102,7 @@ print('Traceback (most recent call last):\\n  File "<frozen runpy>", line 1\\nCa
 sys.exit(1)"""
     assert launching.result_of([sys.executable, "-c", launcher], str(tmp_path), dict(os.environ)) == "ValueError: mine"
     own = 'Traceback (most recent call last):\n  File "<frozen runpy>", line 1\nValueError: no such YAML'
-    assert launching.error_in(launching.less_the_launchers(own)) == "ValueError: no such YAML"
+    assert launching.error_in(launching.without_launchers_traceback(own)) == "ValueError: no such YAML"
     assert launching.error_in("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: x").endswith("of memory.")
 
 
@@ -285,6 +285,14 @@ def test_seconds_to_a_goal_lie_on_a_line_between_points():
     assert learning.seconds_to(points, 2.25) == 17.5
     assert learning.seconds_to(points, 3.5) == 10.0
     assert learning.seconds_to(points, 1.0) is None
+
+
+@pytest.mark.parametrize("module", [data, gpu, learning, low_memory, multi_gpu, scaling])
+def test_help_is_printed(module, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code == 0 and "usage" in capsys.readouterr().out
 
 
 def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):

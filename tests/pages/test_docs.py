@@ -1,5 +1,6 @@
 """What the pages in docs/ say exists, runs, and is complete."""
 
+import csv
 import json
 import math
 import os
@@ -26,6 +27,24 @@ def test_every_path_and_link_exists(name):
         assert (ROOT / path).exists(), path
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
         assert ((ROOT / name).parent / link).exists(), link
+
+
+def test_the_benchmarks_pages_are_short_and_their_links_exist():
+    assert len((ROOT / "benchmarks" / "README.md").read_text(encoding="utf-8").splitlines()) <= 80
+    for name in ("README.md", "LOG.md"):
+        text = (ROOT / "benchmarks" / name).read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", text):
+            assert (ROOT / "benchmarks" / link).exists(), link
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("benchmarks/results/*.csv")), ids=lambda path: path.stem)
+def test_a_measured_row_has_its_commit_and_versions(path):
+    """The columns; a cell is empty where it is not known."""
+    assert re.fullmatch(r"[a-z_]+_(cpu|h100|h200)_\d{4}-\d{2}-\d{2}", path.stem), "script_hardware_date"
+    with path.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file, strict=True)
+    assert {"commit", "date", "device", "torch", "transformers", "command"} <= set(head) and len(set(head)) == len(head)
+    assert rows and all(len(row) == len(head) for row in rows)
 
 
 def test_the_tour_names_every_file():
