@@ -29,11 +29,15 @@ def test_every_path_and_link_exists(name):
 
 
 def test_the_tour_names_every_file():
-    """Every module, recipe and YAML folder, in the order in which data flows; and none that is gone."""
+    """Each room, recipes/ and data/ have a section with one line per file, and no line for a file that is gone."""
     tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\b([a-z_0-9]+\.py)\b", tour))
-    there = {path.name for folder in ("common", "recipes", "data") for path in (ROOT / folder).glob("*.py")}
-    assert named == there - {"__init__.py"}
+    sections = dict(re.findall(r"^### `([\w/]+)/`\n(.*?)(?=^##|\Z)", tour, flags=re.MULTILINE | re.DOTALL))
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "common").rglob("*.py")}
+    assert set(sections) == rooms | {"recipes", "data"}
+    for folder, section in sections.items():
+        named = re.findall(r"^\| `(\w+\.py)` \|", section, flags=re.MULTILINE)
+        there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert sorted(named) == sorted(there), folder
 
 
 def test_the_output_page_names_every_file_of_a_run(wiki, cache_dir, tmp_path):
