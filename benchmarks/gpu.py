@@ -24,19 +24,19 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
-from common.attention import choose_attention
-from common.flops import flops_per_token, peak_tflops
-from common.launch import launch_defaults
-from common.loss import use_fused_loss
-from common.packing import JoinedRows, PackedRows, collate_rows
-from common.strategy import launched_precision
-from common.token_index import write_index
-from common.token_store import TokenStore
-from common.trainer import PretrainingTrainer
 from launching import compact, launcher, one_gpu, result_of
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from common.model import residual_stream_in_bf16
+from common.dataset.packing import JoinedRows, PackedRows, collate_rows
+from common.distributed.launch import launch_defaults
+from common.distributed.strategy import launched_precision
+from common.model.attention import choose_attention
+from common.model.counts import flops_per_token, peak_tflops
+from common.model.from_config import residual_stream_in_bf16
+from common.model.fused_loss import use_fused_loss
+from common.tokens.megatron import write_index
+from common.tokens.store import TokenStore
+from common.train.trainer import PretrainingTrainer
 
 WARM_STEPS, INTERVAL = 4, 2
 

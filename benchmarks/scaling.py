@@ -13,10 +13,10 @@ Source: https://arxiv.org/abs/1910.02054 section 7, and each library's defaults.
 import argparse
 from dataclasses import replace
 
-from common.memory import GIB, Setting, predict
-from common.sizes import PRESETS
-
-from common.model import planned_model
+from common.model.from_config import planned_model
+from common.model.memory import Setting, predict
+from common.model.presets import PRESETS
+from common.system import GIB
 
 CARDS = (1, 2, 8, 64, 256, 1000)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

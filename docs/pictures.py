@@ -3,8 +3,8 @@
     pip install -e '.[test-all]'
     python docs/pictures.py
 
-The first line brings the dashboard; Chromium comes from your system. The second trains the sample, three minutes on two
-cores, and writes docs/pictures/.
+The first line installs the dashboard. Chromium has to be on your system. The second line trains the sample, which takes
+three minutes on two cores, and writes docs/pictures/.
 """
 
 import contextlib
@@ -117,7 +117,7 @@ def seen_in_terminal(command: list[str]) -> Iterator[list[str]]:
     os.close(follower)
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
-    with contextlib.suppress(OSError):  # Linux's way of saying that the other end is closed
+    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
         while piece := os.read(leader, 65536):
             stream.feed(piece)
             yield list(screen.display)

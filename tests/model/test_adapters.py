@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.console import InputError
-from common.model import adapters
 from common.model.adapters import ALL_LINEAR, add_adapters, unpacked_gguf
+from common.model.from_config import adapters
 from common.run.merge_adapters import save_merged
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)

@@ -1,6 +1,7 @@
 """What the pages in docs/ say exists, runs, and is complete."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -48,11 +49,26 @@ def test_a_measured_row_has_its_commit_and_versions(path):
 
 
 def test_the_tour_names_every_file():
-    """Every module, recipe and YAML folder, in the order in which data flows; and none that is gone."""
+    """Each room, recipes/ and data/ have a section with one line per file, and no line for a file that is gone."""
     tour = (ROOT / "docs" / "tour.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"\b([a-z_0-9]+\.py)\b", tour))
-    there = {path.name for folder in ("common", "recipes", "data") for path in (ROOT / folder).glob("*.py")}
-    assert named == there - {"__init__.py"}
+    sections = dict(re.findall(r"^### `([\w/]+)/`\n(.*?)(?=^##|\Z)", tour, flags=re.MULTILINE | re.DOTALL))
+    rooms = {path.parent.relative_to(ROOT).as_posix() for path in (ROOT / "common").rglob("*.py")}
+    assert set(sections) == rooms | {"recipes", "data"}
+    for folder, section in sections.items():
+        named = re.findall(r"^\| `(\w+\.py)` \|", section, flags=re.MULTILINE)
+        there = {path.name for path in (ROOT / folder).glob("*.py")} - {"__init__.py"}
+        assert sorted(named) == sorted(there), folder
+
+
+def test_every_new_import_path_exists():
+    """The right column of docs/moved.md: each dotted name is a module, or a name that a module has."""
+    page = (ROOT / "docs" / "moved.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `.* \| (.*) \|$", page, flags=re.MULTILINE)
+    names = {name for row in rows for name in re.findall(r"common\.[\w.]+\w", row)}
+    assert names
+    for name in names - {"common.console"}:
+        module, _, attribute = name.rpartition(".")
+        assert hasattr(importlib.import_module(module), attribute), name
 
 
 def test_the_output_page_names_every_file_of_a_run(wiki, cache_dir, tmp_path):
@@ -103,8 +119,6 @@ def test_the_worked_example_applies_and_trains(cache_dir, tmp_path):
     assert 10 <= len(added) <= 20
     recipe = tmp_path / "essays_en.py"
     recipe.write_text(text.replace("Path(__file__).resolve().parent.parent", f"Path({str(ROOT)!r})"), encoding="utf-8")
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("essays_en", recipe)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
