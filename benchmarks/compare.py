@@ -14,7 +14,7 @@ from pathlib import Path
 from common.console import InputError, say
 from common.run.folder import differences
 from common.run.plots import line_plot
-from common.run.record import Run
+from common.run.record import RunRecord
 from common.run.report import COLOURS, document, figures
 
 PLOTS = [
@@ -27,7 +27,7 @@ PLOTS = [
 ]
 
 
-def compared(runs: list[Run]) -> tuple[list[str], list[list[str]]]:
+def compared(runs: list[RunRecord]) -> tuple[list[str], list[list[str]]]:
     """Return the figures of ``runs`` as a table: the header, and one row for each figure."""
     columns = [{"state": run.status.get("state", "unknown")} | figures(run) for run in runs]
     names = [*dict.fromkeys(name for column in columns for name in column)]
@@ -41,7 +41,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not 2 <= len(arguments.folders) <= COLOURS:
         raise InputError(f"{len(arguments.folders)} folders: give 2 to {COLOURS} to compare.")
-    runs = [Run.of(folder) for folder in arguments.folders]
+    runs = [RunRecord.of(folder) for folder in arguments.folders]
     for folder, run in zip(arguments.folders, runs, strict=True):
         if not run.history:
             raise InputError(f"{folder}: no log of a run (trainer_state.json, there or in a checkpoint).")

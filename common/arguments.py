@@ -1,13 +1,19 @@
-"""The flags that every recipe shares. A recipe's DATA and TRAINING dicts set their defaults."""
+"""The flags: those that every recipe shares, and how a recipe's dicts and the command line become arguments."""
 
-from dataclasses import dataclass, field
+from collections.abc import Collection
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
+
+from transformers import HfArgumentParser, TrainingArguments
 
 from common.console import InputError
+
+Own = TypeVar("Own")
 
 
 @dataclass
 class SharedArguments:
-    """Flags beside ``transformers.TrainingArguments``."""
+    """The flags that every recipe has beside those of ``transformers.TrainingArguments``."""
 
     data: list[str] | None = field(
         default=None,
@@ -34,7 +40,7 @@ class SharedArguments:
         default=False, metadata={"help": "Train on exact copies of a document too, instead of leaving them out."}
     )
     skip_malformed: bool = field(
-        default=False, metadata={"help": "Count malformed documents in the ledger and go on, instead of stopping."}
+        default=False, metadata={"help": "Count malformed documents in the ledger and continue, instead of stopping."}
     )
     tokenizer: str | None = field(
         default=None,
@@ -88,17 +94,17 @@ class SharedArguments:
     init_from: str | None = field(
         default=None,
         metadata={
-            "help": "Go on with the weights of this checkpoint, under another YAML or number of processes, in another "
-            "--output_dir: at its next row, with optimizer and schedule begun anew."
+            "help": "Start from the weights of this checkpoint, under another YAML or number of processes, in another "
+            "--output_dir: at its next row, with a new optimizer and schedule."
         },
     )
     plan: bool = field(
         default=False,
-        metadata={"help": "Only say what memory the run needs, and what would make it fit. Loads nothing."},
+        metadata={"help": "Only print the memory that the run needs, and what would make it fit. Loads nothing."},
     )
     probe: bool = field(
         default=False,
-        metadata={"help": "With --plan: load everything, train three steps, and say what the whole run will take."},
+        metadata={"help": "With --plan: load everything, train three steps, and print what the whole run will take."},
     )
     plan_config: str | None = field(
         default=None,
@@ -123,7 +129,8 @@ class SharedArguments:
         },
     )
     save_minutes: float | None = field(
-        default=None, metadata={"help": "Save at least every so many minutes, too: for notebooks with a time limit."}
+        default=None,
+        metadata={"help": "Also save whenever so many minutes have passed: for notebooks with a time limit."},
     )
     on_save_error: str = field(
         default="stop",
@@ -134,7 +141,9 @@ class SharedArguments:
     )
     max_bad_steps: int = field(
         default=10,
-        metadata={"help": "Steps left out in a row, for a loss or gradient that is not finite; one more ends the run."},
+        metadata={
+            "help": "Steps in a row that may be left out because loss or gradient is not finite; one more ends the run."
+        },
     )
     on_loss_spike: str = field(
         default="warn",
@@ -145,7 +154,9 @@ class SharedArguments:
     )
     allow_changes: list[str] = field(
         default_factory=list,
-        metadata={"help": "Continue a run although these differ, as its refusal names them: training.seed ..."},
+        metadata={
+            "help": "Continue a run although these differ; the names are those of the refusal: training.seed ..."
+        },
     )
 
     def __post_init__(self):
@@ -154,3 +165,60 @@ class SharedArguments:
             if getattr(self, name) is not None and (self.probe or not self.plan):
                 why = "the probe runs as it is launched" if self.probe else "it would be ignored"
                 raise InputError(f"--{name} {getattr(self, name)}: {why}. With --plan alone, or leave it out.")
+
+
+class _Default:
+    """A default of a flag, which differs from the same value given on the command line. Prints as the value."""
+
+    def __init__(self, value):
+        self.value = value
+
+    def __str__(self) -> str:
+        return str(self.value)
+
+
+def parse_flags(
+    own_flags: type[Own], argv: list[str] | None, defaults: dict, not_read: Collection[str] = (), **replacements: dict
+) -> tuple[Own, SharedArguments, TrainingArguments]:
+    """Return the arguments of a run: a recipe's own, the shared ones, and Trainer's.
+
+    A flag on the command line wins. Otherwise ``replacements`` count, then ``defaults``, then the default of the flag.
+
+    Args:
+        own_flags: dataclass of the flags that only this recipe has.
+        argv: the words after the script's name; None: those of this process.
+        not_read: flags that the recipe does not read, and so refuses.
+        replacements: a flag of ``own_flags`` -> other defaults, which count when that flag is not at its default:
+            ``sample={"max_steps": 900}`` stands for ``--sample``.
+
+    Raises:
+        SystemExit: a flag is unknown, abbreviated, not read, or has a value of the wrong kind; the parser says which.
+    """
+    kinds = (own_flags, SharedArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    parser.set_defaults(**defaults)
+    names = [each.name for kind in kinds for each in fields(kind) if each.init]
+    parser.set_defaults(**{name: _Default(parser.get_default(name)) for name in names})
+    parsed, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.error(f"unknown flags: {' '.join(unknown)}")
+    values = vars(parsed)
+    changed = {
+        name
+        for name in names
+        if not isinstance(values[name], _Default) and values[name] != parser.get_default(name).value
+    }
+    for name in sorted(changed.intersection(not_read)):
+        parser.error(
+            f"--{name}: this recipe does not read it. Precision and devices are the launcher's. wiki_zh_scratch.py "
+            "reads every flag."
+        )
+    replaced = {}
+    for flag, others in replacements.items():
+        if flag in changed:
+            replaced |= others
+    for name in names:
+        if isinstance(values[name], _Default):
+            values[name] = replaced.get(name, values[name].value)
+    made = [kind(**{each.name: values[each.name] for each in fields(kind) if each.init}) for kind in kinds]
+    return made[0], made[1], made[2]

@@ -67,8 +67,8 @@ class LeftOut(logging.Filter):
         return record.levelno > logging.WARNING or not record.getMessage().startswith(self.beginnings)
 
 
-def be_quiet() -> None:
-    """Set the filters, once, unless PRETRAINING_VERBOSE is set."""
+def quiet_libraries() -> None:
+    """Filter what MESSAGES and WARNINGS name out of logs and warnings, unless PRETRAINING_VERBOSE is set."""
     if os.environ.get("PRETRAINING_VERBOSE"):
         return
     for name, beginnings in MESSAGES.items():
@@ -90,6 +90,3 @@ def no_bars_while_training() -> None:
     disable_progress_bar()
     if downloads:
         enable_progress_bars()
-
-
-be_quiet()  # the one module that works at import: recipes import it before the libraries it is about

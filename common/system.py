@@ -26,13 +26,13 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
     return max(1, cores)
 
 
-def take_cores() -> int:
+def take_cores(local_processes: int) -> int:
     """Give torch's operations on the CPU this process's share of the cores; return how many threads these are.
 
     Launchers leave one to each process, or all cores of the machine: enough for training on a GPU, and either is wrong
     where the optimizer's states are in main memory.
     """
-    torch.set_num_threads(max(1, usable_cores() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    torch.set_num_threads(max(1, usable_cores() // local_processes))
     return torch.get_num_threads()
 
 

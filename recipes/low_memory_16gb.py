@@ -25,41 +25,40 @@ torch 2.11.0, bitsandbytes 0.50.2): all parameters, stepping inside backward: 1.
 Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
 """
 
-import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
-
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from accelerate.utils import set_seed
 
-from common.arguments import SharedArguments
+from common.arguments import parse_flags
 from common.console import say
 from common.corpus.download import download
 from common.corpus.sources import resolve_sources
-from common.dataset.rows import split_rows, unigram_loss
-from common.distributed.launch import launch_defaults
-from common.distributed.strategy import precision_of
+from common.dataset.mixture import training_order
+from common.dataset.rows import build_rows, unigram_loss
+from common.distributed.launch import read_launch
 from common.model.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, unpacked_gguf
 from common.model.attention import choose_attention
 from common.model.counts import parameter_report
-from common.model.from_config import planned_model, residual_stream_in_bf16
+from common.model.from_config import residual_stream_in_bf16
 from common.model.fused_loss import use_fused_loss
-from common.model.presets import PRESETS
+from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
-from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
+from common.run.folder import open_run, run_identity
 from common.run.merge_adapters import save_merged
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
-from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import token_store_of
 from common.train.callbacks import SampleCallback
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before
 from common.train.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
 from common.train.plan import print_plan, probe, take_precision_of_yaml
-from common.train.preflight import check_pairs, preflight
+from common.train.preflight import preflight
 from common.train.trainer import PretrainingTrainer
 
+RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = dict(model="Qwen/Qwen2.5-1.5B")
@@ -105,7 +104,6 @@ TRAINING = dict(
 # --method lora, qlora: they learn best at about ten times the rate. Source: https://thinkingmachines.ai/blog/lora/
 ADAPTERS = dict(output_dir=str(ROOT / "outputs" / "low_memory_lora"), learning_rate=2e-4, weight_decay=0.0)
 
-VOCABULARY = 151_936  # rows of Qwen2.5-1.5B's embedding, for --plan, which loads nothing
 PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
 
 
@@ -132,111 +130,98 @@ class RecipeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
-    parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
-    parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
-    if parser.parse_known_args(argv)[0].method != "full":
-        parser.set_defaults(**ADAPTERS)
-    recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
-    if recipe.merge_only:  # by one process, whatever the YAML
+    # The launcher's YAML decides strategy, precision, compile and recompute. It is read once, here.
+    launch = read_launch()
+    # Flags: the dicts are defaults, --method lora or qlora swaps in ADAPTERS, any flag overrides, unknown ones fail.
+    own, shared, training = parse_flags(RecipeArguments, argv, DATA | TRAINING | launch.defaults(), method=ADAPTERS)
+    size = PretrainedSize(own.model)
+    adapters = own.method != "full"
+    if own.merge_only:  # by one process, whatever the YAML
         if training.process_index == 0:
-            say(f"merged: {save_merged(find_model(recipe.model, weights=True), training.output_dir)}")
+            say(f"merged: {save_merged(find_model(own.model, weights=True), training.output_dir)}")
         return
-    planning, adapters = shared.plan and not shared.probe, recipe.method != "full"
+
+    # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
+    planning = shared.plan and not shared.probe
     if planning:  # without a launcher, so the YAML's precision has not come yet
         shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / "single_gpu.yaml")
         take_precision_of_yaml(shared.plan_config, training)
     else:
-        check_method(recipe.method, recipe.weights, shared, training)
-        rows_per_step, _ = preflight(Path(__file__).name, shared, training, method=recipe.method)
-    check_pairs(precision_of(training), {"adapters": adapters})
-    if recipe.step_in_backward:
+        check_method(own.method, own.weights, launch, shared, training)
+        launch = preflight(RECIPE, launch, None, shared, training, method=own.method)
+    if own.step_in_backward:
         check_step_in_backward(training, shared)
     # Frozen weights need no more than what is computed in; trained ones in bf16 need the rounding of LowMemoryAdamW.
-    dtype = compute_dtype(training) if adapters else trained_dtype(recipe.weights, training)
-    own_optimizer = optimizer_for(None if adapters else dtype, recipe.step_in_backward, training)
-    adapter = dict(rank=recipe.lora_rank, targets=recipe.lora_targets, train_embedding=recipe.train_embedding)
+    dtype = compute_dtype(training) if adapters else trained_dtype(own.weights, training)
+    own_optimizer = optimizer_for(None if adapters else dtype, own.step_in_backward, training)
+    adapter = dict(rank=own.lora_rank, targets=own.lora_targets, train_embedding=own.train_embedding)
     if planning:
-        if recipe.model == "Qwen/Qwen2.5-1.5B":
-            model = planned_model(PRESETS["qwen2.5-1.5b"], VOCABULARY, shared.context_length).to(dtype)
-        else:
-            model = model_without_memory(find_model(recipe.model, weights=False)).to(dtype)
+        model = size.planned(shared.context_length, for_plan=True).to(dtype)
         model = add_adapters(model, **adapter) if adapters else model
-        return print_plan(model, shared, training, "adamw", own_optimizer, recipe.method)
+        return print_plan(model, launch, shared, training, own_optimizer, own.method)
     set_seed(training.seed)
 
-    # Weights, tokenizer and data: the first process of each machine prepares them, the others wait and find them.
+    # Weights, tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
     with training.main_process_first(desc="tokenizing"):
-        place = find_model(recipe.model, weights=True)
+        place = find_model(own.model, weights=True)
         tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
         check_fit(place, tokenizer, shared.context_length)
         if adapters:
-            check_adapters(model_without_memory(place), recipe.lora_rank, recipe.lora_targets)
+            check_adapters(model_without_memory(place), own.lora_rank, own.lora_targets)
         sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
-        if recipe.method == "qlora" and place.endswith(".gguf"):
+        if own.method == "qlora" and place.endswith(".gguf"):
             place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)
-    train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
-    for name, ledger in ledgers.items():
-        say(f"ledger of {name}: {ledger}")
 
-    # Model, straight onto the card, in 4 bits for QLoRA; the head is exchanged before peft wraps the model.
-    quantization = four_bits(dtype) if recipe.method == "qlora" else None
+    # Rows, and the model: straight onto the card, in 4 bits for QLoRA; the head is exchanged before peft wraps it.
+    rows = build_rows(stores, shared)
+    quantization = four_bits(dtype) if own.method == "qlora" else None
     model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
     choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers hand on to each other; autocast would keep it in fp32
+    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
     model = add_adapters(model, **adapter) if adapters else model
 
-    # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    trainer = PretrainingTrainer(
-        model, training, train_rows, eval_rows, rows_per_step, shared=shared,
-        processing_class=tokenizer, optimizer_cls_and_kwargs=own_optimizer,
-    )  # fmt: skip
-    if shared.probe:
-        return probe(trainer)
-    trainer.add_callback(SampleCallback(trainer, PROMPTS))
-    trainer.add_callback(ReportCallback(trainer, ledgers))
-    trainer.add_callback(MeasureBefore(trainer, None, pretrained=True))
+    # One folder, one run: continued if it was interrupted, shown if it is finished.
+    start |= {"method": own.method, "dtype": str(dtype).removeprefix("torch."), "adapter": adapters and adapter}
+    start |= {"step_in_backward": own.step_in_backward, "vocabulary_rows": model.config.vocab_size}
+    identity = run_identity(RECIPE, start, rows, tokenizer, launch, shared, training, {})
+    order = training_order(rows.train, training, launch.rows_per_step)
+    with open_run(identity, shared, training) as run:
+        if results := run.finished(order, training, shared.context_length):
+            finished = f"{run.folder} is finished; nothing to train."
+            return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
 
-    # One folder, one run: relaunching continues it, and a finished one is only shown.
-    data = {"documents": [store.fingerprint() for store in stores.values()]}
-    data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
-    start |= {"method": recipe.method, "dtype": str(dtype).removeprefix("torch."), "adapter": adapters and adapter}
-    start |= {"step_in_backward": recipe.step_in_backward, "vocabulary_rows": model.config.vocab_size}
-    identity = run_identity(Path(__file__).name, start, data, shared, training)
-    with training.main_process_first(desc="run folder"):
-        trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
-    wanted_tokens = trainer.order.real * shared.context_length
-    if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
-        finished = f"{training.output_dir} is finished; nothing to train."
-        return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    states = 3 if "8bit" in training.optim else 8  # bytes a number; Trainer's own keep the embedding's in fp32
-    merged = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0
-    check_disk_space(
-        training.output_dir, sum(p.numel() for p in trained), training, trained[0].itemsize, states, merged
-    )
-    for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
-        trainer.add_callback(callback)
+        # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
+        trainer = PretrainingTrainer(
+            model, training, shared, rows, order, launch, run, tokenizer, optimizer_cls_and_kwargs=own_optimizer
+        )
+        if shared.probe:
+            return probe(trainer)
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        state_bytes = 3 if "8bit" in training.optim else 8  # a parameter; Trainer's own keep the embedding's in fp32
+        merged_bytes = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0
+        parameters, weight_bytes = sum(parameter.numel() for parameter in trained), trained[0].itemsize
+        run.check_disk_space(parameters, launch.strategy, training, weight_bytes, state_bytes, merged_bytes)
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
+        trainer.add_callback(ReportCallback(run, rows.ledgers))
+        trainer.add_callback(MeasureBefore(trainer, None, pretrained=True))
+        for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=run.last_checkpoint())
 
-    # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
-
-    # Evaluate on the held-out documents, with samples; save the model; say what came of it.
-    held_out = trainer.evaluate()
-    held_out["eval_unigram_loss"] = unigram_loss(train_rows, eval_rows, model.config.vocab_size)
-    if test_rows is not None:
-        held_out |= trainer.evaluate(test_rows, metric_key_prefix="test")
-    held_out |= figures_before(trainer.state.log_history)
-    trainer.save_model()
-    results = save_results(trainer, ledgers, held_out)
-    say(f"{summary(results)}\n\n{before_and_after(results)}")
-    say(f"model, results and report.html are in {training.output_dir}")
+        # Evaluate on the held-out documents, with samples; save the model; print what came of it.
+        metrics = trainer.evaluate()
+        metrics["eval_unigram_loss"] = unigram_loss(rows.train, rows.held_out, model.config.vocab_size)
+        if rows.test is not None:
+            metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
+        metrics |= figures_before(trainer.state.log_history)
+        trainer.save_model()
+        results = save_results(trainer, rows.ledgers, metrics)
+        say(f"{summary(results)}\n\n{before_and_after(results)}")
+        say(f"model, results and report.html are in {run.folder}")
     trainer.accelerator.end_training()
     if adapters and training.process_index == 0:
         say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, training.output_dir)}")

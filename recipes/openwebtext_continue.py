@@ -25,47 +25,39 @@ loss 2.901 before, 2.688 after (0.969 and 0.897 bits per byte); retained, 40 Chi
 same from scratch, at 1e-3, had come down to 7.84 in training after 20 of its 40 steps (continued: 2.63).
 """
 
-import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
-
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from accelerate.utils import set_seed
 
-from common.arguments import SharedArguments
+from common.arguments import parse_flags
 from common.console import InputError, say
 from common.corpus.download import download
 from common.corpus.sources import resolve_sources
-from common.dataset.rows import split_rows, unigram_loss
-from common.distributed.launch import launch_defaults
+from common.dataset.mixture import training_order
+from common.dataset.rows import build_rows, unigram_loss
+from common.distributed.launch import read_launch
 from common.model.attention import choose_attention
 from common.model.counts import parameter_report
-from common.model.from_config import planned_model, residual_stream_in_bf16
+from common.model.from_config import residual_stream_in_bf16
 from common.model.fused_loss import use_fused_loss
-from common.model.presets import PRESETS
-from common.model.pretrained import (
-    check_fit,
-    find_model,
-    model_without_memory,
-    pretrained_model,
-    random_model,
-    weights_fingerprint,
-)
-from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
-from common.run.init_from import load_start, rows_behind
+from common.model.presets import PretrainedSize
+from common.model.pretrained import check_fit, find_model, pretrained_model, random_model, weights_fingerprint
+from common.run.folder import open_run, run_identity
+from common.run.init_from import load_start, rows_before
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
-from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import token_store_of
 from common.train.callbacks import SampleCallback
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before, retained_rows
 from common.train.plan import print_plan, probe
-from common.train.preflight import choose_optimizer, preflight
+from common.train.preflight import preflight
 from common.train.trainer import PretrainingTrainer
 
+RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = dict(model="Qwen/Qwen2.5-0.5B")
@@ -126,7 +118,6 @@ FROM_SCRATCH = dict(
     save_steps=1000,
 )
 
-VOCABULARY = 151_936  # rows of Qwen2.5-0.5B's embedding, for --plan, which loads nothing
 PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
 
 
@@ -152,35 +143,27 @@ class RecipeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
-    parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
-    recipe_parser = HfArgumentParser(RecipeArguments, allow_abbrev=False, add_help=False)
-    if recipe_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].from_scratch:
-        parser.set_defaults(**FROM_SCRATCH)
-    recipe, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
-    planned = None  # a model elsewhere is not known before its config is fetched
-    if recipe.model == "Qwen/Qwen2.5-0.5B":
-        planned = planned_model(PRESETS["qwen2.5-0.5b"], VOCABULARY, shared.context_length)
-    elif Path(recipe.model).exists():
-        planned = model_without_memory(find_model(recipe.model, weights=False))
+    # The launcher's YAML decides strategy, precision, compile and recompute. It is read once, here.
+    launch = read_launch()
+    # Flags: the dicts are defaults, --from_scratch swaps in FROM_SCRATCH, any flag overrides, unknown ones fail.
+    defaults = DATA | TRAINING | launch.defaults()
+    own, shared, training = parse_flags(RecipeArguments, argv, defaults, from_scratch=FROM_SCRATCH)
+    size = PretrainedSize(own.model)
+
+    # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
     if shared.plan and not shared.probe:
-        planned = planned or model_without_memory(find_model(recipe.model, weights=False))
-        return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
-    rows_per_step, optimizer = preflight(Path(__file__).name, shared, training, planned)
-    if shared.tokenizer == "train" and not recipe.from_scratch:
+        return print_plan(size.planned(shared.context_length, for_plan=True), launch, shared, training)
+    launch = preflight(RECIPE, launch, size, shared, training)
+    if shared.tokenizer == "train" and not own.from_scratch:
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
     set_seed(training.seed)
 
-    # Weights, tokenizer and data: the first process of each machine prepares them, the others wait and find them.
+    # Weights, tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
     with training.main_process_first(desc="tokenizing"):
-        place = find_model(recipe.model, weights=not recipe.from_scratch)
+        place = find_model(own.model, weights=not own.from_scratch)
         # OpenWebText is 80 files in one folder.
-        given = shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)]
-        sources, retained_sources = resolve_sources(given), resolve_sources(recipe.retain or [])
+        sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
+        retained_sources = resolve_sources(own.retain or [])
         if shared.tokenizer == "train":
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
@@ -188,68 +171,56 @@ def main(argv: list[str] | None = None) -> None:
         check_fit(place, tokenizer, shared.context_length)
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
         retained_stores = {source.name: token_store_of(source, tokenizer, shared) for source in retained_sources}
-    train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
-    for name, ledger in ledgers.items():
-        say(f"ledger of {name}: {ledger}")
-    documents = [store.fingerprint() for store in stores.values()]  # whatever --retain compares them by
-    retained, retained_counts = None, {}
-    if retained_stores:
-        retained, retained_counts = retained_rows(retained_stores, stores, train_rows, shared)
 
-    # Model, in float32: the optimizer's steps are too small for bf16 weights; the YAML's bf16 is autocast.
-    build = random_model if recipe.from_scratch else pretrained_model
+    # Rows, and the model: in float32, because the optimizer's steps are too small for bf16 weights. The YAML's bf16 is
+    # autocast.
+    rows = build_rows(stores, shared)
+    retained = retained_rows(retained_stores, stores, rows.train, shared)
+    build = random_model if own.from_scratch else pretrained_model
     model = build(place, tokenizer, shared.context_length)
     if shared.init_from:
         load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
-    fingerprint = weights_fingerprint(model)
-    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
+    start = {"weights": weights_fingerprint(model), "from_scratch": own.from_scratch}
+    isolated, divided = shared.packing == "isolated", launch.context_parallel > 1
+    choose_attention(model, shared.attn_implementation, isolated, training.device, divided)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers hand on to each other; autocast would keep it in fp32
+    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
 
-    # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    trainer = PretrainingTrainer(
-        model, training, train_rows, eval_rows, rows_per_step, optimizer, shared, processing_class=tokenizer
-    )
-    if shared.probe:
-        return probe(trainer)
-    trainer.add_callback(SampleCallback(trainer, PROMPTS))
-    trainer.add_callback(ReportCallback(trainer, ledgers))
-    trainer.add_callback(MeasureBefore(trainer, retained, pretrained=not recipe.from_scratch))
+    # One folder, one run: continued if it was interrupted, shown if it is finished.
+    start["vocabulary_rows"] = model.config.vocab_size
+    more = {"optimizer": launch.optimizer, "init_from": shared.init_from, "retained": retained.fingerprints}
+    identity = run_identity(RECIPE, start, rows, tokenizer, launch, shared, training, more)
+    order = training_order(rows.train, training, launch.rows_per_step, rows_before(identity, shared))
+    with open_run(identity, shared, training) as run:
+        if results := run.finished(order, training, shared.context_length):
+            finished = f"{run.folder} is finished; nothing to train."
+            return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
 
-    # One folder, one run: relaunching continues it, and a finished one is only shown.
-    data = {"documents": documents, "optimizer": optimizer}
-    data |= {"retained": [store.fingerprint() for store in retained_stores.values()], "rows_per_step": rows_per_step}
-    data |= {"init_from": shared.init_from, "tokenizer": tokenizer_fingerprint(tokenizer)}
-    start = {"weights": fingerprint, "from_scratch": recipe.from_scratch, "vocabulary_rows": model.config.vocab_size}
-    identity = run_identity(Path(__file__).name, start, data, shared, training)
-    if shared.init_from:
-        trainer.start_behind(rows_behind(shared.init_from, identity, shared.context_length))
-    with training.main_process_first(desc="run folder"):
-        trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
-    wanted_tokens = trainer.order.real * shared.context_length
-    if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
-        finished = f"{training.output_dir} is finished; nothing to train."
-        return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
-    check_disk_space(training.output_dir, model.num_parameters(), training)
-    for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
-        trainer.add_callback(callback)
+        # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
+        trainer = PretrainingTrainer(model, training, shared, rows, order, launch, run, tokenizer)
+        if shared.probe:
+            return probe(trainer)
+        run.check_disk_space(model.num_parameters(), launch.strategy, training)
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
+        trainer.add_callback(ReportCallback(run, rows.ledgers))
+        trainer.add_callback(MeasureBefore(trainer, retained.rows, pretrained=not own.from_scratch))
+        for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=run.last_checkpoint())
 
-    # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
-
-    # Evaluate on the held-out documents, with samples; save the model; say what came of it.
-    held_out = trainer.evaluate()
-    held_out["eval_unigram_loss"] = unigram_loss(train_rows, eval_rows, model.config.vocab_size)
-    if test_rows is not None:
-        held_out |= trainer.evaluate(test_rows, metric_key_prefix="test")
-    if retained is not None:
-        held_out |= trainer.evaluate(retained, metric_key_prefix="retain") | retained_counts
-    held_out |= figures_before(trainer.state.log_history)
-    trainer.save_model()
-    results = save_results(trainer, ledgers, held_out)
-    say(f"{summary(results)}\n\n{before_and_after(results)}")
-    say(f"model, results and report.html are in {training.output_dir}")
+        # Evaluate on the held-out documents, with samples; save the model; print what came of it.
+        metrics = trainer.evaluate()
+        metrics["eval_unigram_loss"] = unigram_loss(rows.train, rows.held_out, model.config.vocab_size)
+        if rows.test is not None:
+            metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
+        if retained.rows is not None:
+            metrics |= trainer.evaluate(retained.rows, metric_key_prefix="retain") | retained.counts
+        metrics |= figures_before(trainer.state.log_history)
+        trainer.save_model()
+        results = save_results(trainer, rows.ledgers, metrics)
+        say(f"{summary(results)}\n\n{before_and_after(results)}")
+        say(f"model, results and report.html are in {run.folder}")
     trainer.accelerator.end_training()
 
 

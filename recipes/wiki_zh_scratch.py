@@ -17,38 +17,37 @@ Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0
 per byte. Wikipedia itself: not yet measured.
 """
 
-import common.console  # noqa: F401  # isort: skip  # before the libraries that it keeps quiet
-
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from transformers import HfArgumentParser, TrainingArguments, set_seed
+from accelerate.utils import set_seed
 
-from common.arguments import SharedArguments
+from common.arguments import parse_flags
 from common.console import say
 from common.corpus.download import download
 from common.corpus.sources import resolve_sources
-from common.dataset.rows import split_rows, unigram_loss
-from common.distributed.launch import launch_defaults
+from common.dataset.mixture import training_order
+from common.dataset.rows import build_rows, unigram_loss
+from common.distributed.launch import read_launch
 from common.model.attention import choose_attention
 from common.model.counts import parameter_report
-from common.model.from_config import model_from_config, planned_model, residual_stream_in_bf16
+from common.model.from_config import model_from_config, residual_stream_in_bf16
 from common.model.fused_loss import use_fused_loss
-from common.model.presets import shape_of
-from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint, run_identity
-from common.run.init_from import load_start, rows_behind
+from common.model.presets import ModelSize
+from common.run.folder import open_run, run_identity
+from common.run.init_from import load_start, rows_before
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
-from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
+from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import token_store_of
 from common.train.callbacks import SampleCallback
 from common.train.plan import print_plan, probe
-from common.train.preflight import choose_optimizer, preflight
+from common.train.preflight import preflight
 from common.train.trainer import PretrainingTrainer
 
+RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = dict(
@@ -117,7 +116,6 @@ SAMPLE = dict(
     save_steps=300,
 )
 
-VOCABULARY = 151_646  # of Qwen2's tokenizer, for what is planned before anything is loaded
 PROMPTS = ["地球是", "在历史上，", "计算机"]
 
 
@@ -131,35 +129,19 @@ class RecipeArguments:
 
 
 def main(argv: list[str] | None = None) -> None:
-    # Flags: the dicts above are defaults, the launcher's YAML decides the precision, any flag overrides.
-    argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser((RecipeArguments, SharedArguments, TrainingArguments), allow_abbrev=False)
-    parser.set_defaults(**DATA, **TRAINING, **launch_defaults())
-    shape = MODEL
-    recipe_parser = HfArgumentParser(RecipeArguments, allow_abbrev=False, add_help=False)
-    if recipe_parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)[0].sample:
-        shape = SAMPLE_MODEL
-        parser.set_defaults(**SAMPLE)
-    own, shared, training, unknown = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
-    if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
-    # The model's size, before anything is loaded; of another tokenizer the vocabulary is a guess.
-    vocabulary = {"Qwen/Qwen2-0.5B": VOCABULARY, "train": shared.vocabulary_size}.get(shared.tokenizer)
-    guessed, vocabulary = vocabulary is None, vocabulary or VOCABULARY
-    planned, planning = None, shared.plan and not shared.probe
-    if planning or not (guessed and own.target_parameters):  # what has that size depends on the vocabulary
-        planned_shape = shape_of(own.model, own.target_parameters, shape, vocabulary)
-        planned = planned_model(planned_shape, vocabulary, shared.context_length)
-    if planning:
-        if guessed:
-            say(f"note: planned for a vocabulary of {VOCABULARY:,}; {shared.tokenizer} is not loaded for a plan")
-        return print_plan(planned, shared, training, choose_optimizer(shared.optimizer, training))
-    rows_per_step, optimizer = preflight(
-        Path(__file__).name, shared, training, planned, learning_rates=LEARNING_RATES, guessed=guessed
-    )
+    # The launcher's YAML decides strategy, precision, compile and recompute. It is read once, here.
+    launch = read_launch()
+    # Flags: the dicts are defaults, --sample swaps in SAMPLE, any flag overrides, unknown ones fail.
+    own, shared, training = parse_flags(RecipeArguments, argv, DATA | TRAINING | launch.defaults(), sample=SAMPLE)
+    size = ModelSize(SAMPLE_MODEL if own.sample else MODEL, own.model, own.target_parameters, shared)
+
+    # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
+    if shared.plan and not shared.probe:
+        return print_plan(size.planned(shared.context_length, for_plan=True), launch, shared, training)
+    launch = preflight(RECIPE, launch, size, shared, training, LEARNING_RATES)
     set_seed(training.seed)
 
-    # Tokenizer and data: the first process of each machine prepares them, the others wait and find them.
+    # Tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
     with training.main_process_first(desc="tokenizing"):
         sources = resolve_sources(shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])])
         if shared.tokenizer == "train":
@@ -167,58 +149,47 @@ def main(argv: list[str] | None = None) -> None:
         else:
             tokenizer = load_tokenizer(shared.tokenizer, shared.end_token)
         stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
-    train_rows, eval_rows, test_rows, ledgers = split_rows(stores, shared)
-    for name, ledger in ledgers.items():
-        say(f"ledger of {name}: {ledger}")
 
-    # Model, randomly initialised; the seed was set above, so every process builds the same one.
-    shape = shape_of(own.model, own.target_parameters, shape, len(tokenizer))
+    # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
+    rows = build_rows(stores, shared)
+    shape = size.shape(len(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length, training)
     if shared.init_from:
         load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
-    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
+    isolated, divided = shared.packing == "isolated", launch.context_parallel > 1
+    choose_attention(model, shared.attn_implementation, isolated, training.device, divided)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers hand on to each other; autocast would keep it in fp32
+    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
 
-    # Trainer. It sets training.max_steps, so it comes before the check for a finished run.
-    trainer = PretrainingTrainer(
-        model, training, train_rows, eval_rows, rows_per_step, optimizer, shared, processing_class=tokenizer
-    )
-    if shared.probe:
-        return probe(trainer)
-    trainer.add_callback(SampleCallback(trainer, PROMPTS))
-    trainer.add_callback(ReportCallback(trainer, ledgers))
-
-    # One folder, one run: relaunching continues it, and a finished one is only shown.
-    data = {"documents": [store.fingerprint() for store in stores.values()], "optimizer": optimizer}
-    data |= {"tokenizer": tokenizer_fingerprint(tokenizer), "rows_per_step": rows_per_step}
-    data |= {"init_from": shared.init_from}
+    # One folder, one run: continued if it was interrupted, shown if it is finished.
     shape = {**shape, "vocabulary_rows": model.config.vocab_size}
-    identity = run_identity(Path(__file__).name, shape, data, shared, training)
-    if shared.init_from:
-        trainer.start_behind(rows_behind(shared.init_from, identity, shared.context_length))
-    with training.main_process_first(desc="run folder"):
-        trainer.folder_lock = claim_output_folder(training.output_dir, identity, shared.allow_changes)
-    wanted_tokens = trainer.order.real * shared.context_length
-    if results := finished_results(training.output_dir, training.max_steps, wanted_tokens):
-        return say(f"{training.output_dir} is finished; nothing to train.\n{summary(results)}")
-    check_disk_space(training.output_dir, model.num_parameters(), training)
-    for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", training.output_dir):
-        trainer.add_callback(callback)
+    more = {"optimizer": launch.optimizer, "init_from": shared.init_from}
+    identity = run_identity(RECIPE, shape, rows, tokenizer, launch, shared, training, more)
+    order = training_order(rows.train, training, launch.rows_per_step, rows_before(identity, shared))
+    with open_run(identity, shared, training) as run:
+        if results := run.finished(order, training, shared.context_length):
+            return say(f"{run.folder} is finished; nothing to train.\n{summary(results)}")
 
-    # Train, from the last checkpoint if there is one.
-    trainer.train(resume_from_checkpoint=last_checkpoint(training.output_dir))
+        # Train, from the last checkpoint if there is one.
+        trainer = PretrainingTrainer(model, training, shared, rows, order, launch, run, tokenizer)
+        if shared.probe:
+            return probe(trainer)
+        run.check_disk_space(model.num_parameters(), launch.strategy, training)
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
+        trainer.add_callback(ReportCallback(run, rows.ledgers))
+        for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
+            trainer.add_callback(callback)
+        trainer.train(resume_from_checkpoint=run.last_checkpoint())
 
-    # Evaluate on the held-out documents, with samples; save the model; say what came of it.
-    held_out = trainer.evaluate()
-    held_out["eval_unigram_loss"] = unigram_loss(train_rows, eval_rows, model.config.vocab_size)
-    if test_rows is not None:
-        held_out |= trainer.evaluate(test_rows, metric_key_prefix="test")
-    trainer.save_model()
-    results = save_results(trainer, ledgers, held_out)
-    say(summary(results))
-    say(f"model, results and report.html are in {training.output_dir}")
+        # Evaluate on the held-out documents, with samples; save the model; print what came of it.
+        metrics = trainer.evaluate()
+        metrics["eval_unigram_loss"] = unigram_loss(rows.train, rows.held_out, model.config.vocab_size)
+        if rows.test is not None:
+            metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
+        trainer.save_model()
+        say(summary(save_results(trainer, rows.ledgers, metrics)))
+        say(f"model, results and report.html are in {run.folder}")
     trainer.accelerator.end_training()
 
 

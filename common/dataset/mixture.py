@@ -9,23 +9,24 @@ from torch.utils.data import Sampler
 from transformers import TrainingArguments
 
 from common.console import InputError, say
+from common.dataset.packing import IGNORED_ROW, JoinedRows
 
-IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and trains nothing
-CHUNK_POSITIONS = 1 << 16  # worked out at once
+CHUNK_POSITIONS = 1 << 16  # computed at once
 LONGEST_PERIOD = 100_000  # positions after which a mixture repeats its turns
 
 
 class TrainingOrder(Sampler):
-    """The row at every position of the whole run, so that resuming is a seek: set ``start`` and iterate.
+    """The row at every position of the whole run. Resuming is a seek: set ``first_position`` and iterate.
 
     Without weights, all rows are one set: pass after pass, each shuffled by (seed, pass); a step may span two passes.
     With weights, each source is such a set of its own, and they take turns: a small source begins its next pass while
     a large one is still in its first.
 
     Attributes:
-        start, real, total: positions from ``start`` to ``real`` hold rows; those up to ``total`` are ignored rows,
-            which complete the last step.
-        length: what ``len`` says, in rows.
+        rows_per_pass: rows of all sources.
+        first_step, first_position: steps and rows that are done when iteration begins.
+        rows_in_run: rows of the whole run, all passes: positions below it hold rows.
+        positions_in_run: ``rows_in_run``, and the ignored rows that complete the last step.
     """
 
     def __init__(self, rows: list[int], seed: int, weights: list[float] | None = None):
@@ -34,28 +35,58 @@ class TrainingOrder(Sampler):
         self.set_rows = rows if self.weighted else [sum(rows)]  # each shuffled by itself
         if not all(self.set_rows):
             raise InputError(f"the sources have {self.set_rows} training rows: one without any cannot be mixed in.")
-        self.rows, self.seed = sum(rows), seed
+        self.rows_per_pass = sum(rows)
+        self.seed = seed
         self.first_rows = np.cumsum([0, *self.set_rows])
         self.parts = np.array(whole_parts(weights, len(rows)) if self.weighted else [1])  # of a period
         self.turns = np.array(turns_of(self.parts.tolist()))  # (period,)
         # Of each turn in the period, how many turns of the same source come before it: shape (period,).
         earlier = (self.turns[:, None] == np.arange(len(self.parts))).cumsum(axis=0)
         self.earlier = earlier[np.arange(len(self.turns)), self.turns] - 1
-        self.start = self.real = self.total = self.length = 0
+        self.rows_per_step = 1
+        self.first_step = self.first_position = self.rows_in_run = self.positions_in_run = 0
+        self.rows_asked: int | None = None  # in all; None: whole steps, up to --max_steps
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
-    def lay_out(self, start: int, real: int, total: int, length: int | None = None) -> None:
-        """Set the attributes of these names; ``length`` is what lies ahead by default."""
-        self.start, self.real, self.total = start, real, total
-        self.length = total - start if length is None else length
+    def begin_at(self, step: int, position: int, training: TrainingArguments) -> None:
+        """Begin iteration at ``position``, with which the step after ``step`` begins, and set ``training.max_steps``.
+
+        The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
+
+        Raises:
+            InputError: more has been done than is asked for.
+        """
+        if self.rows_asked is None:
+            rows = position + (training.max_steps - step) * self.rows_per_step
+        else:
+            rows = self.rows_asked
+            training.max_steps = step + math.ceil((rows - position) / self.rows_per_step)
+        if training.max_steps < step or rows < position:
+            raise InputError(
+                f"the run in {training.output_dir} has made {step} steps = {position} rows, more than is asked for "
+                "now. Ask for at least as many, or choose another --output_dir."
+            )
+        self.first_step, self.first_position, self.rows_in_run = step, position, rows
+        self.positions_in_run = position + (training.max_steps - step) * self.rows_per_step
+
+    def position_after(self, step: int) -> int:
+        """Return how many rows are trained on when ``step`` steps are made, over all processes and passes."""
+        return min(self.first_position + (step - self.first_step) * self.rows_per_step, self.rows_in_run)
+
+    def rows_of_step(self, step: int) -> np.ndarray:
+        """Return the rows of the step with the number ``step``, from 1; ignored ones complete it: (rows_per_step,)."""
+        positions = np.arange(self.position_after(step - 1), self.position_after(step))
+        ignored = np.full(self.rows_per_step - len(positions), IGNORED_ROW)
+        return np.concatenate([self.rows_at(positions), ignored])
 
     def __len__(self) -> int:
-        return self.length
+        """The whole run, steps before ``first_position`` included: Trainer counts so."""
+        return self.first_step * self.rows_per_step + self.positions_in_run - self.first_position
 
     def __iter__(self) -> Iterator[int]:
-        for first in range(self.start, self.real, CHUNK_POSITIONS):
-            yield from self.rows_at(np.arange(first, min(first + CHUNK_POSITIONS, self.real))).tolist()
-        yield from [IGNORED_ROW] * (self.total - max(self.start, self.real))
+        for first in range(self.first_position, self.rows_in_run, CHUNK_POSITIONS):
+            yield from self.rows_at(np.arange(first, min(first + CHUNK_POSITIONS, self.rows_in_run))).tolist()
+        yield from [IGNORED_ROW] * (self.positions_in_run - max(self.first_position, self.rows_in_run))
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
         """Return the rows at ``positions`` (rising), shape (positions,)."""
@@ -69,12 +100,12 @@ class TrainingOrder(Sampler):
                 rows[here] = self.first_rows[source] + self._permutation(int(source), int(epoch))[places[here]]
         return rows
 
-    def counts(self, position: int) -> list[int]:
+    def rows_by_source(self, position: int) -> list[int]:
         """Return how many of the rows before ``position`` are of each source."""
         if self.weighted:
             period, turn = divmod(position, len(self.turns))
             return (period * self.parts + np.bincount(self.turns[:turn], minlength=len(self.parts))).tolist()
-        passes, rest = divmod(position, self.rows)
+        passes, rest = divmod(position, self.rows_per_pass)
         begun = np.searchsorted(self.source_ends, self.rows_at(np.arange(position - rest, position)), side="right")
         return (passes * np.array(self.source_rows) + np.bincount(begun, minlength=len(self.source_rows))).tolist()
 
@@ -87,38 +118,37 @@ class TrainingOrder(Sampler):
         return permutation
 
 
-def lay_out_steps(
-    order: TrainingOrder, training: TrainingArguments, rows: int | None, rows_per_step: int, step: int, position: int
-) -> None:
-    """Lay ``order`` out for the steps behind ``step``, the first of which begins at ``position``.
-
-    The two belong together as step x rows_per_step, unless a run that ended with a partial step is continued.
+def training_order(
+    rows: JoinedRows, training: TrainingArguments, rows_per_step: int, rows_before: int = 0
+) -> TrainingOrder:
+    """Return the order of a run from its first step, and set ``training.max_steps`` where it is open.
 
     Args:
-        rows: of the whole run, whose steps become ``training.max_steps``; None: whole steps up to ``max_steps``.
+        rows_before: rows at the beginning of the order that the run of --init_from was trained on.
 
     Raises:
-        InputError: more than is asked for has been done.
+        InputError: the flags ask for no row, or for none after ``rows_before``.
     """
-    if rows is None:
-        rows = position + (training.max_steps - step) * rows_per_step
-    else:
-        training.max_steps = step + math.ceil((rows - position) / rows_per_step)
-    if training.max_steps < step or rows < position:
-        raise InputError(
-            f"the run in {training.output_dir} has made {step} steps = {position} rows, more than is asked for now. "
-            "Ask for at least as many, or choose another --output_dir."
-        )
-    total = position + (training.max_steps - step) * rows_per_step
-    # Trainer counts the steps of the whole run, those before the checkpoint included.
-    order.lay_out(position, rows, total, length=training.max_steps * rows_per_step)
+    seed = training.seed if training.data_seed is None else training.data_seed
+    order = TrainingOrder([len(source) for source in rows.sources], seed, rows.weights)
+    order.rows_per_step = rows_per_step
+    asked = rows_asked_for(training, rows_per_step, len(rows))
+    if training.max_steps <= 0:
+        order.rows_asked = asked
+        if rows_before >= asked:
+            raise InputError(
+                f"--init_from: its run was trained on {rows_before:,} rows, and {asked:,} are asked for in all. "
+                "Ask for more: --num_train_epochs, or --max_steps, which counts from here."
+            )
+    order.begin_at(0, rows_before, training)
+    return order
 
 
 def rows_asked_for(training: TrainingArguments, rows_per_step: int, rows: int) -> int:
     """Return how many rows ``--max_steps`` or, without it, ``--num_train_epochs`` passes over ``rows`` are.
 
     Raises:
-        InputError: none.
+        InputError: the flags ask for no row.
     """
     asked = training.max_steps * rows_per_step
     if training.max_steps < 0:
@@ -134,7 +164,7 @@ def rows_asked_for(training: TrainingArguments, rows_per_step: int, rows: int) -
 def whole_parts(weights: list[float], sources: int) -> list[int]:
     """Return ``weights`` as the smallest whole numbers of the same proportions: [0.7, 0.2, 0.1] as [7, 2, 1].
 
-    Where these add up to more than LONGEST_PERIOD, they are rounded to that, which is said.
+    If these add up to more than LONGEST_PERIOD, they are rounded to that period, and a note says so.
     """
     if len(weights) != sources:
         raise InputError(f"--data_weights gives {len(weights)} weights for {sources} sources. Give one for each.")
@@ -155,16 +185,16 @@ def whole_parts(weights: list[float], sources: int) -> list[int]:
 def turns_of(parts: list[int]) -> list[int]:
     """Return whose turn it is at each of ``sum(parts)`` positions, after which the turns repeat.
 
-    Among the first n positions a source is never a whole row away from its share of n, for every n: of the sources
-    that are behind their share, the one whose next row is due first has the turn.
+    Example: [2, 1] gives [0, 1, 0]. Among the first n positions, for every n, no source is a whole row away from its
+    share of n. Among the sources with less than their share, the one whose next row is due first has the turn.
 
     Source: Baruah et al., "Proportionate progress: a notion of fairness in resource allocation", 1996,
         https://doi.org/10.1007/BF01940883 (on one processor, where the earliest deadline suffices)
     """
     period, counts, turns = sum(parts), [0] * len(parts), []
     for position in range(1, period + 1):
-        behind = [source for source, part in enumerate(parts) if counts[source] * period < position * part]
-        turn = min(behind, key=lambda source: -(-(counts[source] + 1) * period // parts[source]))
+        late = [source for source, part in enumerate(parts) if counts[source] * period < position * part]
+        turn = min(late, key=lambda source: -(-(counts[source] + 1) * period // parts[source]))
         turns.append(turn)
         counts[turn] += 1
     return turns

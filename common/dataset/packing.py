@@ -7,10 +7,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
-from common.dataset.mixture import IGNORED_ROW
 from common.tokens.store import TokenStore
 
 IGNORED_TARGET = -100  # torch's cross_entropy skips such targets
+IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and trains nothing
 
 
 class PackedRows:

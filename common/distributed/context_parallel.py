@@ -5,61 +5,50 @@ the front and the matching one from the back, so that causal attention is equall
 Source: https://huggingface.co/docs/accelerate/concept_guides/context_parallelism
 """
 
-import os
 from collections.abc import Callable
 from functools import partial
 
 import torch
 from accelerate import Accelerator
-from transformers import TrainingArguments
 
 from common.console import InputError
+from common.distributed.launch import Launch
 
 
-def parallel_size(kind: str) -> int:
-    """Return a size of the YAML's parallelism_config, 1 if there is none: dp_replicate, dp_shard, tp, cp or sp."""
-    asked = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG", "").lower() == "true"
-    return int(os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1")) if asked else 1
-
-
-def row_readers(training: TrainingArguments) -> int:
-    """Return how many processes, or groups that share their rows, read rows of their own."""
-    return max(1, training.world_size // parallel_size("cp"))
-
-
-def reads_first(training: TrainingArguments) -> bool:
-    """Whether this process is the first of those that share its rows."""
-    return training.process_index % parallel_size("cp") == 0
-
-
-def check_parallelism(training: TrainingArguments, context_length: int, isolated: bool) -> None:
+def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> None:
     """Refuse what the YAML's parallelism_config cannot do with these recipes.
 
     Raises:
         InputError: with what works.
     """
-    for kind, name in (("tp", "tensor"), ("sp", "DeepSpeed's sequence")):
-        if parallel_size(kind) > 1:
+    for kind, name, size in (
+        ("tp", "tensor", launch.tensor_parallel),
+        ("sp", "DeepSpeed's sequence", launch.sequence_parallel),
+    ):
+        if size > 1:
             raise InputError(
-                f"parallelism_config_{kind}_size {parallel_size(kind)}: {name} parallelism is not with these recipes: "
-                "it needs a model that is loaded in pieces. Use fsdp2.yaml; for long rows fsdp2_context_parallel.yaml."
+                f"parallelism_config_{kind}_size {size}: {name} parallelism is not supported by these recipes: it "
+                "needs a model that is loaded in pieces. Use fsdp2.yaml; for long rows fsdp2_context_parallel.yaml."
             )
-    cp, copies = parallel_size("cp"), parallel_size("dp_replicate")
-    divided, rest = divmod(training.world_size, cp * copies)
-    if cp * copies > 1 and (rest or divided != parallel_size("dp_shard")):
+    sharing = launch.context_parallel
+    asked = launch.replicas * launch.shards * sharing
+    shards, rest = divmod(launch.processes, sharing * launch.replicas)
+    if sharing * launch.replicas > 1 and (rest or shards != launch.shards):
         raise InputError(
-            f"parallelism_config asks for {copies} x {parallel_size('dp_shard')} x {cp} processes (dp_replicate x "
-            f"dp_shard x cp), and these are {training.world_size}. Use --parallelism_config_dp_shard_size "
-            f"{max(1, divided)} before the recipe, or --num_processes {copies * parallel_size('dp_shard') * cp}."
+            f"parallelism_config asks for {launch.replicas} x {launch.shards} x {sharing} processes (dp_replicate x "
+            f"dp_shard x cp), and these are {launch.processes}. Use --parallelism_config_dp_shard_size "
+            f"{max(1, shards)} before the recipe, or --num_processes {asked}."
         )
-    if cp == 1:
+    if sharing == 1:
         return
     if isolated:
-        raise InputError("--packing isolated under context parallelism: its attention knows no borders. Use cross.")
-    if context_length % (2 * cp):
         raise InputError(
-            f"--context_length {context_length}: {cp} cards share each row as {2 * cp} equal pieces. Use "
-            f"{max(1, round(context_length / (2 * cp))) * 2 * cp}."
+            "--packing isolated under context parallelism: its attention ignores where documents begin. Use cross."
+        )
+    if context_length % (2 * sharing):
+        raise InputError(
+            f"--context_length {context_length}: {sharing} cards share each row as {2 * sharing} equal pieces. Use "
+            f"{max(1, round(context_length / (2 * sharing))) * 2 * sharing}."
         )
 
 

@@ -9,7 +9,7 @@ from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
 from common.console import InputError
-from common.distributed.strategy import strategy_of
+from common.distributed.strategy import DDP, SINGLE, Strategy
 
 
 def check_compiler(backend: str, device: torch.device) -> None:
@@ -53,11 +53,12 @@ def check_cuda_device(name: str, capability: tuple[int, int], architectures: lis
         )
 
 
-def check_fp8(training: TrainingArguments) -> None:
-    """Refuse FP8 where the card has none, and where accelerate would train with it what nobody wants.
+def check_fp8(strategy: Strategy, training: TrainingArguments) -> None:
+    """Refuse FP8 where the card has none, and where accelerate would not train all layers.
 
     Accelerate exchanges the linear layers for torchao's when it prepares the model, all but the first and the head.
-    Call it before an Accelerator is made, which knows the backend in capitals only.
+    Call this before an Accelerator is made, because it sets the backend's name in capitals, the only form that an
+    Accelerator knows.
     Sources: https://huggingface.co/docs/accelerate/usage_guides/low_precision_training,
     https://docs.nvidia.com/cuda/parallel-thread-execution/ (FP8 products: compute capability 8.9).
 
@@ -67,20 +68,20 @@ def check_fp8(training: TrainingArguments) -> None:
     capability = torch.cuda.get_device_capability() if training.device.type == "cuda" else (0, 0)
     backend = os.environ.get("ACCELERATE_FP8_BACKEND", "no")
     gathered = parse_flag_from_env("ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER", default=True)
-    strategy = strategy_of(training)
     if capability < (8, 9):
         raise InputError(
             f"mixed_precision fp8: needs a card of compute capability 8.9 or more (Ada, Hopper, Blackwell), and this "
             f"{training.device.type.upper()} has {'.'.join(map(str, capability)) if any(capability) else 'none'}. Use "
             "another YAML, or --mixed_precision bf16."
         )
-    if strategy not in ("single", "ddp"):
+    if strategy not in (SINGLE, DDP):
         raise InputError(f"mixed_precision fp8 under {strategy}: not tried here. Use fp8.yaml, or bf16 with this YAML.")
     if backend.lower() != "ao":
         raise InputError(f"mixed_precision fp8 with backend {backend}: only torchao's is tried here. Use fp8.yaml.")
     if gathered:  # seen with accelerate 1.15 and torchao 0.18
         raise InputError(
             "mixed_precision fp8 with enable_fsdp_float8_all_gather, accelerate's default: it exchanges the layers' "
-            "parameters behind the optimizer's back, and they are never trained. Use fp8.yaml, which switches it off."
+            "parameters after the optimizer has taken them, and the new ones are never trained. Use fp8.yaml, which "
+            "switches it off."
         )
     os.environ["ACCELERATE_FP8_BACKEND"] = "AO"  # the launcher's flag says "ao", which Accelerator does not know

@@ -1,65 +1,268 @@
-"""Preflight: what the launcher's YAML decided, and combinations that would fail late or train the wrong thing."""
+"""What the launcher's YAML decided, read once into one object; and launches that would fail late or train wrongly.
 
+``accelerate launch`` puts its YAML into the environment of the processes that it starts. Nothing else in the project
+reads those variables.
+"""
+
+import json
 import os
 import re
 import sys
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from transformers import TrainingArguments
 
 from common.console import InputError, say
 from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
-from common.distributed.strategy import launched_precision, take_over_recompute
-from common.distributed.workarounds import remove_dead_locks, take_over_compile
+from common.distributed.strategy import DDP, SINGLE, Strategy
+from common.distributed.workarounds import RECOMPUTE_TAKEN_OVER, remove_dead_locks, take_over_compile
+
+RECOMPUTE_SECTION = "activation_checkpointing"  # of a DeepSpeed JSON
+MAIN_MEMORY = ("cpu", "nvme")  # DeepSpeed's names for the devices that it offloads to
 
 
-def launch_defaults() -> dict:
-    """Return the TrainingArguments that the YAML owns: precision, and the CPU where there is no accelerator.
+@dataclass(frozen=True)
+class Launch:
+    """The decisions of the launcher's configuration, and two more that preflight makes from them.
 
-    This comes before any process group, so it also removes what would hang one, refuses what would break it, and takes
-    over what DeepSpeed's launcher leaves out.
+    Attributes:
+        launched: a launcher started this process.
+        processes, local_processes: over all machines, and on this one.
+        precision: no, fp16, bf16 or fp8; None without a launcher: then the recipe's flags decide.
+        compiler: torch.compile's backend, or "no".
+        recompute: the key of the configuration that switches recompute on, or None.
+        recompute_settings: what else the configuration says of recompute.
+        offload_optimizer, offload_parameters: kept in main memory.
+        replicas, shards: of the model, over all processes (data parallelism).
+        tensor_parallel, context_parallel, sequence_parallel: processes that share the same rows.
+        optimizer: "muon" or "adamw"; decided by preflight.
+        rows_per_step: over all processes; decided by preflight.
     """
-    check_devices()
+
+    launched: bool = False
+    strategy: Strategy = SINGLE
+    processes: int = 1
+    local_processes: int = 1
+    process: int = 0
+    use_cpu: bool = False
+    precision: str | None = None
+    compiler: str = "no"
+    recompute: str | None = None
+    recompute_settings: tuple[str, ...] = ()
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+    state_dict_type: str = ""
+    replicas: int = 1
+    shards: int = 1
+    tensor_parallel: int = 1
+    context_parallel: int = 1
+    sequence_parallel: int = 1
+    optimizer: str = ""
+    rows_per_step: int = 0
+
+    @property
+    def compiled(self) -> bool:
+        return self.compiler != "no"
+
+    @property
+    def offloads(self) -> bool:
+        return self.offload_optimizer or self.offload_parameters
+
+    @property
+    def machines(self) -> int:
+        return max(1, self.processes // self.local_processes)
+
+    @property
+    def row_readers(self) -> int:
+        """How many processes, or groups of processes that share their rows, read rows of their own."""
+        return max(1, self.processes // self.context_parallel)
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether this process is the first of those that share its rows."""
+        return self.process % self.context_parallel == 0
+
+    def defaults(self) -> dict:
+        """Return the TrainingArguments that the launcher decides: precision, and the CPU where nothing else is."""
+        return {
+            "bf16": self.precision in ("bf16", "fp8"),  # FP8 is for the products of layers; the rest is bf16
+            "fp16": self.precision == "fp16",
+            "use_cpu": self.use_cpu,
+        }
+
+
+def read_launch() -> Launch:
+    """Read what the launcher decided, before any process group exists.
+
+    First removes what would hang a process group, and restores what DeepSpeed's launcher leaves out.
+
+    Raises:
+        InputError: more processes than devices, or a deepspeed_config_file that cannot be read.
+    """
+    use_cpu = _says_true("ACCELERATE_USE_CPU")
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not use_cpu:
+        check_devices(local_processes)
     remove_dead_locks()
     take_over_compile()
-    precision = launched_precision()
-    return {
-        "bf16": precision in ("bf16", "fp8"),  # FP8 is for the products of layers; the rest is bf16
-        "fp16": precision == "fp16",
-        "use_cpu": os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" or not torch.accelerator.is_available(),
-    }
+    path, deepspeed = deepspeed_file()
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    strategy = _strategy(deepspeed, processes)
+    offload_optimizer, offload_parameters = _offloading(deepspeed, strategy)
+    return Launch(
+        launched=any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")),
+        strategy=strategy,
+        processes=processes,
+        local_processes=local_processes,
+        process=int(os.environ.get("RANK", "0")),
+        use_cpu=use_cpu or not torch.accelerator.is_available(),
+        precision=_precision(deepspeed),
+        compiler=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower(),
+        recompute=_recompute(path, deepspeed, strategy),
+        recompute_settings=tuple(name for name, value in deepspeed.get(RECOMPUTE_SECTION, {}).items() if value),
+        offload_optimizer=offload_optimizer,
+        offload_parameters=offload_parameters,
+        state_dict_type=os.environ.get("FSDP_STATE_DICT_TYPE", ""),
+        replicas=_parallel_size("dp_replicate"),
+        shards=_parallel_size("dp_shard"),
+        tensor_parallel=_parallel_size("tp"),
+        context_parallel=_parallel_size("cp"),
+        sequence_parallel=_parallel_size("sp"),
+    )
 
 
-def check_devices() -> None:
-    """Raise InputError if more processes were started here than there are devices: most would fail to find theirs."""
-    visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if 0 < visible < local and os.environ.get("ACCELERATE_USE_CPU", "").lower() != "true":
+def deepspeed_file() -> tuple[str, dict]:
+    """Return the ``deepspeed_config_file`` of the launcher's YAML, path and content; ("", {}) if it names none.
+
+    Raises:
+        InputError: it cannot be read.
+    """
+    path = os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none")
+    if path == "none":
+        return "", {}
+    try:
+        return path, json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
         raise InputError(
-            f"{local} processes were started on this machine, and {visible} devices are visible. Use --num_processes "
-            f"{visible} (times the number of machines), or let all be visible: CUDA_VISIBLE_DEVICES."
+            f"deepspeed_config_file {path}: {error.strerror}. A relative path starts at the folder of the launch: "
+            "launch from the repository's folder, or give the full path: --deepspeed_config_file PATH"
+        ) from None
+    except ValueError as error:
+        raise InputError(f"deepspeed_config_file {path}: not JSON ({error}).") from None
+
+
+def _says_true(variable: str) -> bool:
+    return os.environ.get(variable, "").lower() == "true"
+
+
+def _strategy(deepspeed: dict, processes: int) -> Strategy:
+    if _says_true("ACCELERATE_USE_DEEPSPEED"):
+        in_environment = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+        return Strategy(f"zero{deepspeed.get('zero_optimization', {}).get('stage', in_environment)}")
+    if _says_true("ACCELERATE_USE_FSDP"):
+        return Strategy(f"fsdp{os.environ.get('FSDP_VERSION', '1')}")
+    return DDP if processes > 1 else SINGLE
+
+
+def _precision(deepspeed: dict) -> str | None:
+    """Accelerate refuses ``mixed_precision`` in a YAML that names a deepspeed_config_file: there the JSON decides."""
+    for precision in ("bf16", "fp16"):
+        if deepspeed.get(precision, {}).get("enabled") is True:
+            return precision
+    return os.environ.get("ACCELERATE_MIXED_PRECISION")
+
+
+def _recompute(path: str, deepspeed: dict, strategy: Strategy) -> str | None:
+    if RECOMPUTE_SECTION in deepspeed:
+        return f"{RECOMPUTE_SECTION} in {path}"
+    if strategy.is_fsdp and (_says_true("FSDP_ACTIVATION_CHECKPOINTING") or _says_true(RECOMPUTE_TAKEN_OVER)):
+        return "fsdp_activation_checkpointing in the YAML's fsdp_config"
+    return None
+
+
+def _offloading(deepspeed: dict, strategy: Strategy) -> tuple[bool, bool]:
+    """Return whether optimizer states, and whether parameters, are kept in main memory."""
+    if strategy.is_fsdp:
+        offloaded = _says_true("FSDP_OFFLOAD_PARAMS")
+        return offloaded, offloaded
+    if not strategy.is_deepspeed:
+        return False, False
+    zero = deepspeed.get("zero_optimization", {})
+    devices = []
+    for name in ("optimizer", "param"):
+        in_environment = os.environ.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name.upper()}_DEVICE", "none")
+        in_json = zero.get(f"offload_{name}") or {}
+        devices.append(in_json.get("device", in_environment))
+    return devices[0] in MAIN_MEMORY, devices[1] in MAIN_MEMORY
+
+
+def _parallel_size(kind: str) -> int:
+    if not _says_true("ACCELERATE_USE_PARALLELISM_CONFIG"):
+        return 1
+    return int(os.environ.get(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", "1"))
+
+
+def precision_of(training: TrainingArguments) -> str:
+    """Return what this process trains in: "no", "fp16", "bf16", or "fp8", which TrainingArguments call bf16."""
+    if training.mixed_precision == "fp8":
+        return "fp8"
+    if training.bf16:
+        return "bf16"
+    return "fp16" if training.fp16 else "no"
+
+
+def check_devices(local_processes: int) -> None:
+    """Raise InputError if more processes were started here than there are devices: most would not find theirs."""
+    visible = torch.accelerator.device_count()
+    if 0 < visible < local_processes:
+        raise InputError(
+            f"{local_processes} processes were started on this machine, and {visible} devices are visible. Use "
+            f"--num_processes {visible} (times the number of machines), or make all visible: CUDA_VISIBLE_DEVICES."
         )
 
 
-def check_launch(training: TrainingArguments) -> None:
-    """Refuse what would fail late or silently do something else; say what only wastes devices.
+def check_launch(launch: Launch, training: TrainingArguments) -> None:
+    """Refuse flags and launches that would fail late or silently do something else; note devices left unused.
 
     Raises:
         InputError: with the command that works.
     """
     if hasattr(sys.stdout, "reconfigure"):  # a Windows console without Chinese must not end a run at its first sample
         sys.stdout.reconfigure(errors="backslashreplace")
+    check_flags(training)
+    if launch.processes > 1 and training.world_size == 1:
+        raise InputError(
+            f"{launch.processes} processes were launched, but each sees only itself: they would train "
+            f"{launch.processes} independent models into one folder. On CPU: --config_file "
+            "accelerate_configs/cpu_2proc.yaml"
+        )
+    if training.use_cpu and launch.strategy.is_fsdp:
+        raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")
+    if training.n_gpu > 1:
+        raise InputError(
+            f"one process sees {training.n_gpu} GPUs: Trainer would fall back to the slow nn.DataParallel. Use all:\n"
+            f"  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes {training.n_gpu} RECIPE\n"
+            f"or one: CUDA_VISIBLE_DEVICES=0 in front of the same command."
+        )
+    check_precision(launch, training)
+    check_compiler(launch.compiler, training.device)
+    visible = torch.accelerator.device_count()
+    if launch.local_processes < visible and not training.use_cpu:
+        say(f"note: {visible} GPUs are visible, {launch.local_processes} used. All of them: --num_processes {visible}")
+
+
+def check_flags(training: TrainingArguments) -> None:
+    """Refuse TrainingArguments that these recipes cannot keep their promises with."""
     for flag, value, why in (
         ("--label_smoothing_factor", training.label_smoothing_factor, "Trainer would shift the targets a second time"),
-        (
-            "--auto_find_batch_size",
-            training.auto_find_batch_size,
-            "it changes the tokens a step behind the ledger's back",
-        ),
+        ("--auto_find_batch_size", training.auto_find_batch_size, "it would change the tokens of a step"),
         ("--resume_from_checkpoint", training.resume_from_checkpoint, "the same command resumes by itself"),
         (
             "--train_sampling_strategy",
             getattr(training, "train_sampling_strategy", "random") != "random",
-            "the order of rows is theirs",
+            "the recipes have their own order of rows",
         ),
         ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
         ("--load_best_model_at_end", training.load_best_model_at_end, "a run ends with its last weights"),
@@ -79,39 +282,25 @@ def check_launch(training: TrainingArguments) -> None:
             f"--push_to_hub with --hub_strategy {training.hub_strategy.value}: checkpoints would be uploaded half "
             "written. Add --hub_strategy end, which uploads the model when it is trained."
         )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and training.world_size == 1:
-        raise InputError(
-            f"{launched} processes were launched, but each sees only itself: they would train {launched} independent "
-            "models into one folder. On CPU: --config_file accelerate_configs/cpu_2proc.yaml"
-        )
-    if training.use_cpu and os.environ.get("ACCELERATE_USE_FSDP", "").lower() == "true":
-        raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")
-    if training.n_gpu > 1:
-        raise InputError(
-            f"one process sees {training.n_gpu} GPUs: Trainer would fall back to the slow nn.DataParallel. Use all:\n"
-            f"  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes {training.n_gpu} RECIPE\n"
-            f"or one: CUDA_VISIBLE_DEVICES=0 in front of the same command."
-        )
-    asked = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
-    owned = launched_precision() if "ACCELERATE_MIXED_PRECISION" in os.environ else asked
-    if owned == "fp8" and asked == "bf16":
-        check_fp8(training)
+
+
+def check_precision(launch: Launch, training: TrainingArguments) -> None:
+    """Refuse a precision that launcher and flags disagree about, or that this card does not have."""
+    asked = precision_of(training)
+    decided = asked if launch.precision is None else launch.precision
+    if decided == "fp8" and asked == "bf16":
+        check_fp8(launch.strategy, training)
         training.mixed_precision = "fp8"  # Trainer hands it to Accelerator; TrainingArguments have no flag for it
-    elif asked != owned:
+    elif asked != decided:
         raise InputError(
-            f"the launcher's configuration says mixed_precision {owned}, the recipe's flags say {asked}. The launcher "
-            f"owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16/--fp16."
+            f"the launcher's configuration says mixed_precision {decided}, the recipe's flags say {asked}. The "
+            f"launcher owns it: accelerate launch --mixed_precision {asked} ... RECIPE, without the recipe's --bf16 or "
+            "--fp16."
         )
-    take_over_recompute(training)
-    check_compiler(os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no"), training.device)
     if training.device.type == "cuda" and torch.version.hip is None:
         check_cuda_device(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
         )
-    visible, local = torch.accelerator.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if local < visible and not training.use_cpu:
-        say(f"note: {visible} GPUs are visible, {local} used. All of them: --num_processes {visible}")
 
 
 # What gloo, NCCL and torch say when a process at the other end is gone.
@@ -120,12 +309,12 @@ GONE = re.compile(
 )
 
 
-def lost_process(error: RuntimeError) -> str | None:
+def lost_process(error: RuntimeError, launch: Launch) -> str | None:
     """Return what to do if ``error`` says that another process is gone or does not answer, else None."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or not GONE.search(str(error)):
+    if launch.processes == 1 or not GONE.search(str(error)):
         return None
     return (
-        f"process {os.environ.get('RANK')}: another process of this run is gone or does not answer "
+        f"process {launch.process}: another process of this run is gone or does not answer "
         f"({str(error).splitlines()[0][:200]}). Its own output says why. The same command on every machine continues "
         "from the last checkpoint."
     )

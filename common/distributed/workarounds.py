@@ -1,31 +1,38 @@
 """What works around a library: each function names the fault, the versions seen, and when it can go.
 
-Locks of dead compilations. DeepSpeed compiles operations at its first launch through ``torch.utils.cpp_extension``,
-which keeps a file named ``lock`` open in the operation's folder meanwhile and removes it at the end
-(torch/utils/file_baton.py). A process that is killed in between leaves it, and every later launch hangs before its
-first line.
-
-Compiling under DeepSpeed. ``accelerate launch`` reads ``dynamo_config``, and its launcher for DeepSpeed
-(prepare_deepspeed_cmd_env in accelerate/utils/launch.py, release 1.15) does not hand it on, where its other launchers
-put it into the environment. Every DeepSpeed run would train uncompiled, whatever the YAML and --dynamo_backend say. The
-launcher is this process's parent, and its command line says what it was told.
+All of it changes the environment, a global of torch, or an object of accelerate, DeepSpeed or transformers, before that
+is used. ``remove_dead_locks`` and ``take_over_compile`` come before the launcher's decisions are read, others after.
 """
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 
 import psutil
+import torch
+import torch._functorch.config
+from accelerate import Accelerator, DeepSpeedPlugin
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedModel, TrainingArguments
 
-from common.console import say
+from common.console import InputError, say
 
-FOREIGN_SECONDS = 180  # nothing in the folder has changed for so long: no other machine compiles there either
+FOREIGN_SECONDS = 180  # if nothing in a folder has changed for so long, no other machine compiles there either
+COMPILE_SETTINGS = "backend", "mode", "use_fullgraph", "use_dynamic", "use_regional_compilation"
+RECOMPUTE_TAKEN_OVER = "FSDP_ACTIVATION_CHECKPOINTING_BY_TRANSFORMERS"  # our name: the YAML asked, we do it otherwise
 
 
 def remove_dead_locks() -> None:
-    """Remove the locks of dead compilations, and say so, on every machine; wait for what may be another machine's."""
+    """Remove the locks that killed compilations left, on every machine; wait if another machine may hold one.
+
+    DeepSpeed compiles operations at its first launch through ``torch.utils.cpp_extension``. Meanwhile torch keeps a
+    file named ``lock`` in the operation's folder (torch/utils/file_baton.py). A process that is killed in between
+    leaves the file, and every later launch hangs before its first line. Seen with torch 2.11 to 2.13. It can go when
+    torch locks with the operating system's locks, which die with their owner.
+    """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true" or os.environ.get("LOCAL_RANK", "0") != "0":
         return
     from torch.utils.cpp_extension import get_default_build_root
@@ -34,15 +41,13 @@ def remove_dead_locks() -> None:
     for lock in sorted(root.rglob("lock")):
         said = False
         while lock.exists() and not held_here(lock):
-            idle = time.time() - last_change(lock.parent)
-            if idle >= FOREIGN_SECONDS:
+            idle_seconds = time.time() - last_change(lock.parent)
+            if idle_seconds >= FOREIGN_SECONDS:
                 lock.unlink(missing_ok=True)
-                print(
-                    f"removed {lock}: its compilation was killed, DeepSpeed would wait for it without end", flush=True
-                )
+                print(f"removed {lock}: its compilation was killed, DeepSpeed would wait for it for ever", flush=True)
             elif not said:
                 said = True
-                wait = f"waiting up to {FOREIGN_SECONDS - idle:.0f} s for {lock}"
+                wait = f"waiting up to {FOREIGN_SECONDS - idle_seconds:.0f} s for {lock}"
                 print(f"{wait}: another machine may be compiling there", flush=True)
             else:
                 time.sleep(0.5)
@@ -50,12 +55,12 @@ def remove_dead_locks() -> None:
 
 def held_here(lock: Path) -> bool:
     """Return whether a process of this machine has the file open."""
-    path = os.path.realpath(lock)  # as psutil names it, whatever links lead there
+    path = os.path.realpath(lock)  # the name that psutil uses, whatever links lead there
     for process in psutil.process_iter():
         try:
             if path in (file.path for file in process.open_files()):
                 return True
-        except (psutil.Error, OSError):  # ended meanwhile, or somebody else's
+        except (psutil.Error, OSError):  # the process has ended, or belongs to somebody else
             continue
     return False
 
@@ -71,17 +76,20 @@ def last_change(folder: Path) -> float:
     return max(times)
 
 
-SETTINGS = "backend", "mode", "use_fullgraph", "use_dynamic", "use_regional_compilation"
-
-
 def take_over_compile() -> None:
-    """Put into the environment what the launcher of this DeepSpeed run was told about compiling."""
+    """Put into the environment what the launcher of this DeepSpeed run was told about compiling.
+
+    ``accelerate launch`` reads ``dynamo_config``, but its launcher for DeepSpeed (prepare_deepspeed_cmd_env in
+    accelerate/utils/launch.py, release 1.15) does not pass it on, as the other launchers do. Every DeepSpeed run would
+    train uncompiled, whatever the YAML and --dynamo_backend say. The launcher is this process's parent, and its command
+    line says what it was told. It can go when accelerate sets ACCELERATE_DYNAMO_BACKEND there.
+    """
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() != "true" or "ACCELERATE_DYNAMO_BACKEND" in os.environ:
         return
     flags = launcher_flags()
     if flags is None:
         say(
-            "note: not compiled: no accelerate launch above this process says whether to. To have it: "
+            "note: not compiled: no accelerate launch above this process says whether to compile. To compile: "
             "export ACCELERATE_DYNAMO_BACKEND=inductor ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION=true"
         )
         return
@@ -89,29 +97,145 @@ def take_over_compile() -> None:
 
 
 def launcher_flags() -> list[str] | None:
-    """Return what stands behind ``accelerate launch`` in the command that started this process, None if nothing did."""
+    """Return the words after ``accelerate launch`` in the command that started this process, None without one."""
     for process in psutil.Process().parents():
         try:
             words = process.cmdline()
-        except psutil.Error:  # somebody else's
+        except psutil.Error:  # a process of somebody else
             continue
         for place, word in enumerate(words):
-            behind = word == "launch" and any("accelerate" in before for before in words[:place])
-            if behind or os.path.basename(word) in ("accelerate-launch", "accelerate.commands.launch"):
+            after_accelerate = word == "launch" and any("accelerate" in earlier for earlier in words[:place])
+            if after_accelerate or os.path.basename(word) in ("accelerate-launch", "accelerate.commands.launch"):
                 return words[place + 1 :]
     return None
 
 
 def compile_settings(flags: list[str]) -> dict[str, str]:
-    """Return the environment that accelerate's other launchers make of ``flags``: they win over the YAML's section."""
+    """Return the variables that accelerate's other launchers set for ``flags``, which win over the YAML's section."""
     arguments = launch_command_parser().parse_args(flags)
     given = getattr(arguments, "nondefault", set())
     in_yaml = {}
     if arguments.config_file or os.path.isfile(default_config_file):
         in_yaml = load_config_from_file(arguments.config_file).dynamo_config or {}
-    found = {}
-    for name in SETTINGS:
+    variables = {}
+    for name in COMPILE_SETTINGS:
         value = getattr(arguments, f"dynamo_{name}")
-        value = value if f"dynamo_{name}" in given else in_yaml.get(f"dynamo_{name}", value)
-        found[f"ACCELERATE_DYNAMO_{name.upper()}"] = "NO" if value is None else str(value)
-    return found
+        if f"dynamo_{name}" not in given:
+            value = in_yaml.get(f"dynamo_{name}", value)
+        variables[f"ACCELERATE_DYNAMO_{name.upper()}"] = "NO" if value is None else str(value)
+    return variables
+
+
+def take_over_recompute(launch, training: TrainingArguments) -> None:
+    """Switch transformers' recompute on where the launcher's configuration asks for it, before an Accelerator is made.
+
+    DeepSpeed only offers functions for recompute and leaves their use to the training script. Accelerate would wrap the
+    layers of FSDP2, and torch.compile gives up at FSDP2's hooks inside that wrapper: no layer would be compiled (seen
+    with accelerate 1.15, torch 2.11). It can go when accelerate wraps compiled layers.
+    Source: https://www.deepspeed.ai/docs/config-json/#activation-checkpointing
+
+    Args:
+        launch: launch.Launch.
+
+    Raises:
+        InputError: the flag asks for recompute, too, or the configuration asks for more than transformers can do.
+    """
+    if launch.recompute is None:
+        return
+    if training.gradient_checkpointing:
+        raise InputError(
+            f"--gradient_checkpointing and {launch.recompute} both switch recompute on. The launcher's configuration "
+            "owns it here: leave the flag out, or use the YAML without recompute."
+        )
+    if os.environ.get("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "").lower() == "true":
+        raise InputError(
+            "fsdp_activation_checkpointing_offload: true in the YAML's fsdp_config: not tried here. Set it to false."
+        )
+    if launch.recompute_settings:
+        raise InputError(
+            f"{launch.recompute}: {', '.join(launch.recompute_settings)} would be ignored: transformers recomputes the "
+            "layers, and always a whole layer. Set it to false."
+        )
+    for name in ("gradient_checkpointing", "activation_checkpointing"):  # transformers 5.23 reads the second
+        if hasattr(training, name):
+            setattr(training, name, True)
+    if launch.strategy.is_fsdp:
+        os.environ |= {"FSDP_ACTIVATION_CHECKPOINTING": "false", RECOMPUTE_TAKEN_OVER: "true"}
+
+
+def add_up_in_fp32(launch, training: TrainingArguments) -> None:
+    """Have the gradients of micro-batches added up in fp32, before a Trainer is made. DDP does so by itself.
+
+    DeepSpeed adds up in the precision of the computation unless it is told otherwise (0.19).
+    Source: https://github.com/deepspeedai/DeepSpeed/issues/1800
+    Accelerate 1.15 keeps whole gradients between the micro-batches of FSDP2 unless each batch is synchronized: every
+    card would hold 4 bytes a parameter.
+    """
+    if training.deepspeed_plugin is not None:
+        training.deepspeed_plugin.deepspeed_config.setdefault("data_types", {"grad_accum_dtype": "fp32"})
+    if launch.strategy.is_fsdp:
+        training.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+
+def reduce_in_fp32(accelerator: Accelerator) -> None:
+    """Have FSDP2 add up the gradients of all processes in fp32, before the model is sharded.
+
+    Accelerate's own policy (1.15) adds up in bf16 or fp16. It also returns the loss in that precision: three digits of
+    it, or inf. It can go when accelerate takes the two dtypes apart.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    half_precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    if plugin is not None and accelerator.mixed_precision in half_precisions:
+        computed = half_precisions[accelerator.mixed_precision]
+        plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
+
+
+def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel, compiled: bool) -> None:
+    """Have ZeRO-3 gather the parameters of a layer at once, and compile the layer, before ``model`` is prepared.
+
+    DeepSpeed (0.19) would gather the parameters of each module when it is called: many small messages, with hooks in
+    Python between them. Here a layer's forward is compiled without the hooks around it. What is not gathered so is not
+    compiled. Under every other strategy nothing is done.
+    Source: https://deepspeed.readthedocs.io/en/latest/zero3.html, "leaf modules"
+    """
+    if plugin is None or plugin.zero_stage != 3:
+        return
+    zero = plugin.deepspeed_config["zero_optimization"]
+    layers = separate_layers(model)
+    leaf_modules = {"classes": sorted({type(layer).__name__ for layer in layers})}
+    if not layers or zero.setdefault("leaf_module", leaf_modules) != leaf_modules:
+        if compiled:
+            why = "the JSON has its own leaf_module" if layers else "the layers are not known, or share parameters"
+            say(f"note: not compiled: {why}; ZeRO-3's hooks within layers are not tried with torch.compile here.")
+            for module in model.modules():
+                module.compile = lambda **settings: None
+        return
+    if not model.get_input_embeddings().weight.requires_grad:
+        model.enable_input_require_grads()  # otherwise DeepSpeed releases the first layer before its backward is done
+    if compiled:
+        # torch 2.11 compiles DeepSpeed's own linear layer with wrong gradients. That layer keeps no views of parameters
+        # for backward, because they would hold what forward gathered. Without it, such views are made again.
+        zero["memory_efficient_linear"] = False
+        torch._functorch.config.recompute_views = True
+        for module in model.modules():
+            module.compile = partial(compile_forward, module)
+        model.compile = lambda **settings: [layer.compile(**settings) for layer in layers]  # not regional: the same
+
+
+def separate_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
+    """Return the layers of ``model``, or none if one of them shares a parameter with anything else.
+
+    DeepSpeed is done with a layer's gradients when the layer's backward ends. What came from elsewhere later would be
+    lost.
+    """
+    names = model._no_split_modules or []
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = [layer for found in lists for layer in found if type(layer).__name__ in names]
+    own = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    uses = sum(id(parameter) in own for _, parameter in model.named_parameters(remove_duplicate=False))
+    return layers if uses == len(own) else []
+
+
+def compile_forward(module: torch.nn.Module, **settings) -> None:
+    """Compile the forward of ``module`` without its hooks. Replaces: Module.compile, which compiles the hooks, too."""
+    module.forward = torch.compile(module.forward, **settings)

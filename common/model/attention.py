@@ -26,7 +26,6 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.console import InputError, say
 from common.dataset.packing import document_positions
-from common.distributed.context_parallel import parallel_size
 
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
 
@@ -72,7 +71,9 @@ def check_isolation(model: PreTrainedModel) -> None:
         )
 
 
-def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device) -> None:
+def choose_attention(
+    model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, context_parallel: bool = False
+) -> None:
     """Set the attention of ``model`` to ``wanted``, a name of transformers, and say which kernel that is.
 
     ``auto`` is the fastest: ``documents`` for isolated rows and ``causal`` for others where they can be had, else what
@@ -97,7 +98,7 @@ def choose_attention(model: PreTrainedModel, wanted: str, isolated: bool, device
         wanted = default if no_documents else DOCUMENTS
     elif wanted == "auto":
         wanted = CAUSAL if default == "sdpa" and may_change(model) and looks_at_all_before(model) else default
-    if parallel_size("cp") > 1 and (wanted not in (CAUSAL, "sdpa") or not looks_at_all_before(model)):
+    if context_parallel and (wanted not in (CAUSAL, "sdpa") or not looks_at_all_before(model)):
         raise InputError(
             f"context parallelism is for causal attention by torch's sdpa over whole rows; here {type(model).__name__} "
             f"has {wanted} attention{'' if looks_at_all_before(model) else ' with windows'}. Use fsdp2.yaml."

@@ -13,7 +13,6 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from common.console import InputError
-from common.distributed.strategy import offloads
 from common.tokens.tokenizer import padded_vocabulary
 
 BUILT_SHARE = 1 / 3  # of a card: a whole model up to this size is built there, before it is divided
@@ -65,7 +64,7 @@ def model_from_config(
     sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
-    return model.cpu() if training and offloads(training) else model
+    return model
 
 
 def residual_stream_in_bf16(model: PreTrainedModel) -> None:

@@ -5,13 +5,16 @@
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
+from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.hub import fetch_model
 from common.model.from_config import planned_model
+from common.model.pretrained import find_model, model_without_memory
 
 # Shapes as their config.json files have them; weights and vocabulary are not theirs here.
 PRESETS = {
@@ -42,38 +45,106 @@ PRESETS = {
 }  # fmt: skip
 
 HEAD_SIZE = 64
+# For what is planned before a tokenizer is loaded.
+QWEN2_TOKENIZER, QWEN2_VOCABULARY = "Qwen/Qwen2-0.5B", 151_646
+PUBLISHED = {"Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b", "Qwen/Qwen2.5-3B": "qwen2.5-3b"}
+PUBLISHED_VOCABULARY_ROWS = 151_936  # of the embedding of all three
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
 # Layers and hidden size of GPT-3's models up to 6.7B: the width for each layer grows from 43 to 128, and between these
 # the loss hardly depends on it. Sources: https://arxiv.org/abs/2005.14165 table 2.1, https://arxiv.org/abs/2001.08361
 NARROWEST, WIDEST, USUAL = 40, 130, 64
 
 
-def shape_of(model: str | None, target_parameters: str | None, default: dict, vocabulary_rows: int) -> dict:
-    """Return the shape of the model to build: ``default`` unless one of the other two is given.
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model from scratch, as far as the flags say it. Its vocabulary comes with the tokenizer.
+
+    Attributes:
+        default: the recipe's own shape.
+        model: of --model: a name of PRESETS, or a folder or id whose config.json gives the shape.
+        target_parameters: of --target_parameters, such as "120M".
+        shared: says which tokenizer it will be.
+    """
+
+    default: dict
+    model: str | None
+    target_parameters: str | None
+    shared: SharedArguments
+
+    def shape(self, vocabulary_size: int) -> dict:
+        """Return the shape of the model to build: ``default`` unless a flag gives another one.
+
+        Raises:
+            InputError: both flags are given, or one that is not understood.
+        """
+        if self.model is not None and self.target_parameters is not None:
+            raise InputError("--model and --target_parameters both give the size. Leave one out.")
+        if self.model is not None:
+            return shape_named(self.model)
+        if self.target_parameters is not None:
+            return shape_with(parameter_count(self.target_parameters), self.default, vocabulary_size)
+        return self.default
+
+    @property
+    def vocabulary(self) -> int | None:
+        """The tokens of the tokenizer, None if only loading it would tell."""
+        return {QWEN2_TOKENIZER: QWEN2_VOCABULARY, "train": self.shared.vocabulary_size}.get(self.shared.tokenizer)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether the vocabulary, and so the number of parameters, is a guess."""
+        return self.vocabulary is None
+
+    def planned(self, context_length: int, for_plan: bool = False) -> PreTrainedModel | None:
+        """Return a model of this size without memory, on torch's meta device.
+
+        If the vocabulary is a guess and the flags ask for a number of parameters, the shape is not known: None, or
+        ``for_plan`` the shape with the guess. A note says so.
+        """
+        if self.guessed and for_plan:
+            tokenizer = f"{self.shared.tokenizer} is not loaded for a plan"
+            say(f"note: planned for a vocabulary of {QWEN2_VOCABULARY:,}; {tokenizer}")
+        elif self.guessed and self.target_parameters is not None:
+            return None
+        vocabulary = QWEN2_VOCABULARY if self.guessed else self.vocabulary
+        return planned_model(self.shape(vocabulary), vocabulary, context_length)
+
+
+@dataclass(frozen=True)
+class PretrainedSize:
+    """The size of published weights, as far as it is known without fetching anything. ``model``: of --model."""
+
+    model: str
+    guessed = False
+
+    def planned(self, context_length: int, for_plan: bool = False) -> PreTrainedModel | None:
+        """Return the model without memory, on torch's meta device; None if its config is still on a hub.
+
+        ``for_plan``: the config is fetched then.
+        """
+        if self.model in PUBLISHED:
+            return planned_model(PRESETS[PUBLISHED[self.model]], PUBLISHED_VOCABULARY_ROWS, context_length)
+        if for_plan or Path(self.model).exists():
+            return model_without_memory(find_model(self.model, weights=False))
+        return None
+
+
+def shape_named(model: str) -> dict:
+    """Return the shape of a preset, or of the config.json in a folder or on a hub.
 
     Raises:
-        InputError: both are given, or one that is not understood.
+        InputError: it is none of these, or transformers cannot read the config.
     """
-    if model is not None and target_parameters is not None:
-        raise InputError("--model and --target_parameters both give the size. Leave one out.")
-    if model is not None:
-        if model.lower() in PRESETS:
-            return PRESETS[model.lower()]
-        if "/" not in model and not Path(model).is_dir():
-            raise InputError(
-                f"--model {model}: not a folder, not an id like owner/name, and not of {', '.join(PRESETS)}."
-            )
-        folder = fetch_model(model, weights=False)
-        try:
-            return shape_of_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-        except (ValueError, OSError, KeyError) as error:
-            reason = (str(error).splitlines() or [""])[0]
-            raise InputError(
-                f"--model {model}: {folder} has no config that transformers can read ({reason})."
-            ) from None
-    if target_parameters is not None:
-        return shape_with(parameter_count(target_parameters), default, vocabulary_rows)
-    return default
+    if model.lower() in PRESETS:
+        return PRESETS[model.lower()]
+    if "/" not in model and not Path(model).is_dir():
+        raise InputError(f"--model {model}: not a folder, not an id like owner/name, and not of {', '.join(PRESETS)}.")
+    folder = fetch_model(model, weights=False)
+    try:
+        return shape_of_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except (ValueError, OSError, KeyError) as error:
+        reason = (str(error).splitlines() or [""])[0]
+        raise InputError(f"--model {model}: {folder} has no config that transformers can read ({reason}).") from None
 
 
 def parameter_count(text: str) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from common.console import InputError, say
+from common.console import InputError, is_main_process, say
 from common.io import write_json
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
@@ -155,7 +155,7 @@ def write_checkpoint(
         InputError: the disk filled up in the middle of a collective write.
         Exception: whatever else ``write`` raises.
     """
-    main, path, processes = int(os.environ.get("RANK", "0")) == 0, unfinished(folder, step), len(gather([0]))
+    main, path, processes = is_main_process(), unfinished(folder, step), len(gather([0]))
     problem = None
     try:
         if main:

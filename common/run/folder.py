@@ -1,4 +1,11 @@
-"""One output folder, one run: what the run is, who trains into it, where it stopped, whether it is finished."""
+"""One output folder, one run: what the run is, who trains into it, where it stopped, whether it is finished.
+
+    with open_run(identity, shared, training) as run:
+        if results := run.finished(order): ...
+        run.last_checkpoint(), run.save_checkpoint(...), run.write_status(...)
+
+The folder is locked and checked when the run is opened, and given back when it is closed, whatever ends it.
+"""
 
 import json
 import math
@@ -6,22 +13,37 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock, Timeout
-from transformers import TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.console import InputError, is_local_main_process, is_main_process, say
-from common.distributed.strategy import precision_of, strategy_of
+from common.dataset.mixture import TrainingOrder
+from common.dataset.rows import Rows
+from common.distributed.launch import Launch, precision_of
+from common.distributed.strategy import Strategy
 from common.io import write_json
-from common.run.checkpoints import checkpoints, newest_whole, no_space_left, remove_unfinished
+from common.run.checkpoints import (
+    UNFINISHED,
+    checkpoints,
+    move_into,
+    newest_whole,
+    no_space_left,
+    prune_checkpoints,
+    remove_unfinished,
+    write_checkpoint,
+)
+from common.tokens.tokenizer import tokenizer_fingerprint
 
-RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
-# What decides the losses. Anything else (logging, saving, micro-batch) may change at a relaunch; the number of steps,
-# too, which moves the learning-rate schedule: PretrainingTrainer says so.
+RUN_FILE, RESULTS_FILE, STATUS_FILE, LOCK_FILE = "run.json", "all_results.json", "status.json", ".lock"
+LOCK_SECONDS = 15  # loader workers of a killed run hold its lock until they notice, after at most 5 s
+# What decides the losses. Everything else (logging, saving, micro-batch) may change at a relaunch. So may the number of
+# steps, which moves the learning-rate schedule: PretrainingTrainer notes it.
 DECIDING = [
     "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
     "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
@@ -31,48 +53,238 @@ DECIDING_ROWS = [
 ]  # fmt: skip
 
 
-def run_identity(recipe: str, model: dict, data: dict, arguments: SharedArguments, training: TrainingArguments) -> dict:
-    """Describe a run by what decides its losses, as JSON types."""
-    rows = {name: getattr(arguments, name) for name in DECIDING_ROWS}
+def run_identity(
+    recipe: str,
+    model: dict,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    launch: Launch,
+    shared: SharedArguments,
+    training: TrainingArguments,
+    more_data: dict,
+) -> dict:
+    """Describe a run by what decides its losses, as JSON types.
+
+    Args:
+        recipe: the file's name.
+        model: what the model is built from: a shape, or the fingerprint of weights.
+        more_data: what else of this recipe decides what is trained on, and how.
+    """
+    data = {
+        "documents": rows.fingerprints,
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "rows_per_step": launch.rows_per_step,
+        **more_data,
+        **_deciding_rows(shared),
+    }
+    return {"recipe": recipe, "model": model, "data": data, "training": _deciding_training(training)}
+
+
+def _deciding_rows(shared: SharedArguments) -> dict:
+    return {name: getattr(shared, name) for name in DECIDING_ROWS}
+
+
+def _deciding_training(training: TrainingArguments) -> dict:
     values = training.to_dict()
     deciding = {name: values[name] for name in DECIDING}
     if precision_of(training) == "fp8":  # which TrainingArguments call bf16
         deciding["fp8"] = True
-    return {"recipe": recipe, "model": model, "data": data | rows, "training": deciding}
+    return deciding
 
 
-def claim_output_folder(folder: str, identity: dict, allow_changes: Sequence[str] = ()) -> FileLock | None:
-    """Make ``folder`` this run's, or check that it already is; return its lock, to be kept while the run goes on.
+class Run:
+    """An output folder while this process trains into it. Processes other than the main one write nothing.
 
-    Args:
-        allow_changes: names, as the refusal gives them, of what may differ all the same: said, and kept.
+    Attributes:
+        folder: the output folder.
+        claimed: it is this run's. A probe or a benchmark claims nothing, and then no status is written.
+        step, max_steps: of the training; ``write_status`` reports them.
+    """
+
+    def __init__(self, folder: str, on_save_error: str = "stop"):
+        """``on_save_error``: "stop" or "continue", when the disk is full."""
+        self.folder, self.on_save_error = folder, on_save_error
+        self.claimed = False
+        self.step = self.max_steps = 0
+        self._lock: FileLock | None = None
+        self._unwritten: set[str] = set()  # names of files that a full disk had no room for
+
+    def claim(self, identity: dict, allow_changes: Sequence[str] = ()) -> None:
+        """Lock the folder and make it this run's, or check that it already is.
+
+        Args:
+            allow_changes: names, as the refusal gives them, of what may differ: a note says so, and run.json keeps it.
+
+        Raises:
+            InputError: another process trains into it now; or another run's checkpoints or results are in it: every
+                difference is named.
+        """
+        self._lock = lock_folder(self.folder)
+        try:
+            if is_main_process():
+                remove_unfinished(self.folder)
+            self._identify(json.loads(json.dumps(identity)), allow_changes)
+        except BaseException:
+            self.release()
+            raise
+        self.claimed = True
+
+    def _identify(self, identity: dict, allow_changes: Sequence[str]) -> None:
+        path = Path(self.folder) / RUN_FILE
+        worth_keeping = bool(checkpoints(self.folder)) or (Path(self.folder) / RESULTS_FILE).exists()
+        if worth_keeping and path.exists():
+            changes = _check_changes(self.folder, _read_json(path), identity, allow_changes)
+            for name, was, now in changes:
+                say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
+            if changes and is_local_main_process():
+                _write_identity(path, identity)
+        elif worth_keeping:
+            raise InputError(
+                f"{self.folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose "
+                "another --output_dir."
+            )
+        else:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if is_local_main_process():  # the folder may be each machine's own
+                _write_identity(path, identity)
+
+    def release(self) -> None:
+        """Give the folder back."""
+        if self._lock is not None:
+            self._lock.release()
+            self._lock = None
+
+    def finished(self, order: TrainingOrder, training: TrainingArguments, context_length: int) -> dict | None:
+        """Return the results of a run that made its steps or trained on its tokens, else None.
+
+        A run that is killed while it writes them leaves half a file of results: it is removed, and written again.
+        """
+        if not self.claimed:
+            return None
+        path, results = Path(self.folder) / RESULTS_FILE, {}
+        if is_main_process() and path.exists():
+            try:
+                results = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError, RecursionError):
+                say(f"removing {path}: half-written when the run ended")
+                path.unlink()
+        tokens = order.rows_in_run * context_length
+        reached = (
+            results.get("steps") == training.max_steps or results.get("ledger", {}).get("tokens_trained") == tokens
+        )
+        [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
+        return results
+
+    def check_disk_space(
+        self,
+        parameters: int,
+        strategy: Strategy,
+        training: TrainingArguments,
+        weight_bytes: int = 4,
+        state_bytes: int = 8,
+        merged_bytes: int = 0,
+    ) -> None:
+        """Raise InputError if this run's checkpoints and model do not fit the disk: ``check_disk_space`` says when."""
+        check_disk_space(self.folder, parameters, strategy, training, weight_bytes, state_bytes, merged_bytes)
+
+    def last_checkpoint(self) -> str | None:
+        """Return the newest whole checkpoint, or None, the same on every process. The ones passed over are named.
+
+        Raises:
+            InputError: the main process has a checkpoint that this one does not see.
+        """
+        found = newest_whole(self.folder) if is_main_process() else None
+        [checkpoint] = broadcast_object_list([None if found is None else str(found)])
+        if checkpoint is not None and not Path(checkpoint).exists():
+            raise InputError(f"{checkpoint} is not on this machine: --output_dir must be shared by all machines.")
+        if checkpoint is not None:
+            say(f"continuing from {checkpoint}")
+        return checkpoint
+
+    def save_checkpoint(self, step: int, write: Callable[[], None], collective: bool, keep: int | None) -> None:
+        """Save a checkpoint, whole or not at all, then remove the oldest beyond ``keep``.
+
+        On a full disk stop or continue, as ``--on_save_error`` says.
+
+        Args:
+            write: writes this process's files into ``unfinished(folder, step)``.
+            collective: whether ``write`` waits for other processes.
+        """
+        problem = write_checkpoint(self.folder, step, write, gather_object, collective)
+        if problem is None:
+            if is_main_process():
+                prune_checkpoints(self.folder, keep)
+            return
+        message = (
+            f"{self.folder}: no space left while saving step {step} ({problem}). The checkpoints before it are whole"
+        )
+        if self.on_save_error == "stop":
+            raise InputError(f"{message}: make room, and the same command continues from the last of them.")
+        say(f"{message}. Training goes on, as --on_save_error says; make room before the next save.")
+
+    def save_model(self, write: Callable[[str], None], wait_for_everyone: Callable[[], None]) -> None:
+        """Save the model of the run's end with all processes: written aside, then moved, file by file."""
+        aside = Path(self.folder) / UNFINISHED / "model"
+        try:
+            with self.writing("the model", needed=True):
+                write(str(aside))
+        except InputError:
+            shutil.rmtree(aside, ignore_errors=True)
+            raise
+        wait_for_everyone()
+        if is_main_process():
+            move_into(aside, Path(self.folder))
+        wait_for_everyone()
+
+    @contextmanager
+    def writing(self, what: str, needed: bool = False) -> Iterator[None]:
+        """Around writing ``what``: a full disk ends the run, or is noted once and passed over, by ``--on_save_error``.
+
+        ``needed``: it belongs to the run's end, after which there is nothing to continue.
+        """
+        try:
+            yield
+        except Exception as error:  # any other than a full disk is raised again
+            if not no_space_left(error, self.folder):
+                raise
+            message = (
+                f"{self.folder}: no space left while writing {what} ({error}). The checkpoints before it are whole"
+            )
+            if needed or self.on_save_error == "stop":
+                raise InputError(
+                    f"{message}: make room, and the same command continues from the last of them."
+                ) from None
+            if what not in self._unwritten:
+                say(f"{message}. Training goes on without it, as --on_save_error says; make room before the next save.")
+            self._unwritten.add(what)
+
+    def write_status(self, state: str, reason: str | None = None) -> None:
+        """Write ``status.json``, if the folder is claimed: ``state`` as the function of this name has it."""
+        if not (self.claimed and is_main_process()):
+            return
+        try:
+            write_status(self.folder, state, self.step, self.max_steps, reason)
+        except OSError as error:  # a full disk: what is being done about it matters more than this file
+            if STATUS_FILE not in self._unwritten:
+                say(f"note: {STATUS_FILE} cannot be written ({error})")
+            self._unwritten.add(STATUS_FILE)
+
+
+@contextmanager
+def open_run(identity: dict, shared: SharedArguments, training: TrainingArguments) -> Iterator[Run]:
+    """Open the run of ``training.output_dir``, and close it however the block ends. A probe claims nothing.
 
     Raises:
-        InputError: another process trains into it now; or another run's checkpoints or results are in it: every
-            difference is named.
+        InputError: the folder is another run's, or in use; ``Run.claim`` says when.
     """
-    lock = lock_folder(folder)
-    if is_main_process():
-        remove_unfinished(folder)
-    path = Path(folder) / RUN_FILE
-    identity = json.loads(json.dumps(identity))
-    worth_keeping = bool(checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
-    if worth_keeping and path.exists():
-        found = _check_changes(folder, _read_json(path), identity, allow_changes)
-        for name, was, now in found:
-            say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
-        if found and is_local_main_process():
-            _write_identity(path, identity)
-    elif worth_keeping:
-        raise InputError(
-            f"{folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose another "
-            "--output_dir."
-        )
-    else:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if is_local_main_process():  # the folder may be each machine's own
-            _write_identity(path, identity)
-    return lock
+    run = Run(training.output_dir, shared.on_save_error)
+    if not shared.probe:
+        with training.main_process_first(desc="run folder"):
+            run.claim(identity, shared.allow_changes)
+    try:
+        yield run
+    finally:
+        run.release()
 
 
 def _write_identity(path: Path, identity: dict) -> None:
@@ -84,8 +296,8 @@ def _write_identity(path: Path, identity: dict) -> None:
         raise InputError(f"{path}: no space left ({error}). Make room, or choose another --output_dir.") from None
 
 
-def check_folder(folder: str, recipe: str, arguments: SharedArguments, training: TrainingArguments) -> str:
-    """Return what ``folder`` holds of this run, by what is known before data and model are.
+def check_folder(folder: str, recipe: str, shared: SharedArguments, training: TrainingArguments) -> str:
+    """Return what ``folder`` holds of this run, judged by what is known before data and model are.
 
     Raises:
         InputError: another recipe's run, or one with other flags, is in it.
@@ -94,19 +306,22 @@ def check_folder(folder: str, recipe: str, arguments: SharedArguments, training:
     steps = [step for step, _ in checkpoints(folder)]
     if not path.exists() or not (steps or (Path(folder) / RESULTS_FILE).exists()):
         return f"{folder}, a new run"
-    known = json.loads(json.dumps(run_identity(recipe, {}, {}, arguments, training)))
+    now = {"recipe": recipe, "data": _deciding_rows(shared), "training": _deciding_training(training)}
     was = _read_json(path)
-    was = {"recipe": was.get("recipe"), "training": was.get("training"), "model": {}} | {
-        "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS}
+    was = {
+        "recipe": was.get("recipe"),
+        "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS},
+        "training": was.get("training"),
     }
-    _check_changes(folder, was, known, arguments.allow_changes)
+    _check_changes(folder, was, json.loads(json.dumps(now)), shared.allow_changes)
     return f"{folder}, " + (f"to be continued from step {steps[-1]}" if steps else "with results")
 
 
 def _check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[str]) -> list[tuple[str, object, object]]:
     """Return what differs and may; refuse what may not."""
     found = differences(was, now)
-    if refused := [change for change in found if not _allowed(change[0], allow_changes)]:
+    refused = [change for change in found if not _allowed(change[0], allow_changes)]
+    if refused:
         raise InputError(
             f"{folder} holds another run; relaunching there continues it, and these differ:\n"
             + "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in refused)
@@ -116,12 +331,20 @@ def _check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[st
     return found
 
 
-def check_disk_space(folder: str, parameters: int, training: TrainingArguments, weight=4, states=8, merged=0) -> None:
+def check_disk_space(
+    folder: str,
+    parameters: int,
+    strategy: Strategy,
+    training: TrainingArguments,
+    weight_bytes: int = 4,
+    state_bytes: int = 8,
+    merged_bytes: int = 0,
+) -> None:
     """Raise InputError if the checkpoints that will be kept, and the one being written, do not fit the disk.
 
-    A checkpoint takes ``weight`` + ``states`` bytes a parameter (12 of AdamW in float32), and what the strategy writes
-    beside them, the final model ``weight``; ``merged`` bytes more are written at the end.
-    Without a limit on checkpoints, and with steps that are not counted yet (max_steps -1), it is asked again later.
+    A checkpoint takes ``weight_bytes`` + ``state_bytes`` a parameter (12 with AdamW in fp32), and what the strategy
+    writes beside them. The final model takes ``weight_bytes`` a parameter. ``merged_bytes`` are written at the end.
+    Without a limit on checkpoints, and with steps that are not counted yet (max_steps -1), call it again later.
     """
     if training.save_strategy == "no":
         kept = 0
@@ -132,67 +355,35 @@ def check_disk_space(folder: str, parameters: int, training: TrainingArguments, 
         kept = math.ceil(training.max_steps / interval)
     else:
         kept = training.save_total_limit + 1
-    a_checkpoint = parameters * (weight + states + second_copy_bytes(training))
-    needed, free = a_checkpoint * kept + parameters * weight + merged, shutil.disk_usage(_existing(folder)).free
+    checkpoint_bytes = parameters * (weight_bytes + state_bytes + second_copy_bytes(strategy, training))
+    needed = checkpoint_bytes * kept + parameters * weight_bytes + merged_bytes
+    free = shutil.disk_usage(_existing(folder)).free
     # A continued run's checkpoints are there already, and make room for the next ones.
     free += sum(file.stat().st_size for _, path in checkpoints(folder) for file in path.rglob("*") if file.is_file())
     if free < needed:
-        merging = f", merged {merged / 2**30:.2f}" if merged else ""
+        merging = f", merged {merged_bytes / 2**30:.2f}" if merged_bytes else ""
         raise InputError(
-            f"{folder}: {free / 2**30:.2f} GiB to be had, {needed / 2**30:.2f} needed for {kept} checkpoints of "
-            f"{a_checkpoint / 2**30:.2f} and the model{merging}. Make room, choose another --output_dir, or keep fewer "
-            "checkpoints: --save_total_limit 1, or --save_strategy no."
+            f"{folder}: {free / 2**30:.2f} GiB are available, {needed / 2**30:.2f} needed for {kept} checkpoints of "
+            f"{checkpoint_bytes / 2**30:.2f} and the model{merging}. Make room, choose another --output_dir, or keep "
+            "fewer checkpoints: --save_total_limit 1, or --save_strategy no."
         )
 
 
-def second_copy_bytes(training: TrainingArguments) -> int:
-    """Return the bytes a parameter that a checkpoint of FSDP2 or DeepSpeed takes beside safetensors and AdamW's states.
+def second_copy_bytes(strategy: Strategy, training: TrainingArguments) -> int:
+    """Return the bytes a parameter in a checkpoint of FSDP2 or DeepSpeed beside safetensors and AdamW's states.
 
-    FSDP2 writes the weights in its own format, too; DeepSpeed writes them, and its masters in fp32: 16 bytes in all, in
-    fp32 20.
+    FSDP2 also writes the weights in its own format. DeepSpeed writes them and its fp32 masters: a checkpoint has 16
+    bytes a parameter in all, in fp32 20.
     """
-    strategy = strategy_of(training)
-    if strategy.startswith("zero"):
+    if strategy.is_deepspeed:
         return 4 if training.bf16 or training.fp16 else 8
-    return 4 if strategy == "fsdp2" else 0
+    return 4 if strategy.is_fsdp else 0
 
 
 def _existing(folder: str) -> Path:
-    """Return ``folder``, or the nearest folder above it that there is."""
+    """Return ``folder``, or the nearest folder above it that exists."""
     path = Path(folder).absolute()
     return next(parent for parent in (path, *path.parents) if parent.exists())
-
-
-def last_checkpoint(folder: str) -> str | None:
-    """Return the newest whole checkpoint of ``folder``, or None, the same on every process; others are named.
-
-    Raises:
-        InputError: the main process has a checkpoint that this one does not see.
-    """
-    found = newest_whole(folder) if is_main_process() else None
-    [checkpoint] = broadcast_object_list([None if found is None else str(found)])
-    if checkpoint is not None and not Path(checkpoint).exists():
-        raise InputError(f"{checkpoint} is not on this machine: --output_dir must be shared by all machines.")
-    if checkpoint is not None:
-        say(f"continuing from {checkpoint}")
-    return checkpoint
-
-
-def finished_results(folder: str, max_steps: int, tokens: int) -> dict | None:
-    """Return the results of a run that made its ``max_steps`` steps or trained its ``tokens``, else None.
-
-    Half a file of results is what a run leaves that is killed while it writes them: it is removed, and written again.
-    """
-    path, results = Path(folder) / RESULTS_FILE, {}
-    if is_main_process() and path.exists():
-        try:
-            results = dict(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, TypeError, RecursionError):
-            say(f"removing {path}: half-written when the run ended")
-            path.unlink()
-    reached = results.get("steps") == max_steps or results.get("ledger", {}).get("tokens_trained") == tokens
-    [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
-    return results
 
 
 def _read_json(path: Path) -> dict:
@@ -218,15 +409,11 @@ def differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, objec
     return found
 
 
-STATUS_FILE, LOCK_FILE = "status.json", ".lock"
-LOCK_SECONDS = 15  # loader workers of a killed run hold its lock until they notice, after at most 5 s
-
-
 def lock_folder(folder: str | Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
     """Lock ``folder`` for this process, or say who has it. Keep what is returned: the lock goes with it.
 
     The operating system gives the lock back when its owner dies, however it dies. Only the main process locks, the
-    others get None. On a file system without locks, which is said, nothing is locked.
+    others get None. On a file system without locks nothing is locked, and a note says so.
 
     Raises:
         InputError: another process has trained into ``folder`` for all of ``seconds``.
@@ -240,7 +427,7 @@ def lock_folder(folder: str | Path, seconds: float = LOCK_SECONDS) -> FileLock |
         lock.acquire(timeout=0)
         return lock
     except NotImplementedError as error:
-        say(f"note: {folder} cannot be locked here ({error}): see to it that nobody else trains into it")
+        say(f"note: {folder} cannot be locked here ({error}): make sure that nobody else trains into it")
         return lock
     except Timeout:
         say(f"{folder} is in use; waiting up to {seconds:g} s for its owner to end")
@@ -259,7 +446,7 @@ def lock_folder(folder: str | Path, seconds: float = LOCK_SECONDS) -> FileLock |
 def write_status(folder: str | Path, state: str, step: int, max_steps: int, reason: str | None = None) -> None:
     """Write ``status.json`` on the main process: what the run does now, and at which step.
 
-    A run that was killed with SIGKILL still says "running": it could not say more. Its lock is free then.
+    A run that was killed with SIGKILL still says "running", because it could not say more. Its lock is free then.
 
     Args:
         state: running, interrupted (the same command continues), finished, or failed.
@@ -271,12 +458,14 @@ def write_status(folder: str | Path, state: str, step: int, max_steps: int, reas
     if not is_main_process():
         return
     status = {"state": state, "step": step, "max_steps": max_steps, "pid": os.getpid(), "host": socket.gethostname()}
-    status |= {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z")} | ({"reason": reason} if reason else {})
+    status["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+    if reason:
+        status["reason"] = reason
     write_json(Path(folder) / STATUS_FILE, status)
 
 
 def read_status(folder: str | Path) -> dict | None:
-    """Return what ``status.json`` says, None where it says nothing."""
+    """Return the content of ``status.json``, None if there is none or it is damaged."""
     try:
         status = json.loads((Path(folder) / STATUS_FILE).read_text(encoding="utf-8"))
         return status if {"state", "step", "pid", "host"} <= status.keys() else None

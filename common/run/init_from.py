@@ -12,11 +12,12 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, TrainingArguments
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.distributed.strategy import strategy_of
+from common.distributed.launch import Launch
 from common.run.checkpoints import problem_of
 from common.run.folder import DECIDING_ROWS, RUN_FILE
 
@@ -30,16 +31,19 @@ def writer_of(checkpoint: str) -> tuple[str, int | None]:
     return ("fsdp2" if sharded else "plain"), None
 
 
-def check_resumable(checkpoint: str, training: TrainingArguments) -> None:
+def check_resumable(checkpoint: str, launch: Launch) -> None:
     """Raise InputError if this launch cannot read the optimizer's states in ``checkpoint``."""
     kind, processes = writer_of(checkpoint)
-    strategy = strategy_of(training)
-    now = "zero" if strategy.startswith("zero") else strategy if strategy == "fsdp2" else "plain"
-    if kind == now and processes in (None, training.world_size):
+    now = "plain"
+    if launch.strategy.is_deepspeed:
+        now = "zero"
+    elif launch.strategy.is_fsdp:
+        now = "fsdp2"
+    if kind == now and processes in (None, launch.processes):
         return
     wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}[kind]
     raise InputError(
-        f"{checkpoint} was written under {wrote}; {strategy} on {training.world_size} processes cannot read its "
+        f"{checkpoint} was written under {wrote}; {launch.strategy} on {launch.processes} processes cannot read its "
         f"optimizer's states. Launch as before, or go on with its weights: --init_from {checkpoint} --output_dir NEW"
     )
 
@@ -97,12 +101,15 @@ def _is_tied(tensor: torch.Tensor, own: dict, weights: dict) -> bool:
     return any(own[name].data_ptr() == tensor.data_ptr() for name in weights if name in own)
 
 
-def rows_behind(folder: str, identity: dict, context_length: int) -> int:
-    """Return how many rows the run in ``folder`` has trained on, if its order of rows is this run's; 0 if not.
+def rows_before(identity: dict, shared: SharedArguments) -> int:
+    """Return how many rows the run of --init_from was trained on, if its order of rows is this run's; otherwise 0.
 
     Args:
         identity: this run's, as in run.json.
     """
+    folder = shared.init_from
+    if not folder:
+        return 0
     path = Path(folder)
     run = next((place / RUN_FILE for place in (path, path.parent) if (place / RUN_FILE).exists()), None)
     state = path / "trainer_state.json"
@@ -110,14 +117,16 @@ def rows_behind(folder: str, identity: dict, context_length: int) -> int:
         say(f"{folder} does not say which rows it was trained on: training begins at the first row")
         return 0
     was = json.loads(run.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(identity))
     names = [*[("data", name) for name in ("documents", "tokenizer", *DECIDING_ROWS)], ("training", "seed")]
     names.append(("training", "data_seed"))
-    now = json.loads(json.dumps(identity))
-    if differ := [name for section, name in names if was[section].get(name) != now[section].get(name)]:
+    differ = [name for section, name in names if was[section].get(name) != now[section].get(name)]
+    if differ:
         say(f"{folder} was trained on other rows ({', '.join(differ)} differ): training begins at the first row")
         return 0
     found = json.loads(state.read_text(encoding="utf-8"))
     history = [found, *found.get("log_history", [])]  # explicit_loop.py has its last entry only
     seen = max((entry["tokens_seen"] for entry in history if "tokens_seen" in entry), default=0)
-    say(f"going on behind the {seen // context_length:,} rows that {folder} was trained on")
-    return seen // context_length
+    rows = seen // shared.context_length
+    say(f"training begins after the {rows:,} rows that {folder} was trained on")
+    return rows

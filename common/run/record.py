@@ -158,7 +158,7 @@ def mean_logged_loss(log_history: list[dict]) -> float:
 
 
 @dataclass
-class Run:
+class RunRecord:
     """What is known of a run."""
 
     name: str
@@ -170,7 +170,7 @@ class Run:
     status: dict = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> "Run":
+    def of(cls, folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> "RunRecord":
         """Read the run in ``folder``; ``history`` and ``results``: newer than those in its files.
 
         Without them, the log is that of the finished run or of its newest checkpoint.

@@ -10,8 +10,9 @@ from pathlib import Path
 import numpy as np
 from transformers import TrainerCallback
 
+from common.run.folder import Run
 from common.run.plots import finite, line_plot, stacked_bar
-from common.run.record import Run
+from common.run.record import RunRecord
 
 REPORT_FILE = "report.html"
 SHOWN_SAMPLES = 12  # evaluations whose texts are shown: the first, the last, and those between, evenly
@@ -43,14 +44,14 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 class ReportCallback(TrainerCallback):
     """Write the page at every evaluation. Added behind the callback of the samples, so that it has the newest."""
 
-    def __init__(self, trainer, ledgers: dict):
+    def __init__(self, run: Run, ledgers: dict):
         """``ledgers``: of each source, before training: common/dataset/ledger.py."""
-        self.trainer = trainer
+        self.run = run
         self.sources = {name: vars(ledger) for name, ledger in ledgers.items()}
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
-            with self.trainer.safety.writing(REPORT_FILE):
+            with self.run.writing(REPORT_FILE):
                 write_report(args.output_dir, state.log_history, {"sources": self.sources})
 
 
@@ -59,7 +60,7 @@ def write_report(folder: str | Path, history: list[dict] | None = None, results:
     path = Path(folder) / REPORT_FILE
     partial = path.with_name(f"{REPORT_FILE}.partial")
     try:
-        partial.write_text(page(Run.of(folder, history, results)), encoding="utf-8")
+        partial.write_text(page(RunRecord.of(folder, history, results)), encoding="utf-8")
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -67,7 +68,7 @@ def write_report(folder: str | Path, history: list[dict] | None = None, results:
     return path
 
 
-def page(run: Run) -> str:
+def page(run: RunRecord) -> str:
     """Return the page of ``run``."""
     state = run.status.get("state", "unknown")
     where = f"{state}, step {run.status.get('step', '?')} of {run.status.get('max_steps', '?')}"
@@ -94,7 +95,7 @@ def document(title: str, body: str) -> str:
     )
 
 
-def plots(run: Run) -> list[str]:
+def plots(run: RunRecord) -> list[str]:
     """Return the curves of a run, as SVG."""
     rate, mfu = run.line("", "tokens_per_second_per_device"), run.line("", "mfu")
     tokens, seconds = ("tokens seen", "tokens_seen", False), ("time of training", "train_seconds", True)
@@ -115,7 +116,7 @@ def plots(run: Run) -> list[str]:
     return [plot for plot in drawn if plot]
 
 
-def what(run: Run) -> dict[str, str]:
+def what(run: RunRecord) -> dict[str, str]:
     """Return recipe, model, data and rows."""
     model, data = run.identity.get("model", {}), run.identity.get("data", {})
     shape = ", ".join(f"{name} {value}" for name, value in model.items() if isinstance(value, int | float | str))
@@ -131,7 +132,7 @@ def what(run: Run) -> dict[str, str]:
     }
 
 
-def figures(run: Run) -> dict[str, str]:
+def figures(run: RunRecord) -> dict[str, str]:
     """Return the last known figures; those of the end where the run has ended."""
     last: dict = {}
     for entry in run.history:
@@ -152,7 +153,7 @@ def figures(run: Run) -> dict[str, str]:
     return {label: text.format(last[name]) for label, (name, text) in formats.items() if finite(last.get(name))}
 
 
-def environment(run: Run) -> dict[str, str]:
+def environment(run: RunRecord) -> dict[str, str]:
     """Return versions and devices of the last launch."""
     launch = run.launches[-1] if run.launches else {}
     versions = launch.get("versions", {})
@@ -166,7 +167,7 @@ def environment(run: Run) -> dict[str, str]:
     }
 
 
-def reproduce(run: Run) -> str:
+def reproduce(run: RunRecord) -> str:
     """Return the commands that give this run again, as HTML."""
     launch = run.launches[-1] if run.launches else {}
     commit = launch.get("commit") or ""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.dataset.ledger import Ledger
 from common.run.model_card import write_card
-from common.run.record import Run, mean_logged_loss
+from common.run.record import RunRecord, mean_logged_loss
 from common.run.report import write_report
 from common.run.tracking import finish_tracking
 
@@ -22,7 +22,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
     """
     history = trainer.state.log_history
     seconds = max((entry["train_seconds"] for entry in history if "train_seconds" in entry), default=0.0)
-    rows_trained = trainer.order.counts(trainer.position)  # of each source
+    rows_trained = trainer.order.rows_by_source(trainer.position)  # of each source
     context_length = trainer.train_dataset.context_length
     sources = {
         name: ledger.trained(rows, context_length)
@@ -38,29 +38,29 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
         "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
         "first_step_seconds": trainer.clock.first_step_seconds,  # of this session
-        "steps_left_out": trainer.safety.guard.left_out,  # their loss or gradient was not finite, or a spike
+        "steps_left_out": trainer.guard.left_out,  # their loss or gradient was not finite, or a spike
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
-    with trainer.safety.writing("the results", needed=True):
+    with trainer.run.writing("the results", needed=True):
         trainer.save_state()
         if trainer.is_world_process_zero():
             plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
         trainer.save_metrics("eval", held_out)
         trainer.save_metrics("train", train)  # the last: all_results.json says that the run is finished
-    trainer.safety.finish()
+    trainer.run.write_status("finished")
+    trainer.interruption.release()
     results = {**held_out, **train}
     if trainer.is_world_process_zero():
-        with trainer.safety.writing("report.html and the model card"):
+        with trainer.run.writing("report.html and the model card"):
             write_report(trainer.args.output_dir, history, results)
             _write_card(trainer, results)
         finish_tracking(results, trainer.state.global_step)
-    trainer.safety.release()
     return results
 
 
 def _write_card(trainer, results: dict) -> None:
-    run = Run.of(trainer.args.output_dir)
+    run = RunRecord.of(trainer.args.output_dir)
     command = run.launches[-1].get("command", "") if run.launches else ""
     prompts = [sample["prompt"] for sample in run.samples]  # in the language of the text
     write_card(trainer.args.output_dir, str(run.identity.get("recipe", "")), results, prompts, command)

@@ -7,17 +7,17 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.distributed.context_parallel import row_readers
+from common.distributed.launch import Launch
 from common.model.from_config import card_bytes
 from common.model.memory import Setting
 from common.system import GIB
 from common.train.plan import rows_that_fit, setting_of_run
 
 
-def set_batch(training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:
+def set_batch(launch: Launch, training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:
     """Derive micro-batch and gradient accumulation from ``tokens_per_step``; return rows a step.
 
-    ``training.per_device_train_batch_size`` is the most rows at once: where a process has fewer, or a number of rows
+    ``training.per_device_train_batch_size`` is the most rows at once. If a process has fewer rows a step, or a number
     that does not divide by it, the micro-batch is made smaller, by less than half. An explicit
     ``training.gradient_accumulation_steps`` (not 0) wins, and changes the tokens a step.
 
@@ -30,7 +30,7 @@ def set_batch(training: TrainingArguments, tokens_per_step: int, context_length:
     ):
         if value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
-    most, processes = training.per_device_train_batch_size, row_readers(training)
+    most, processes = training.per_device_train_batch_size, launch.row_readers
     if training.gradient_accumulation_steps > 0:
         rows_per_step = most * processes * training.gradient_accumulation_steps
         say(
@@ -58,9 +58,12 @@ def set_batch(training: TrainingArguments, tokens_per_step: int, context_length:
 
 
 def derive_micro_batch(
-    model: PreTrainedModel | None, training: TrainingArguments, shared: SharedArguments, optimizer: str
+    model: PreTrainedModel | None, launch: Launch, training: TrainingArguments, shared: SharedArguments
 ) -> None:
-    """Set the rows of a micro-batch that are 0: in training to what fits this card, in evaluation to those."""
+    """Set the rows of a micro-batch where they are 0: to what fits this card in training, to the same in evaluation.
+
+    ``model``: on the meta device; None if it is not known yet.
+    """
     if training.per_device_train_batch_size == 0 and shared.context_length > 0:  # else refused by set_batch
         if training.gradient_accumulation_steps > 0:
             raise InputError(
@@ -70,11 +73,11 @@ def derive_micro_batch(
             )
         setting, limit = Setting(rows=1, context_length=shared.context_length), card_gib(training)
         if model is not None:
-            setting = replace(setting_of_run(model, training, shared.context_length, optimizer), fused_loss=True)
+            setting = replace(setting_of_run(model, launch, training, shared.context_length), fused_loss=True)
         if (model is None or limit is None) and training.device.type != "cpu":
             unknown = "the model's size is" if model is None else "this card's memory is"
             say(f"note: few rows at once, as {unknown} not known here. More: --per_device_train_batch_size 16")
-        rows_a_step = shared.tokens_per_step // (shared.context_length * row_readers(training))
+        rows_a_step = shared.tokens_per_step // (shared.context_length * launch.row_readers)
         rows = rows_that_fit(model, setting, rows_a_step, limit)
         training.per_device_train_batch_size = min(gather_object([rows]))  # cards may differ, steps must not
     if training.per_device_eval_batch_size == 0:
@@ -82,5 +85,6 @@ def derive_micro_batch(
 
 
 def card_gib(training: TrainingArguments) -> float | None:
+    """Return the memory of this card, None if it is not known."""
     size = card_bytes(training.device)
     return None if size is None else size / GIB

@@ -1,4 +1,4 @@
-"""What is seen while a run goes on: one readable line a log, and generated samples at every evaluation."""
+"""What a run shows and writes while it goes on: one readable line a log, status.json, samples at every evaluation."""
 
 import os
 import sys
@@ -7,26 +7,69 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import ProgressCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
 
+from common.arguments import SharedArguments
 from common.console import no_bars_while_training, say
-from common.distributed.strategy import under_fsdp
+from common.distributed.strategy import Strategy
 from common.io import append_lines
 from common.model.attention import generating
+from common.run.folder import Run
+from common.run.record import LAUNCHES_FILE, describe_launch, record_launch
+from common.train.step_guard import StepGuard
 
 SAMPLES_FILE, SAMPLE_TOKENS = "samples.jsonl", 60
 
 
+class RunCallback(TrainerCallback):
+    """Keep ``status.json`` up to date, record the launch, and end the run when the guard asks for it."""
+
+    def __init__(self, run: Run, guard: StepGuard, shared: SharedArguments):
+        self.run, self.guard, self.shared = run, guard, shared
+        self.training = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        # The intervals of logs, saves and evaluations are those of now, not those that the checkpoint was written with.
+        state.compute_steps(args, state.max_steps)
+        self.training = True
+        self._running(state)
+        if self.run.claimed:
+            with self.run.writing(LAUNCHES_FILE):
+                record_launch(args.output_dir, describe_launch(self.shared, args))
+
+    def on_log(self, args, state, control, **kwargs):
+        if self.training:
+            self._running(state)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.run.step = state.global_step
+        if self.guard.stop is not None:
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.training = False
+
+    def _running(self, state) -> None:
+        self.run.step, self.run.max_steps = state.global_step, state.max_steps
+        self.run.write_status("running")
+
+
 class ScreenCallback(ProgressCallback):
     """In a terminal one bar with the newest figures, elsewhere (a file, a notebook's cell) one line a log."""
+
+    def __init__(self, compiler: str = "no"):
+        """``compiler``: torch.compile's backend, or "no"."""
+        super().__init__()
+        self.compiler = compiler
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.time(), state.global_step
         self.bar = in_terminal() and not args.disable_tqdm
         self.bits_per_byte = float("nan")
         no_bars_while_training()
-        if (compiler := os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower()) != "no":
-            say(f"compiling the layers at the first step ({compiler}): about 15 s on a GPU, longer the first time")
+        if self.compiler != "no":
+            say(f"compiling the layers at the first step ({self.compiler}): about 15 s on a GPU, longer the first time")
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -65,7 +108,7 @@ def in_terminal() -> bool:
 
 
 def bar_text(logs: dict, bits_per_byte: float) -> str:
-    """Return what stands behind the bar, which itself has the step, the share done and the time left."""
+    """Return the text after the bar. The bar itself has the step, the share done and the time left."""
     parts = [f"loss {logs['loss']:.3f}"]
     parts += [f"{bits_per_byte:.3f} bits/byte"] if bits_per_byte == bits_per_byte else []
     parts += [f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device"]
@@ -97,14 +140,14 @@ class SampleCallback(TrainerCallback):
     training is left as it was, so that sampling does not change the run.
     """
 
-    def __init__(self, trainer, prompts: list[str]):
-        """``trainer``: the PretrainingTrainer whose tokenizer and seed are used."""
-        self.trainer, self.prompts = trainer, prompts
+    def __init__(self, run: Run, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
+        self.run, self.strategy, self.tokenizer, self.prompts = run, strategy, tokenizer, prompts
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if "eval_loss" not in metrics:  # another set, right after the held-out documents: the same texts again
             return
-        texts = generate_samples(model, self.trainer.processing_class, self.prompts, args.seed, args.device)
+        synchronized = self.strategy.is_fsdp and torch.distributed.is_initialized()
+        texts = generate_samples(model, self.tokenizer, self.prompts, args.seed, args.device, synchronized)
         if not state.is_world_process_zero:
             return
         for prompt, text in zip(self.prompts, texts, strict=True):
@@ -113,13 +156,18 @@ class SampleCallback(TrainerCallback):
             {"step": state.global_step, "prompt": prompt, "text": text}
             for prompt, text in zip(self.prompts, texts, strict=True)
         ]
-        with self.trainer.safety.writing(SAMPLES_FILE):
+        with self.run.writing(SAMPLES_FILE):
             append_lines(Path(args.output_dir) / SAMPLES_FILE, entries)
 
 
 @torch.no_grad()
-def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: torch.device) -> list[str]:
-    """Return the model's continuation of every prompt, at most SAMPLE_TOKENS tokens each."""
+def generate_samples(
+    model, tokenizer, prompts: list[str], seed: int, device: torch.device, synchronized: bool = False
+) -> list[str]:
+    """Return the model's continuation of every prompt, at most SAMPLE_TOKENS tokens each.
+
+    ``synchronized``: processes go on generating until the last one is done, because the model is sharded by FSDP.
+    """
     was_training = model.training
     model.eval()
     texts = []
@@ -139,7 +187,7 @@ def generate_samples(model, tokenizer, prompts: list[str], seed: int, device: to
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=new_tokens,
                 remove_invalid_values=True,
-                synced_gpus=(under_fsdp() and torch.distributed.is_initialized()) or None,  # None: under ZeRO-3 only
+                synced_gpus=True if synchronized else None,  # None: transformers synchronizes under ZeRO-3
             )
             texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
     model.train(was_training)

@@ -4,7 +4,7 @@ The second held-out set is retained documents, of which none is trained on. What
 in the log of every checkpoint, at step 0, so that a run continued from one reports the same.
 """
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from transformers import TrainerCallback
@@ -22,10 +22,19 @@ SETS = {"eval": "held out", "retain": "retained"}  # prefix of the metrics, name
 FIGURES = ("loss", "perplexity", "bits_per_byte")
 
 
+@dataclass
+class Retained:
+    """The rows that must not be forgotten, None without --retain; what the results say of them; their stores."""
+
+    rows: JoinedRows | None
+    counts: dict
+    fingerprints: list[str]
+
+
 def retained_rows(
     stores: dict[str, TokenStore], training: dict[str, TokenStore], train_rows: JoinedRows, arguments: SharedArguments
-) -> tuple[JoinedRows, dict]:
-    """Return rows of the documents of ``stores`` that are not trained on, and what to put in the results.
+) -> Retained:
+    """Return rows of the documents of ``stores`` that are not trained on.
 
     Left out, and counted as duplicates in each source's ledger: documents that are trained on, and (unless they are
     to be kept) copies of an earlier one. Dropped: the last partial row of each source.
@@ -36,6 +45,8 @@ def retained_rows(
     Raises:
         InputError: less than one row is left.
     """
+    if not stores:
+        return Retained(None, {}, [])
     make_hashes_comparable([*stores.values(), *training.values()])
     chosen = [rows.chosen for rows in train_rows.sources]
     trained_on = [store.document_hashes()[mask] for store, mask in zip(training.values(), chosen, strict=True)]
@@ -59,7 +70,8 @@ def retained_rows(
             f"{arguments.context_length:,} + 1. Give other text, or more of it."
         )
     counted = {name: asdict(ledger) for name, ledger in ledgers.items()}
-    return joined, {"retain_documents_trained_on": int(in_training.sum()), "retain_sources": counted}
+    counts = {"retain_documents_trained_on": int(in_training.sum()), "retain_sources": counted}
+    return Retained(joined, counts, [store.fingerprint() for store in stores.values()])
 
 
 class MeasureBefore(TrainerCallback):

@@ -1,19 +1,24 @@
-"""What asks a run to stop or to save: signals, a launcher that died, the clock of a time-limited notebook.
+"""What asks a run to stop or to save: signals, a launcher that died, the clock of a notebook with a time limit.
 
-It is noticed at once and acted on at the end of the step, by all processes at the same one. What launchers pass on:
-``accelerate launch`` of one process dies of SIGTERM and leaves the recipe an orphan, which stops, too; torchrun passes
-SIGTERM and SIGINT on and kills after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30); PET_SIGNALS_TO_HANDLE adds SIGUSR1.
+A request is noticed at once. All processes act on it at the end of the same step. What launchers pass on:
+``accelerate launch`` of one process dies of SIGTERM and leaves the recipe an orphan, which stops, too. torchrun passes
+SIGTERM and SIGINT on, and kills after TORCH_ELASTIC_SHUTDOWN_TIMEOUT seconds (30). PET_SIGNALS_TO_HANDLE adds SIGUSR1.
 """
 
 import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 
+import torch
 from transformers import TrainerCallback
 
-from common.console import is_main_process, say
+from common.console import InputError, is_main_process, say
+from common.run.folder import Run
+from common.train.step_guard import BAD_STEPS_FILE, StepGuard
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Slurm's --signal sends the last; Windows lacks it
 ORPHANED = "its launcher died"
@@ -26,13 +31,13 @@ class EvaluationStopped(Exception):
 
 
 class Interruption(TrainerCallback):
-    """Ends training after the current step, with a checkpoint, when any process was asked to; saves when it is time.
+    """End training after the current step, with a checkpoint, when any process was asked to; save when it is time.
 
-    A second signal exits at once, with what the last checkpoint holds.
+    A second signal exits at once, and the run keeps what the last checkpoint holds.
     """
 
-    def __init__(self, save_minutes: float | None = None):
-        """``save_minutes``: save at least so often."""
+    def __init__(self, save_minutes: float | None = None, launched: bool = False):
+        """``save_minutes``: save at least so often. ``launched``: this process has a launcher, which may die."""
         self.save_minutes = save_minutes
         self.received: str | None = None  # by this process
         self.agreed: str | None = None  # by all of them
@@ -40,7 +45,6 @@ class Interruption(TrainerCallback):
         self.before_leaving: Callable[[], None] | None = None  # set when training is over and in a checkpoint
         self._saved_at = time.monotonic()
         self._handlers: dict = {}
-        launched = any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
         self._parent = os.getppid() if launched and os.name == "posix" else None
 
     def listen(self) -> None:
@@ -71,6 +75,19 @@ class Interruption(TrainerCallback):
         due = is_main_process() and self.save_minutes and time.monotonic() - self._saved_at > 60 * self.save_minutes
         return [float(self.received == name) for name in (*NAMES, ORPHANED)] + [float(bool(due))]
 
+    def wishes_on(self, device: torch.device) -> torch.Tensor:
+        """Return ``wishes`` on a device. The copy waits for nothing there."""
+        return torch.tensor(self.wishes(), pin_memory=device.type == "cuda").to(device, non_blocking=True)
+
+    def check_evaluation(self, device: torch.device, processes: int) -> None:
+        """Raise EvaluationStopped, on all processes, if one of them was asked to end."""
+        wishes = self.wishes_on(device)
+        if processes > 1:
+            torch.distributed.all_reduce(wishes)
+        self.agree(wishes.tolist())
+        if self.agreed is not None:
+            raise EvaluationStopped
+
     def agree(self, sums: list[float]) -> None:
         """Take over the ``wishes`` of all processes, summed."""
         *stops, save = sums
@@ -95,3 +112,34 @@ class Interruption(TrainerCallback):
 
     def on_save(self, args, state, control, **kwargs):
         self._saved_at = time.monotonic()
+
+
+@contextmanager
+def session(run: Run, interruption: Interruption, guard: StepGuard) -> Iterator[None]:
+    """Around training: record in ``status.json`` how it ended, and leave the process as whoever stopped it expects.
+
+    Raises:
+        SystemExit: a signal ended the training; all is saved.
+        InputError: the guard ended it; all is saved.
+    """
+    try:
+        yield
+    except EvaluationStopped:  # before the first step: there is nothing to save
+        pass
+    except BaseException as error:
+        run.write_status("failed", f"{type(error).__name__}: {error}")
+        interruption.release()
+        raise
+    if interruption.agreed is not None:
+        run.write_status("interrupted", interruption.agreed)
+        interruption.release()
+        raise SystemExit(interruption.exit_status)
+    if guard.stop is not None:
+        run.write_status("failed", guard.stop)
+        interruption.release()
+        raise InputError(
+            f"stopped at step {run.step}: {guard.stop}.\nAll is saved; {run.folder}/{BAD_STEPS_FILE} has the rows of "
+            "the bad steps, and which were left out. The same command continues after them; a lower --learning_rate, "
+            "or other data, needs another --output_dir."
+        )
+    interruption.before_leaving = partial(run.write_status, "interrupted", "a signal after the last step")

@@ -7,7 +7,7 @@ from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.distributed.strategy import under_fsdp
+from common.distributed.launch import Launch
 from common.train.low_memory_adamw import LowMemoryAdamW
 
 OLDEST_GPU = 6  # compute capability. Source: https://huggingface.co/docs/bitsandbytes/installation
@@ -30,7 +30,9 @@ def trained_dtype(wanted: str, training: TrainingArguments) -> torch.dtype:
     return torch.bfloat16 if wanted == "bf16" or (wanted == "auto" and training.bf16) else torch.float32
 
 
-def check_method(method: str, weights: str, shared: SharedArguments, training: TrainingArguments) -> None:
+def check_method(
+    method: str, weights: str, launch: Launch, shared: SharedArguments, training: TrainingArguments
+) -> None:
     """Refuse combinations of ``--method`` that cannot work, cannot be saved, or cannot be merged.
 
     Raises:
@@ -48,7 +50,7 @@ def check_method(method: str, weights: str, shared: SharedArguments, training: T
             f"--weights {weights}: with --method {method} they are frozen, and kept in what mixed_precision says; what "
             "is trained is in fp32. Leave it out."
         )
-    if training.deepspeed_plugin is not None or under_fsdp():
+    if launch.strategy.shards_states:
         why = "this recipe keeps all of the model on one card"
         if "8bit" in optimizer:
             why = "8-bit states are not saved rightly (bitsandbytes #1403)"

@@ -5,9 +5,10 @@ import time
 from contextlib import contextmanager
 
 import torch
-from transformers import TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.console import say
+from common.dataset.mixture import TrainingOrder
 from common.model.counts import flops_per_token, peak_tflops
 from common.system import memory_gib
 
@@ -20,24 +21,26 @@ class RunClock(TrainerCallback):
         first_step_seconds: of this session; None before there is one.
     """
 
-    def __init__(self, trainer):
-        """``trainer``: the PretrainingTrainer whose clocks these are."""
-        self.trainer, args = trainer, trainer.args
+    def __init__(self, model: PreTrainedModel, order: TrainingOrder, context_length: int, training: TrainingArguments):
+        self.order, self.context_length, self.training = order, context_length, training
         self.interval, self.first_step_seconds = Stopwatch(), None
-        self.flops_per_token = flops_per_token(trainer.model, trainer.train_dataset.context_length)
-        # Of FP8, whose products have another peak than the rest of the model, no share of a peak would be honest.
-        self.peak_tflops = peak_tflops(args.device, args.bf16 or args.fp16) if args.mixed_precision != "fp8" else None
+        self.flops_per_token = flops_per_token(model, context_length)
+        # The products of FP8 have another peak than the rest of the model: no share of one peak would be honest.
+        half_precision = training.bf16 or training.fp16
+        self.peak_tflops = None
+        if training.mixed_precision != "fp8":
+            self.peak_tflops = peak_tflops(training.device, half_precision)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        # Trainer has copied the tokenizer's padding token into the config; see model_from_config why it must not be
-        # saved: whoever loads the model to train on would get an end-of-document embedding without gradient.
+        # Trainer has copied the tokenizer's padding token into the config. It must not be saved there: whoever loads
+        # the model to train on would get an end-of-document embedding without gradient (see model_from_config).
         model.config.pad_token_id = None
         earlier = [entry["train_seconds"] for entry in state.log_history if "train_seconds" in entry]
         self.seconds_before = earlier[-1] if earlier else 0.0  # of earlier sessions, up to the checkpoint
-        self.seen_at_last_log = self.trainer.tokens_seen
+        self.seen_at_last_log = self.tokens_seen(state.global_step)
         self.interval.lap()
         self.first_step_seconds, self.began = None, time.perf_counter()
-        if args.device.type != "cpu":  # what follows is training: the model was whole before
+        if args.device.type != "cpu":  # the peak of training, not of loading, when the model was whole
             torch.accelerator.reset_peak_memory_stats(args.device)
 
     def on_step_end(self, args, state, control, **kwargs):
@@ -46,7 +49,7 @@ class RunClock(TrainerCallback):
             evaluating = self.interval.paused_seconds  # before the first step, where a recipe does so
             self.first_step_seconds = time.perf_counter() - self.began - evaluating
             say(f"the first step took {self.first_step_seconds:.1f} s, compiling and warming up included")
-        state.epoch = self.trainer.position / self.trainer.order.rows
+        state.epoch = self.order.position_after(state.global_step) / self.order.rows_per_pass
         # A checkpoint's log ends with its own step, so that nothing is lost between logs; a signal during an
         # evaluation makes one, too.
         if control.should_save or control.should_evaluate:
@@ -55,24 +58,25 @@ class RunClock(TrainerCallback):
             control.should_log = True
             control.should_evaluate = False  # the recipe evaluates once, after training
 
-    def metrics(self, start_time: float) -> dict[str, float]:
+    def tokens_seen(self, step: int) -> int:
+        """Return how many targets the first ``step`` steps train on, over all processes and passes."""
+        return self.order.position_after(step) * self.context_length
+
+    def metrics(self, start_time: float, step: int) -> dict[str, float]:
         """Return counts, throughput and memory since the last log. ``start_time``: of training, by ``time.time``."""
-        seen = self.trainer.tokens_seen
-        rate = (seen - self.seen_at_last_log) / self.interval.lap() / self.trainer.args.world_size
+        seen = self.tokens_seen(step)
+        rate = (seen - self.seen_at_last_log) / self.interval.lap() / self.training.world_size
         self.seen_at_last_log = seen
         tflops = rate * self.flops_per_token / 1e12
-        return {
-            "tokens_seen": seen,
-            "tokens_per_second_per_device": rate,
-            "tflops_per_device": tflops,
-            **({"mfu": tflops / self.peak_tflops} if self.peak_tflops else {}),
-            **memory_gib(self.trainer.args.device),
-            "train_seconds": self.seconds_before + time.time() - start_time,
-        }
+        figures = {"tokens_seen": seen, "tokens_per_second_per_device": rate, "tflops_per_device": tflops}
+        if self.peak_tflops:
+            figures["mfu"] = tflops / self.peak_tflops
+        figures |= memory_gib(self.training.device)
+        return figures | {"train_seconds": self.seconds_before + time.time() - start_time}
 
 
 class Stopwatch:
-    """Seconds between laps, without the pauses. A pause first waits for the accelerator, whose queue runs ahead."""
+    """Seconds between laps, without the pauses. A pause first waits for the accelerator, which lags behind Python."""
 
     def __init__(self):
         self.started, self.paused_seconds = time.perf_counter(), 0.0
@@ -102,7 +106,7 @@ def held_out_metrics(batches: list[tuple[float, int]], target_bytes: float, pref
 
     Args:
         batches: (nats, targets) of each batch, nats being the sum over its targets.
-        target_bytes: of UTF-8 text that all targets are. Bits per byte compare different tokenizers.
+        target_bytes: UTF-8 bytes of the text of all targets. Bits per byte compare different tokenizers.
 
     Source: The Pile, section 3.1, https://arxiv.org/abs/2101.00027
     """

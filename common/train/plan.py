@@ -1,12 +1,11 @@
 """--plan: the memory a run needs, and what would make it fit, before anything is loaded; --probe: by three steps.
 
-The micro-batch, where it is left open, is as many rows at once as fit the card, until more rows make it no faster.
+The micro-batch, if the flags leave it open, is as many rows at once as fit the card, until more rows make it no faster.
 Large micro-batches keep the card busy while the CPU prepares the next layers, above all where several cards exchange
-something for each layer. The losses do not depend on it: ``--tokens_per_step`` says what a step trains on.
+something for each layer. The losses do not depend on the micro-batch: ``--tokens_per_step`` says what a step trains on.
 """
 
 import json
-import os
 import statistics
 import time
 from dataclasses import replace
@@ -18,19 +17,103 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback,
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.distributed.context_parallel import parallel_size
-from common.distributed.strategy import offloads, precision_of, recompute_owner, strategy_of
+from common.distributed.launch import Launch, precision_of
+from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
 from common.model.fused_loss import DeferringHead
 from common.model.memory import CONTEXT_BYTES, Setting, predict
 from common.system import GIB, memory_gib
 from common.train.metrics import synchronize
 
+LOW_BIT = ("8bit", "4bit")  # in the names of --optim
+
+
+def choose_optimizer(wanted: str, launch: Launch, training: TrainingArguments) -> str:
+    """Return "muon" or "adamw" for ``--optimizer`` ``wanted``, and say why "auto" is not Muon.
+
+    Raises:
+        InputError: Muon is wanted where it cannot work.
+    """
+    reason = None
+    if launch.strategy.is_deepspeed:
+        reason = "DeepSpeed's ZeRO cuts up the matrices that Muon needs whole; fsdp2.yaml and ddp.yaml do not"
+    elif launch.offloads:
+        reason = "its matrix products would run on the CPU, where fsdp2_offload.yaml keeps the parameters"
+    elif optimizer_name(training) not in ("adamw_torch", "adamw_torch_fused"):
+        reason = f"--optim {optimizer_name(training)} names another one"
+    if wanted == "muon" and reason is not None:
+        raise InputError(f"--optimizer muon: {reason}. Use --optimizer adamw.")
+    if wanted == "auto" and reason is not None:
+        say(f"optimizer: what --optim names, AdamW by default, not Muon: {reason}.")
+    return "muon" if wanted == "muon" or (wanted == "auto" and reason is None) else "adamw"
+
+
+def optimizer_name(training: TrainingArguments) -> str:
+    return getattr(training.optim, "value", training.optim)
+
+
+def check_combinations(launch: Launch, training: TrainingArguments, method: str) -> None:
+    """Refuse what is known to go wrong together.
+
+    Args:
+        launch: its ``optimizer`` is decided.
+        method: "full", "lora" or "qlora".
+
+    Raises:
+        InputError: with the reason, and what works.
+    """
+    strategy = launch.strategy
+    low_bit = launch.optimizer != "muon" and any(bits in optimizer_name(training) for bits in LOW_BIT)
+    for wrong, what, where, why, works in (
+        (
+            low_bit and strategy.shards_states,
+            "an 8-bit or 4-bit optimizer",
+            strategy,
+            # https://github.com/bitsandbytes-foundation/bitsandbytes/issues/89, /1403 (FSDP, FSDP2), /1732 (DeepSpeed),
+            # https://github.com/huggingface/accelerate/issues/1362 (its states cannot be saved)
+            "its states are packed numbers, which cannot be divided among processes nor saved from them",
+            "single_gpu.yaml or ddp.yaml, or --optim adamw_torch_fused, whose states this YAML divides",
+        ),
+        (
+            method == "qlora" and strategy.shards_parameters,
+            "QLoRA",
+            strategy,
+            # https://github.com/huggingface/accelerate/issues/3983: a crash, or silently loss 0 and gradients of NaN
+            "4-bit weights are packed bytes: divided among processes they are no longer those numbers",
+            "ddp.yaml, which leaves the weights whole, or --method lora",
+        ),
+        (
+            method != "full" and launch.optimizer == "muon",
+            "Muon for LoRA's factors",
+            strategy,
+            # https://arxiv.org/abs/2502.16982: for the weight matrices themselves, in training of all of them
+            "Muon evens out the update of a whole weight matrix; for two factors of one nothing is known",
+            "--optimizer adamw",
+        ),
+        (
+            method != "full" and precision_of(training) == "fp8",
+            "adapters",
+            "fp8",
+            # https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/ao.py
+            "accelerate exchanges every linear layer, also those inside adapters and packed ones",
+            "--mixed_precision bf16",
+        ),
+        (
+            training.fp16 and training.use_cpu,
+            "fp16",
+            "cpu",
+            "fp16 needs the tensor cores of a GPU; CPUs compute in fp32 or bf16",
+            "accelerate_configs/cpu.yaml",
+        ),
+    ):
+        if wrong:
+            raise InputError(f"{what} under {where}: {why}. What works: {works}")
+
 
 def print_plan(
     model: PreTrainedModel,
+    launch: Launch,
     shared: SharedArguments,
     training: TrainingArguments,
-    optimizer: str,
     own_optimizer: tuple[type, dict] | None = None,
     method: str | None = None,
 ) -> None:
@@ -47,21 +130,28 @@ def print_plan(
     ):
         if value is not None and value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
+    launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
+    check_combinations(launch, training, method or "full")
     if limit is None and torch.cuda.is_available():
         limit = torch.cuda.get_device_properties(0).total_memory / GIB
-    setting = setting_of_run(model, training, shared.context_length, optimizer, own_optimizer)
+    setting = setting_of_run(model, launch, training, shared.context_length, own_optimizer)
     setting = replace(setting, method=method)
     if shared.plan_config is not None:
         setting = setting_of_yaml(shared.plan_config, setting, processes)
     elif processes is not None:
-        setting = replace(setting, strategy="ddp" if processes > 1 else "single", processes=processes)
+        setting = replace(setting, strategy=DDP if processes > 1 else SINGLE, processes=processes)
     rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
-    rows = max(1, min(setting.rows or rows_that_fit(model, setting, rows_a_step, limit), rows_a_step))
+    rows = setting.rows
+    if rows == 0:
+        rows = rows_that_fit(model, setting, rows_a_step, limit)
+    rows = max(1, min(rows, rows_a_step))
     setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
     need = predict(model, setting)
-    count, vocabulary = sum(p.numel() for p in model.parameters()), model.get_output_embeddings().weight.shape[0]
+    count = sum(parameter.numel() for parameter in model.parameters())
+    vocabulary = model.get_output_embeddings().weight.shape[0]
     say(f"{count:,} parameters, vocabulary of {vocabulary:,} rows, {described(setting)}. Each card, in GiB:")
-    if (sharing := shared.context_length // setting.context_length) > 1:
+    sharing = shared.context_length // setting.context_length
+    if sharing > 1:
         say(f"  ({sharing} cards share each row of {shared.context_length:,} tokens)")
     for name, value in vars(need).items():
         say(f"  {name:12}{value / GIB:8.2f}")
@@ -82,7 +172,7 @@ def probe(trainer) -> None:
     timer = StepTimer(stop_after=3)
     trainer.add_callback(timer)
     trainer.train()
-    trainer.safety.release()
+    trainer.interruption.release()
     seconds = timer.seconds[-1] if len(timer.seconds) == 1 else statistics.mean(timer.seconds[1:])  # the first compiles
     context_length = trainer.train_dataset.context_length
     setting = setting_of_trainer(trainer)
@@ -90,9 +180,9 @@ def probe(trainer) -> None:
     found = {
         "peak_gib": round(memory_gib(arguments.device)["memory_peak_gib"], 3),
         "predicted_gib": round(predicted / GIB, 3),
-        "tokens_per_second": round(trainer.rows_per_step * context_length / seconds, 1),
+        "tokens_per_second": round(trainer.launch.rows_per_step * context_length / seconds, 1),
         "hours": round(steps * seconds / 3600, 4),
-        "passes": round(trainer.order.real / trainer.order.rows, 4),
+        "passes": round(trainer.order.rows_in_run / trainer.order.rows_per_pass, 4),
     }
     say(
         "probe: {peak_gib} GiB at the peak ({predicted_gib} predicted), {tokens_per_second:,} tokens/s, ".format(
@@ -137,15 +227,16 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
     if "deepspeed_config_file" in zero:
         config, zero = joined_with_json(config, zero["deepspeed_config_file"])
-    strategies = {"NO": "single", "MULTI_GPU": "ddp", "MULTI_CPU": "ddp", "FSDP": "fsdp2"}
-    strategy = f"zero{zero.get('zero_stage', 2)}" if kind == "DEEPSPEED" else strategies.get(kind)
-    if strategy is None:
+    strategies = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "FSDP": FSDP2}
+    strategies["DEEPSPEED"] = Strategy(f"zero{zero.get('zero_stage', 2)}")
+    if kind not in strategies:
         raise InputError(f"--plan_config {path}: distributed_type {kind} is not known to the planner.")
-    moved, parallelism = ("cpu", "nvme"), config.get("parallelism_config") or {}
+    moved = ("cpu", "nvme")
+    parallelism = config.get("parallelism_config") or {}
     return replace(
         setting,
         context_length=setting.context_length // int(parallelism.get("parallelism_config_cp_size", 1)),
-        strategy=strategy,
+        strategy=strategies[kind],
         processes=processes or int(config.get("num_processes", 1)),
         precision=str(config.get("mixed_precision", "no")),
         compiled=str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no",
@@ -182,13 +273,13 @@ def take_precision_of_yaml(path: str, training: TrainingArguments) -> None:
 
 def setting_of_run(
     model: PreTrainedModel,
+    launch: Launch,
     training: TrainingArguments,
     context_length: int,
-    optimizer: str,
     own_optimizer: tuple[type, dict] | None = None,
 ) -> Setting:
-    """Return the setting of the run that this process is part of; ``own_optimizer``: of common/train/low_memory.py."""
-    moved = offloads(training)
+    """Return the setting of the run that this process is part of; ``own_optimizer``: from low_memory.py."""
+    optimizer = launch.optimizer
     if own_optimizer is not None:
         optimizer = f"rounding_{own_optimizer[1]['state_bits']}bit"
     elif "8bit" in training.optim and optimizer != "muon":
@@ -196,16 +287,16 @@ def setting_of_run(
     head = model.get_output_embeddings()
     return Setting(
         rows=training.per_device_train_batch_size,
-        context_length=context_length // parallel_size("cp"),
-        strategy=strategy_of(training),
-        processes=training.world_size,
+        context_length=context_length // launch.context_parallel,
+        strategy=launch.strategy,
+        processes=launch.processes,
         precision=precision_of(training),
-        compiled=os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no").lower() != "no",
-        recompute=training.gradient_checkpointing or recompute_owner() is not None,
+        compiled=launch.compiled,
+        recompute=training.gradient_checkpointing or launch.recompute is not None,
         fused_loss=isinstance(head, DeferringHead) or head.weight.device.type == "meta",
         optimizer=optimizer,
-        offload_optimizer=moved,
-        offload_parameters=moved and strategy_of(training) in ("fsdp2", "zero3"),
+        offload_optimizer=launch.offload_optimizer,
+        offload_parameters=launch.offload_parameters,
         in_backward=own_optimizer is not None and own_optimizer[1]["in_backward"],
         accumulated=training.gradient_accumulation_steps != 1,
         method=method_of(model, own_optimizer),
@@ -223,7 +314,7 @@ def method_of(model: PreTrainedModel, own_optimizer: tuple[type, dict] | None) -
 def setting_of_trainer(trainer) -> Setting:
     """Return the setting that a PretrainingTrainer trains in."""
     model, length = trainer.accelerator.unwrap_model(trainer.model), trainer.train_dataset.context_length
-    return setting_of_run(model, trainer.args, length, trainer.optimizer_name, trainer.optimizer_cls_and_kwargs)
+    return setting_of_run(model, trainer.launch, trainer.args, length, trainer.optimizer_cls_and_kwargs)
 
 
 def out_of_memory(trainer, error: torch.OutOfMemoryError) -> str:
@@ -278,15 +369,15 @@ def switches(setting: Setting) -> list[tuple[str, Setting]]:
     while now.rows > 1 and now.rows * now.context_length > BUSY_TOKENS:
         switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
     if now.processes > 1 and now.method is None:
-        if now.strategy in ("single", "ddp", "zero1"):
-            switch("accelerate_configs/zero2.yaml", strategy="zero2")
-        if now.strategy not in ("fsdp2", "zero3"):
-            switch("accelerate_configs/fsdp2.yaml", strategy="fsdp2")
+        if not now.strategy.shards_gradients:
+            switch("accelerate_configs/zero2.yaml", strategy=ZERO2)
+        if not now.strategy.shards_parameters:
+            switch("accelerate_configs/fsdp2.yaml", strategy=FSDP2)
     while now.rows > 1:
         switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
     if not now.recompute:
         switch("--gradient_checkpointing true: activations are computed twice", recompute=True)
-    if "8bit" not in now.optimizer and now.strategy in ("single", "ddp"):
+    if "8bit" not in now.optimizer and not now.strategy.shards_states:
         optimizer = "rounding_8bit" if now.optimizer.startswith("rounding") else "adamw_8bit"
         switch("--optimizer adamw --optim adamw_8bit", optimizer=optimizer)
     if now.method is not None:

@@ -1,12 +1,12 @@
-"""Bad numbers: a step whose loss or gradient is not finite is left out, one whose loss jumps is noticed.
+"""Bad steps: one whose loss or gradient is not finite is left out, one whose loss jumps is noticed.
 
-Judged on the host, before the optimizer's step, from the loss and gradient norm of all processes, which are read once
-an optimizer step: the one wait for the device in the training loop.
+Steps are judged on the host, before the optimizer's step, by the loss and the gradient norm of all processes. These are
+read once an optimizer step: the only wait for the device in the training loop.
 
-Sources: leaving a step out, and 6 deviations over a window of 128 steps, of which 64 must be there: SkipStepOptimizer,
-https://github.com/allenai/OLMo-core/blob/main/src/olmo_core/optim/skip_step_optimizer.py. Ours are robust, so that a
-spike does not hide the next one: the modified z-score, 0.6745 (x - median) / MAD, of Iglewicz and Hoaglin, "How to
-Detect and Handle Outliers", 1993, as in https://www.itl.nist.gov/div898/handbook/eda/section3/eda35h.htm
+Sources: leaving a step out, and 6 deviations over a window of 128 steps of which 64 must be there: SkipStepOptimizer,
+https://github.com/allenai/OLMo-core/blob/main/src/olmo_core/optim/skip_step_optimizer.py. Our deviations are robust, so
+that a spike does not hide the next one: the modified z-score, 0.6745 (x - median) / MAD, of Iglewicz and Hoaglin, "How
+to Detect and Handle Outliers", 1993, as in https://www.itl.nist.gov/div898/handbook/eda/section3/eda35h.htm
 """
 
 import json
@@ -16,25 +16,30 @@ from collections import deque
 from pathlib import Path
 
 import numpy as np
+import torch
+from accelerate.utils import gather_object
 
-from common.console import InputError
-from common.dataset.mixture import IGNORED_ROW
-from common.dataset.packing import JoinedRows
+from common.console import InputError, is_main_process, say
+from common.dataset.packing import IGNORED_ROW, JoinedRows
+from common.io import append_lines
+from common.run.folder import Run
+from common.train.muon import whole
 
+GUARD_FILE, BAD_STEPS_FILE = "guard.json", "bad_steps.jsonl"
 WINDOW_STEPS, LEAST_STEPS, SPIKE_DEVIATIONS = 128, 64, 6.0
 ROWS_SHOWN = 3
-FP16_HALVINGS = 16  # fp16's scaler starts at 2**16 and may leave out so many steps until it has come down
+FP16_HALVINGS = 16  # fp16's scaler starts at 2**16, and may leave out one step for each halving
 
 
 class StepGuard:
-    """Judges one step after the other; the same on every process, because all are given the same numbers."""
+    """Judge one step after the other: the same way on every process, because all are given the same numbers."""
 
     def __init__(self, on_loss_spike: str, max_bad_steps: int, scaled: bool = False):
         """
         Args:
             on_loss_spike: warn, skip or stop.
-            max_bad_steps: left out in a row; one more ends the run.
-            scaled: fp16's scaler is at work, which leaves out steps to find its scale.
+            max_bad_steps: steps that may be left out in a row; one more ends the run.
+            scaled: fp16's scaler is at work, and leaves out steps to find its scale.
         """
         self.on_loss_spike, self.scaled = on_loss_spike, scaled
         self.max_bad_steps = max_bad_steps + (FP16_HALVINGS if scaled else 0)
@@ -48,18 +53,20 @@ class StepGuard:
         """Return whether to make the step, and what is wrong with it, None if nothing is.
 
         Args:
-            grad_norm: a negative one is DeepSpeed's way to say that it is not finite.
-            made: the step has been made already, so that a spike can no longer be left out.
+            grad_norm: DeepSpeed gives a negative norm for one that is not finite.
+            made: the step has been made already, so that a spike cannot be left out any more.
         """
         problem, make = None, True
         if not math.isfinite(loss) or not 0 <= grad_norm < math.inf:
             problem, make = f"loss {loss}, gradient norm {grad_norm}", False
-        elif (deviations := robust_z_score(loss, self.losses)) > SPIKE_DEVIATIONS:
-            problem = f"loss {loss:.4f} is {deviations:.1f} deviations above the median of {len(self.losses)} steps"
-            make = made or self.on_loss_spike == "warn"
-            self.spikes += 1
-            if self.on_loss_spike == "stop":
-                self.stop = problem
+        else:
+            deviations = robust_z_score(loss, self.losses)
+            if deviations > SPIKE_DEVIATIONS:
+                problem = f"loss {loss:.4f} is {deviations:.1f} deviations above the median of {len(self.losses)} steps"
+                make = made or self.on_loss_spike == "warn"
+                self.spikes += 1
+                if self.on_loss_spike == "stop":
+                    self.stop = problem
         if math.isfinite(loss):
             self.losses.append(loss)
         self.in_a_row = 0 if make else self.in_a_row + 1
@@ -84,7 +91,7 @@ class StepGuard:
         return {"losses": [*self.losses], "left_out": self.left_out, "spikes": self.spikes, "in_a_row": self.in_a_row}
 
     def load(self, state: dict) -> None:
-        """Go on from what ``state`` returned."""
+        """Continue from what ``state`` returned."""
         self.losses.extend(state["losses"])
         self.left_out, self.spikes, self.in_a_row = state["left_out"], state["spikes"], state["in_a_row"]
 
@@ -99,14 +106,14 @@ def robust_z_score(value: float, window: deque[float] | list[float]) -> float:
 
 
 def read_guard(path: Path) -> dict:
-    """Return what a checkpoint holds of the guard."""
+    """Return the state of the guard that a checkpoint holds."""
     try:
         state = json.loads(path.read_text(encoding="utf-8"))
         counts = [state[name] for name in ("left_out", "spikes", "in_a_row")]
         if not all(type(count) is int for count in counts) or not all(type(loss) is float for loss in state["losses"]):
-            raise ValueError("numbers that are none")
+            raise ValueError("a count or a loss is not a number")
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{path}: damaged ({error}). Remove its checkpoint, to continue from one before.") from None
+        raise InputError(f"{path}: damaged ({error}). Remove its checkpoint to continue from an earlier one.") from None
     return state
 
 
@@ -127,3 +134,75 @@ def shown(named: list[dict]) -> str:
     """Return the first few of ``name_rows`` as text."""
     some = "; ".join(f"row {row['row']} of {row['source']}, documents {row['documents']}" for row in named[:ROWS_SHOWN])
     return f"Among {len(named)} rows: {some}" + (" ..." if len(named) > ROWS_SHOWN else "")
+
+
+def sums_over_processes(
+    losses: list[torch.Tensor], grad_norm: torch.Tensor | float | None, wishes: torch.Tensor, processes: int
+) -> tuple[float, float, list[float]]:
+    """Return the loss of a step, its gradient norm and the summed ``wishes`` of all processes, the same on each.
+
+    Args:
+        losses: of this process's micro-batches, scalars on its device.
+        grad_norm: None from DeepSpeed without clipping, which counts as 0.
+        wishes: numbers on the device.
+    """
+    loss = torch.stack(losses).sum().float()
+    norm = torch.as_tensor(0.0 if grad_norm is None else grad_norm, dtype=torch.float32, device=loss.device)
+    numbers = torch.cat([torch.stack([loss, whole(norm)]) / processes, wishes])
+    if processes > 1:
+        torch.distributed.all_reduce(numbers)
+    loss, norm, *wishes = numbers.tolist()
+    return loss, norm, wishes
+
+
+def rows_of_bad_losses(rows: np.ndarray, losses: list[torch.Tensor], row_readers: int) -> list[int]:
+    """Return the rows of the micro-batches whose loss is not finite; all rows of the step if every loss is finite.
+
+    Then only the gradient is bad, or the loss is a spike, and any row may be the cause. Called by all processes.
+
+    Args:
+        rows: of the step over all processes, (rows_per_step,).
+        losses: of this process's micro-batches.
+        row_readers: processes, or groups that share their rows, that read rows of their own.
+    """
+    own = [not math.isfinite(loss) for loss in torch.stack(losses).tolist()]
+    of_all = np.array(gather_object([own]))  # (processes, micro-batches)
+    bad = of_all.reshape(row_readers, -1, len(own)).any(axis=1).T  # (micro-batches, readers)
+    in_micro_batches = rows.reshape(*bad.shape, -1)
+    chosen = in_micro_batches[bad] if bad.any() else in_micro_batches
+    return chosen.ravel().tolist()
+
+
+def report_bad_step(
+    run: Run, step: int, problem: str, made: bool, figures: dict[str, float], named: list[dict]
+) -> None:
+    """Print which rows a bad step had, and keep all of them in ``bad_steps.jsonl``.
+
+    Args:
+        figures: loss and gradient norm, by name.
+        named: the rows, from ``name_rows``.
+    """
+    action = "made" if made else "left out"
+    say(f"step {step} {action}: {problem}. {shown(named)}; all in {BAD_STEPS_FILE}")
+    if is_main_process():
+        entry = {"step": step, "problem": problem, **{name: repr(value) for name, value in figures.items()}}
+        Path(run.folder).mkdir(parents=True, exist_ok=True)
+        with run.writing(BAD_STEPS_FILE):
+            append_lines(Path(run.folder) / BAD_STEPS_FILE, [entry | {"action": action, "rows": named}])
+
+
+def report_bad_batches(
+    dataset: JoinedRows, batches: list[tuple[float, int]], row_readers: int, batch_rows: int, prefix: str
+) -> int:
+    """Print which rows of an evaluation have a loss that is not finite; return how many batches have.
+
+    Args:
+        batches: (nats, targets) of the batches of all readers of rows, one reader after the other.
+        batch_rows: rows of a batch.
+    """
+    bad = np.array([not math.isfinite(nats) for nats, _ in batches]).reshape(row_readers, -1).T  # (batches, readers)
+    if bad.any():
+        rows = np.arange(bad.size * batch_rows).reshape(*bad.shape, batch_rows)[bad].ravel()
+        named = name_rows(dataset, [row for row in rows.tolist() if row < len(dataset)])
+        say(f"{prefix}: {bad.sum()} of {bad.size} batches have a loss that is not finite. {shown(named)}")
+    return int(bad.sum())

@@ -7,30 +7,42 @@ from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
-from transformers import PrinterCallback, Trainer
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
 
 from common.arguments import SharedArguments
-from common.console import InputError, say
+from common.console import InputError, is_main_process, say
 from common.dataset.loader import check_shared_memory, keep_apart
-from common.dataset.mixture import IGNORED_ROW, TrainingOrder, lay_out_steps, rows_asked_for
-from common.dataset.packing import JoinedRows, collate_rows
-from common.distributed.context_parallel import divided_rows, parallel_size, reads_first, row_readers
-from common.distributed.launch import lost_process
-from common.distributed.strategy import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
+from common.dataset.mixture import TrainingOrder
+from common.dataset.packing import IGNORED_ROW, collate_rows
+from common.dataset.rows import Rows
+from common.distributed.context_parallel import divided_rows
+from common.distributed.launch import Launch, lost_process
+from common.distributed.workarounds import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
+from common.io import write_json
 from common.model.attention import DOCUMENTS, block_mask
 from common.run.checkpoints import unfinished
+from common.run.folder import Run
 from common.run.init_from import check_resumable
 from common.run.record import mean_logged_loss
 from common.run.tracking import trackers_may_fail
-from common.train.callbacks import ScreenCallback
-from common.train.interruption import EvaluationStopped
+from common.train.callbacks import RunCallback, ScreenCallback
+from common.train.interruption import EvaluationStopped, Interruption, session
 from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.metrics import RunClock, held_out_metrics
 from common.train.muon import MuonWithAdamW
 from common.train.plan import out_of_memory
-from common.train.safety import Safety
 from common.train.schedule import schedule_settings
+from common.train.step_guard import (
+    GUARD_FILE,
+    StepGuard,
+    name_rows,
+    read_guard,
+    report_bad_batches,
+    report_bad_step,
+    rows_of_bad_losses,
+    sums_over_processes,
+)
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
 
@@ -40,113 +52,121 @@ class PretrainingTrainer(Trainer):
 
     Trainer sees the whole run, all passes over the data, as one epoch of ``max_steps`` steps: no pass ends with a
     partial step, and resuming is a seek. ``state.epoch`` still says how many passes over the rows are done.
+
+    Attributes:
+        guard: judges every step before it is made.
+        interruption: knows whether a signal asks for the end, or the clock for a checkpoint.
+        clock: measures throughput.
     """
 
     def __init__(
         self,
-        model,
-        args,
-        train_rows: JoinedRows,
-        eval_rows: JoinedRows,
-        rows_per_step: int,
-        optimizer: str = "adamw",
-        shared: SharedArguments | None = None,
+        model: PreTrainedModel,
+        training: TrainingArguments,
+        shared: SharedArguments,
+        rows: Rows,
+        order: TrainingOrder,
+        launch: Launch,
+        run: Run,
+        tokenizer: PreTrainedTokenizerBase | None,
         **kwargs,
     ):
-        """Set ``args.max_steps`` from ``num_train_epochs`` where open. ``rows_per_step`` counts all processes.
+        """Prepare to train ``model`` on ``rows.train`` in ``order``, and to evaluate it on ``rows.held_out``.
 
-        ``optimizer``: "muon" (common/train/muon.py), or "adamw": whatever ``args.optim`` names. ``shared``: its flags
-        of saving and of bad steps.
+        Args:
+            launch: its ``optimizer`` is "muon", or "adamw" for whatever ``training.optim`` names.
+            run: where checkpoints, model and records go.
+            kwargs: transformers.Trainer's own.
+
+        Raises:
+            InputError: --on_loss_spike skip under DeepSpeed.
         """
-        self.optimizer_name = optimizer
-        self.rows_per_step = rows_per_step
-        asked = rows_asked_for(args, rows_per_step, len(train_rows))
-        self.rows_wanted = None if args.max_steps > 0 else asked
-        self.order = TrainingOrder(
-            [len(rows) for rows in train_rows.sources],
-            args.seed if args.data_seed is None else args.data_seed,
-            train_rows.weights,
-        )
-        self._plan(args)
-        args.remove_unused_columns = False  # Trainer would take shift_labels for a column the model does not know
+        if launch.strategy.is_deepspeed and shared.on_loss_spike == "skip":
+            raise InputError(
+                "--on_loss_spike skip: DeepSpeed makes its step before it can be judged. Use stop, or another YAML."
+            )
+        self.order, self.launch, self.run = order, launch, run
+        self.guard = StepGuard(shared.on_loss_spike, shared.max_bad_steps, scaled=training.fp16)
+        self.interruption = Interruption(shared.save_minutes, launch.launched)
+        self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device
+        training.remove_unused_columns = False  # Trainer would take shift_labels for a column that the model lacks
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
-        args.accelerator_config.non_blocking = args.dataloader_pin_memory
-        if args.ddp_find_unused_parameters is None:  # Trainer would have DDP look for them in every step
-            args.ddp_find_unused_parameters = False
-        args.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
-        add_up_in_fp32(args)
-        gather_layers_whole(args.deepspeed_plugin, model)
+        training.accelerator_config.non_blocking = training.dataloader_pin_memory
+        if training.ddp_find_unused_parameters is None:  # Trainer would have DDP look for them in every step
+            training.ddp_find_unused_parameters = False
+        training.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
+        if launch.offloads:
+            model.cpu()
+        add_up_in_fp32(launch, training)
+        gather_layers_whole(training.deepspeed_plugin, model, launch.compiled)
         super().__init__(
-            model, args, data_collator=collate_rows, train_dataset=train_rows, eval_dataset=eval_rows, **kwargs
+            model,
+            training,
+            data_collator=collate_rows,
+            train_dataset=rows.train,
+            eval_dataset=rows.held_out,
+            processing_class=tokenizer,
+            **kwargs,
         )
         reduce_in_fp32(self.accelerator)
         for printer in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
-        self.folder_lock = None  # the recipe claims the output folder
-        self.safety = Safety(self, shared or SharedArguments(), scaled=args.fp16)
-        self.clock = RunClock(self)
-        for callback in (ScreenCallback(), self.safety, self.safety.interruption, self.clock):  # the last one logs
+        self.clock = RunClock(self.model, order, rows.train.context_length, training)
+        own = [ScreenCallback(launch.compiler), RunCallback(run, self.guard, shared), self.interruption, self.clock]
+        for callback in own:  # the clock is the last: it decides what is logged
             self.add_callback(callback)
 
     @property
-    def tokens_seen(self) -> int:
-        """Targets trained on so far, over all processes and passes; ignored rows of the last step do not count."""
-        return self.position * self.train_dataset.context_length
+    def position(self) -> int:
+        """Rows trained on so far, over all processes and passes; ignored rows of the last step do not count."""
+        return self.order.position_after(self.state.global_step)
 
     @property
-    def position(self) -> int:
-        """Rows trained on so far, over all processes and passes."""
-        steps = self.state.global_step - self.first_step
-        return min(self.order.start + steps * self.rows_per_step, self.order.real)
-
-    def start_behind(self, rows: int) -> None:
-        """Begin at row ``rows`` of the order: those before it were trained on by the run of --init_from."""
-        if self.rows_wanted is not None and rows >= self.rows_wanted:
-            raise InputError(
-                f"--init_from: its run was trained on {rows:,} rows, and {self.rows_wanted:,} are asked for in all. "
-                "Ask for more: --num_train_epochs, or --max_steps, which counts from here."
-            )
-        self._plan(self.args, position=rows)
-
-    def _plan(self, args, step: int = 0, position: int = 0) -> None:
-        lay_out_steps(self.order, args, self.rows_wanted, self.rows_per_step, step, position)
-        self.first_step = step
+    def tokens_seen(self) -> int:
+        """Targets trained on so far, over all processes and passes."""
+        return self.position * self.train_dataset.context_length
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
         if resume_from_checkpoint is not None:
-            check_resumable(resume_from_checkpoint, self.args)
-            state = json.loads((Path(resume_from_checkpoint) / "trainer_state.json").read_text(encoding="utf-8"))
-            seen = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
-            self._plan(self.args, state["global_step"], seen[-1] // self.train_dataset.context_length)
-            if state["max_steps"] != self.args.max_steps:
-                planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
-                say(f"note: {planned}: the learning-rate schedule moves with it")
-            self.safety.resume(resume_from_checkpoint)
+            self._seek(Path(resume_from_checkpoint))
         self.batches_ahead = None
         self.callback_handler.callbacks = trackers_may_fail(self.callback_handler.callbacks)
-        with self.safety.session():
+        with session(self.run, self.interruption, self.guard):
             try:
                 return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             except torch.OutOfMemoryError as error:
                 raise InputError(out_of_memory(self, error)) from None
             except RuntimeError as error:
-                if (message := lost_process(error)) is None:
+                message = lost_process(error, self.launch)
+                if message is None:
                     raise
                 raise InputError(message) from None
-            finally:  # a run that ends early leaves no loader, and so no worker, behind
+            finally:  # a run that ends early leaves no loader, and so no worker
                 self.fetch_batches = self.batches_ahead = None
+
+    def _seek(self, checkpoint: Path) -> None:
+        """Begin after ``checkpoint``, with what the guard knew there."""
+        check_resumable(str(checkpoint), self.launch)
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        seen = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
+        self.order.begin_at(state["global_step"], seen[-1] // self.train_dataset.context_length, self.args)
+        if state["max_steps"] != self.args.max_steps:
+            planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
+            say(f"note: {planned}: the learning-rate schedule moves with it")
+        self.guard.load(read_guard(checkpoint / GUARD_FILE))
 
     def get_batch_samples(self, *args) -> tuple[list, torch.Tensor]:
         """Return a step's batches. Replaces: fetching them when the device has nothing left to do."""
         self.fetch_batches = partial(super().get_batch_samples, *args)
-        batches, self.batches_ahead = self.batches_ahead or self.fetch_batches(), None
+        batches = self.fetch_batches() if self.batches_ahead is None else self.batches_ahead
+        self.batches_ahead = None
         return batches
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         """Keep the loss of every micro-batch, on its device, until the step is checked."""
         loss = super().training_step(*args, **kwargs)
-        self.safety.micro_losses.append(loss)
+        self.micro_losses.append(loss)
         return loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
@@ -158,12 +178,41 @@ class PretrainingTrainer(Trainer):
         in_backward = isinstance(optimizer, LowMemoryAdamW) and optimizer.in_backward  # no gradient is left
         self.batches_ahead = self.fetch_batches()
         norm = optimizer.grad_norm if in_backward else super()._get_grad_norm(model, grad_norm)
-        self.safety.check_step(model, norm, in_backward)
+        self._check_step(model, norm, in_backward)
         return norm
+
+    def _check_step(self, model: torch.nn.Module, grad_norm: torch.Tensor | float | None, made: bool) -> None:
+        """Take the gradients away from a step that must not be made: optimizers pass over parameters without any.
+
+        All processes see the same sums, and so decide the same. Reading them is the only wait for the device; what it
+        costs is in docs/reliability.md. ``made``: the weights have moved already, inside backward.
+        """
+        wishes = self.interruption.wishes_on(self.args.device)
+        loss, norm, wishes = sums_over_processes(self.micro_losses, grad_norm, wishes, self.args.world_size)
+        self.interruption.agree(wishes)
+        if self.launch.strategy.is_deepspeed and self.model_wrapped.was_step_applied():
+            made = True
+        make, problem = self.guard.judge(loss, norm, made)
+        if problem is not None:
+            step = self.state.global_step + 1
+            rows = rows_of_bad_losses(self.order.rows_of_step(step), self.micro_losses, self.launch.row_readers)
+            figures = {"loss": loss, "grad_norm": norm}
+            report_bad_step(self.run, step, problem, make, figures, name_rows(self.train_dataset, rows))
+        if not make:
+            model.zero_grad()
+            if made:
+                elsewhere = "in bf16 or fp16, or with ddp.yaml or fsdp2.yaml"
+                instead = elsewhere if self.launch.strategy.is_deepspeed else "without --step_in_backward"
+                raise InputError(
+                    f"step {self.state.global_step + 1}: {problem}. That step has been made already: the weights are "
+                    "spoilt, and not saved. The same command goes back to the last checkpoint; to have such steps left "
+                    f"out instead, train {instead}."
+                )
+        self.micro_losses = []
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Replaces: one optimizer for all parameters, if it is to be Muon for the matrices."""
-        if self.optimizer_name == "muon" and self.optimizer is None:
+        if self.launch.optimizer == "muon" and self.optimizer is None:
             model = self.model if model is None else model
             _, settings = self.get_optimizer_cls_and_kwargs(self.args, model)  # learning rate, betas, eps, fused
             decayed = self.get_decay_parameter_names(model)
@@ -173,7 +222,7 @@ class PretrainingTrainer(Trainer):
     def create_scheduler(self, num_training_steps: int, optimizer=None):
         """Replaces: settings in steps only, and a polynomial schedule that fails under DeepSpeed."""
         if self.is_deepspeed_enabled:
-            zero = self.optimizer.optimizer  # Accelerate wraps it, and it wraps torch's, whose defaults are asked for
+            zero = self.optimizer.optimizer  # Accelerate wraps DeepSpeed's, and that wraps torch's, which has defaults
             zero.defaults = zero.optimizer.defaults
         given = self.args.lr_scheduler_kwargs
         self.args.lr_scheduler_kwargs = schedule_settings(self.args, num_training_steps)
@@ -192,7 +241,7 @@ class PretrainingTrainer(Trainer):
 
     def _get_eval_sampler(self, eval_dataset) -> list[int]:
         """Complete the last global batch with ignored rows. Replaces: repeating rows to complete it."""
-        global_batch = self.args.eval_batch_size * row_readers(self.args)
+        global_batch = self.args.eval_batch_size * self.launch.row_readers
         return [*range(len(eval_dataset)), *[IGNORED_ROW] * (-len(eval_dataset) % global_batch)]
 
     def _prepare_inputs(self, inputs: dict) -> dict:
@@ -204,14 +253,14 @@ class PretrainingTrainer(Trainer):
 
     def _prepare_context_parallel_inputs(self, model, inputs: dict) -> tuple:
         """Replaces: asking for the attention named sdpa, and cutting up ``labels``, which nobody reads."""
-        if parallel_size("cp") == 1:
+        if self.launch.context_parallel == 1:
             return nullcontext, inputs
         return divided_rows(self.accelerator, inputs), inputs
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Add up nats and targets of a batch. Replaces: a mean per batch, which is NaN for ignored rows."""
         if self.is_in_train and len(self.eval_sums) % EVALUATED_BETWEEN_SIGNALS == 0:
-            self.safety.check_evaluation()
+            self.interruption.check_evaluation(self.args.device, self.args.world_size)
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             nats = model(**inputs, num_items_in_batch=1).loss  # the sum over the targets, divided by 1
@@ -224,9 +273,11 @@ class PretrainingTrainer(Trainer):
         self.eval_sums = []
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         mine = [(nats.item(), targets.item()) for nats, targets in self.eval_sums]
-        batches = gather_object(mine if reads_first(self.args) else [])  # of all rows, once
-        bad = self.safety.report_evaluation(dataloader.dataset, batches, metric_key_prefix)
-        output.metrics.update({f"{metric_key_prefix}_bad_batches": bad} if bad else {})
+        batches = gather_object(mine if self.launch.reads_rows else [])  # of all rows, once
+        readers, batch_rows = self.launch.row_readers, self.args.eval_batch_size
+        bad = report_bad_batches(dataloader.dataset, batches, readers, batch_rows, metric_key_prefix)
+        if bad:
+            output.metrics[f"{metric_key_prefix}_bad_batches"] = bad
         target_bytes = dataloader.dataset.target_bytes(self.processing_class)
         output.metrics.update(held_out_metrics(batches, target_bytes, metric_key_prefix))
         return output
@@ -236,7 +287,7 @@ class PretrainingTrainer(Trainer):
         try:
             return super()._evaluate(*args, **kwargs)
         except EvaluationStopped:
-            self.safety.interruption.on_step_end(self.args, self.state, self.control)
+            self.interruption.on_step_end(self.args, self.state, self.control)
             return {}
 
     def evaluate(self, *args, **kwargs) -> dict[str, float]:
@@ -246,14 +297,24 @@ class PretrainingTrainer(Trainer):
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """Keep saving out of the training throughput. Replaces: pruning before the new checkpoint is whole."""
+        step = self.state.global_step
+        save = super()._save_checkpoint
+
+        def write() -> None:
+            save(*args, **kwargs)
+            if is_main_process():
+                write_json(unfinished(self.run.folder, step) / GUARD_FILE, self.guard.state())
+
         with self.clock.interval.paused():
-            self.safety.save(partial(super()._save_checkpoint, *args, **kwargs))
+            self.run.save_checkpoint(step, write, self.launch.strategy.shards_states, self.args.save_total_limit)
+            self.accelerator.wait_for_everyone()
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model of the run's end, each file whole or not at all. Replaces: half of one on a full disk."""
         if output_dir is not None or _internal_call:
             return super().save_model(output_dir, _internal_call)
-        self.safety.save_model(partial(super().save_model, _internal_call=True))
+        write = partial(super().save_model, _internal_call=True)
+        self.run.save_model(write, self.accelerator.wait_for_everyone)
         if self.args.push_to_hub:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
@@ -264,8 +325,8 @@ class PretrainingTrainer(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
         if "loss" in logs:
-            logs.update(self.clock.metrics(start_time) | self.safety.guard.logged())
+            logs.update(self.clock.metrics(start_time, self.state.global_step) | self.guard.logged())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
-        with self.safety.writing("what trackers keep"):
+        with self.run.writing("what trackers keep"):
             super().log(logs, start_time)
