@@ -24,10 +24,9 @@ def usable_cores(cgroup: Path = CGROUP) -> int:
 
     Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
+    cores = os.cpu_count() or 1
     if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
         cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
     for names in QUOTA_FILES:
         with suppress(OSError, ValueError):  # there is no such file, or it says "max"
             quota, period = (int(word) for name in names for word in (cgroup / name).read_text().split())
