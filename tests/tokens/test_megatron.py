@@ -61,7 +61,7 @@ def test_several_sequences_and_none_in_a_document(tmp_path):
     assert (tmp_path / "ours.idx").read_bytes() == by_hand
 
 
-def test_no_documents(tmp_path):
+def test_an_index_of_no_documents(tmp_path):
     path, bin_path = pair(tmp_path, index_bytes([], [], [0]), b"")
     assert read_index(path, bin_path).document_starts.tolist() == [0]
     write_index(str(tmp_path / "ours.idx"), np.zeros(0, np.int32), np.dtype(np.uint16))
@@ -92,7 +92,7 @@ def test_pointers_past_2_gib(tmp_path):
 
 
 def test_what_the_format_cannot_say_is_not_written(tmp_path):
-    with pytest.raises(InputError, match=r"document of 2,147,483,648 tokens; the format ends at 2,147,483,647"):
+    with pytest.raises(InputError, match=r"document of 2,147,483,648 tokens; the format allows 2,147,483,647"):
         write_index(str(tmp_path / "x.idx"), np.array([2**31]), np.dtype(np.uint16))
     with pytest.raises(InputError, match="no code for tokens of float16"):
         write_index(str(tmp_path / "x.idx"), np.array([1]), np.dtype(np.float16))
@@ -112,7 +112,7 @@ def test_what_the_format_cannot_say_is_not_written(tmp_path):
         (index_bytes([3, 2], [0, 6], [0, 1, 2], version=2), GOLDEN_BIN, "version 2"),
         (index_bytes([3, 2], [0, 6], [0, 1, 2], code=11), GOLDEN_BIN, "dtype code 11"),
         (index_bytes([3, 2], [0, 6], [0, 1, 2], code=0), GOLDEN_BIN, "dtype code 0"),
-        (index_bytes([3, 2], [0, 6], []), GOLDEN_BIN, "a mark at least"),
+        (index_bytes([3, 2], [0, 6], []), GOLDEN_BIN, "at least one mark"),
         (GOLDEN_IDX, GOLDEN_BIN[:-2], r"8 bytes, but pair.idx describes 10 \(5 tokens of uint16\)"),
         (GOLDEN_IDX, GOLDEN_BIN * 2, "20 bytes, but pair.idx describes 10"),
         (GOLDEN_IDX, b"", "0 bytes, but pair.idx describes 10"),

@@ -147,7 +147,7 @@ def test_what_must_not_be_merged(tmp_path):
             merge_token_stores(inputs, tmp_path / "out")
     before = (tmp_path / "a.bin").read_bytes()
     for legacy in (False, True):
-        with pytest.raises(InputError, match=r"a\.bin is there already"):
+        with pytest.raises(InputError, match=r"a\.bin exists already"):
             merge_token_stores([first], tmp_path / "a", legacy)
     assert (tmp_path / "a.bin").read_bytes() == before and not list(tmp_path.glob("out*"))
 
