@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import store_of_tokens
+from conftest import ROOT, store_of_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -154,7 +154,7 @@ import sys
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_source
 from common.tokens.writer import token_store_of
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_writer import SMALL
 store = token_store_of(resolve_source({data!r}), SMALL, SharedArguments(cache_dir={cache!r}))
 print("documents", store.documents)
@@ -162,7 +162,8 @@ print("documents", store.documents)
 
 
 def launch(data: Path, cache: Path) -> subprocess.Popen:
-    code = LAUNCH.format(tests=str(Path(__file__).parent), data=str(data), cache=str(cache))
+    folders = [str(ROOT / "tests" / "tokens"), str(ROOT / "tests")]  # of test_writer and of conftest
+    code = LAUNCH.format(folders=folders, data=str(data), cache=str(cache))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
