@@ -35,6 +35,16 @@ def reference_rows(documents: list[list[int]], context_length: int, isolated: bo
     return rows
 
 
+def test_the_example_of_the_docstring(tmp_path):
+    store = store_of_tokens(tmp_path, [[5, 6], [7, 8, 9], [1]])
+    inputs = [[5, 6, 0, 7], [8, 9, 0, 1]]
+    labels = {False: [[6, 0, 7, 8], [9, 0, 1, 0]], True: [[6, 0, -100, 8], [9, 0, -100, 0]]}
+    for isolated, expected in labels.items():
+        rows = as_lists(PackedRows(store, np.ones(3, bool), 4, isolated))
+        assert [row["input_ids"] for row in rows] == inputs and [row["shift_labels"] for row in rows] == expected
+    assert [row["position_ids"] for row in rows] == [[0, 1, 2, 0], [0, 1, 2, 0]]
+
+
 def as_lists(rows) -> list[dict[str, list[int]]]:
     return [{name: tensor.tolist() for name, tensor in rows[row].items()} for row in range(len(rows))]
 
