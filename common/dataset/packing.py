@@ -57,9 +57,12 @@ class PackedRows:
             isolated: attention stays within a document.
             max_rows: at most this many rows are served; None: all whole rows.
         """
-        self.tokens, self.document_starts = store.tokens, store.document_starts
-        self.context_length, self.isolated, self.chosen = context_length, isolated, chosen
         self.source = str(store.prefix)
+        self.tokens = store.tokens
+        self.document_starts = store.document_starts
+        self.chosen = chosen
+        self.context_length = context_length
+        self.isolated = isolated
         # Neighbouring chosen documents lie in the store as one run. The edges are where runs begin and end, in turn:
         # chosen [1, 1, 0, 1] -> edges [0, 2, 3, 4], the runs [0, 2) and [3, 4).
         edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
@@ -167,7 +170,8 @@ class JoinedRows(Dataset):
     """
 
     def __init__(self, sources: list[PackedRows], weights: list[float] | None = None):
-        self.sources, self.weights = sources, weights
+        self.sources = sources
+        self.weights = weights
         self.context_length = sources[0].context_length
         self.first_rows = np.cumsum([0, *(len(rows) for rows in sources)])
         self.documents = sum(rows.documents for rows in sources)

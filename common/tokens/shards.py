@@ -240,7 +240,8 @@ def _all_were_read(plan: dict, documents: list[int], read_bytes: list[int]) -> b
 def _refuse_other_plan(folder: str, plan: dict) -> None:
     """Raise InputError if the plan in ``folder`` is for another number of tasks, or for shards of other content."""
     existing = _read_plan(folder)
-    tasks, origin = plan["tasks"], json.loads(json.dumps(plan["origin"]))  # as it reads back: tuples become lists
+    tasks = plan["tasks"]
+    origin = json.loads(json.dumps(plan["origin"]))  # as it reads back: tuples become lists
     if existing["tasks"] != tasks:
         difference = f"for {existing['tasks']} tasks, not {tasks}"
     elif existing["origin"] != origin:

@@ -116,7 +116,7 @@ class TokenStore:
         return sum(last.tolist() == [end_token_id] for last in last_tokens) / max(1, len(last_tokens))
 
     def check_tokenizer(self, fingerprint: str, vocabulary_size: int) -> None:
-        """Raise InputError if the store cannot have been made with the tokenizer at hand.
+        """Raise InputError if the store cannot have been made with the given tokenizer.
 
         The fingerprint in the sidecar is compared. If the tokenizer of some pairs is not known, every token id of the
         store is compared with ``vocabulary_size``.
@@ -124,7 +124,7 @@ class TokenStore:
         made_with = self.sidecar.get("tokenizer", {})
         if made_with.get("fingerprint") not in (None, fingerprint):
             raise InputError(
-                f"{self.prefix}: made with another tokenizer (fingerprint {made_with['fingerprint']}, the one at hand "
+                f"{self.prefix}: made with another tokenizer (fingerprint {made_with['fingerprint']}, the given one "
                 f"has {fingerprint}). Give the tokenizer that made it by --tokenizer, or tokenize the text again."
             )
         if made_with.get("fingerprint") is None or made_with.get("unknown_in"):
@@ -143,7 +143,7 @@ class TokenStore:
             wrong = int(is_id.argmin())
             document = int(np.searchsorted(self.document_starts, first + wrong, side="right")) - 1
             raise InputError(
-                f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the tokenizer at hand has ids "
+                f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the given tokenizer has ids "
                 f"0 to {vocabulary_size - 1:,}: it was probably made with another tokenizer. Give that one by "
                 "--tokenizer."
             )

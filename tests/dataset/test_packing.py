@@ -1,4 +1,4 @@
-"""Packing against a reference of plain lists, written from the definition and not from the code."""
+"""Packing, compared with a reference of plain lists that is written from the definition, not from the code."""
 
 import math
 
@@ -24,7 +24,7 @@ def reference_rows(documents: list[list[int]], context_length: int, isolated: bo
         row = {"input_ids": [token for token, _ in inputs], "shift_labels": [token for token, _ in targets]}
         if isolated:
             row["shift_labels"] = [IGNORED_TARGET if place == 0 else token for token, place in targets]
-            begun = inputs[0][1]  # the row's first document is shown from here on
+            begun = inputs[0][1]  # the row shows its first document from this token on
             whole_documents = [index for index, (_, place) in enumerate(inputs) if place == 0]
             row["position_ids"] = [
                 place if any(start <= index for start in whole_documents) else place - begun
