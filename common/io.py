@@ -1,27 +1,26 @@
 """Small JSON files: written whole or not at all, and read back."""
 
+import errno
 import json
 import os
 import socket
 from contextlib import suppress
 from pathlib import Path
 
-
-def read_lines(path: Path) -> list[dict]:
-    """Return the whole lines of a .jsonl file; a kill may have cut one off."""
-    found = []
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in text.split("\n"):  # not splitlines: JSON holds U+0085, U+2028 and U+2029 as they are
-        try:
-            found.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            continue
-    return found
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of an OSError: the disk, or this user's share of it, is full
 
 
 def write_json(path: Path, content, durable: bool = False) -> None:
-    """Write ``content`` so that ``path`` is always whole: the old one or the new one. ``durable``: through a crash."""
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")  # machines may write at once
+    """Write ``content`` to ``path`` as JSON, so that the file there is always whole: the old one or the new one.
+
+    Args:
+        durable: also wait until the content is on the disk, so that it survives a crash of the machine.
+
+    Raises:
+        OSError: the file cannot be written, for example because the disk is full. ``path`` is as it was before.
+    """
+    # The host's name is part of the file's name, because several machines may write at the same time.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
@@ -35,20 +34,44 @@ def write_json(path: Path, content, durable: bool = False) -> None:
 
 
 def append_lines(path: Path, entries: list[dict]) -> None:
-    """Add a line of JSON for each of ``entries``, all or none: where they do not fit the disk, ``path`` is as before.
+    """Add a line of JSON for each of ``entries`` to ``path``: all of them, or none if the disk is full.
 
-    Half a line, as a kill in the middle of this leaves, is ended first.
+    If the last line of the file is incomplete, because an earlier process was killed while it wrote, a line break is
+    added to it first. ``read_lines`` then skips that line only.
+
+    Raises:
+        OSError: the lines cannot be written. ``path`` is as it was before.
     """
     lines = "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     with open(path, "a+b", buffering=0) as file:
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
-        cut_off = size > 0 and file.read(1) != b"\n"
-        left = memoryview(("\n" * cut_off + lines).encode(errors="backslashreplace"))
+        last_line_incomplete = size > 0 and file.read(1) != b"\n"
+        if last_line_incomplete:
+            lines = "\n" + lines
+        remaining = memoryview(lines.encode(errors="backslashreplace"))
         try:
-            while left:
-                left = left[file.write(left) :]
+            while remaining:
+                written = file.write(remaining)  # unbuffered: may be less than all
+                remaining = remaining[written:]
         except OSError:
             with suppress(OSError):
                 file.truncate(size)
             raise
+
+
+def read_lines(path: Path) -> list[dict]:
+    """Return the objects of a .jsonl file, one a line; [] if there is no file.
+
+    A line that is not a JSON object is skipped: a process that was killed while it wrote leaves half a line.
+    """
+    if not path.exists():
+        return []
+    entries = []
+    # Not splitlines(): it also splits at U+0085, U+2028 and U+2029, which JSON text may contain.
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        try:
+            entries.append(dict(json.loads(line)))
+        except (ValueError, TypeError):
+            continue
+    return entries

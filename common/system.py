@@ -9,38 +9,44 @@ import psutil
 import torch
 
 CGROUP = Path("/sys/fs/cgroup")
+# The files with a container's limit on CPU time: quota and period, in microseconds.
+QUOTA_FILES = (
+    ("cpu.max",),  # cgroup version 2: both in one file, "1600000 100000" for 16 cores, "max 100000" for no limit
+    ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),  # version 1: quota -1 for no limit
+)
+GIB = 2**30
 
 
 def usable_cores(cgroup: Path = CGROUP) -> int:
-    """Return the cores that affinity and quota leave to this process; at least 1.
+    """Return how many cores this process may use, by its CPU affinity and its container's quota; at least 1.
 
-    More threads than that wait for each other at every step of an operation that they share.
-    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files (``cpu.max``: quota and period)
+    Use no more threads than this: surplus threads of one operation would wait for each other.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#cpu-interface-files
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    for files in (["cpu.max"], ["cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"]):  # versions 2 and 1
-        with suppress(OSError, ValueError):  # no quota: no file, or "max"
-            quota, period = (int(word) for file in files for word in (cgroup / file).read_text().split())
-            if quota > 0:  # version 1 says -1 for none
+    cores = os.cpu_count() or 1
+    if hasattr(os, "sched_getaffinity"):  # not on macOS and Windows
+        cores = len(os.sched_getaffinity(0))
+    for names in QUOTA_FILES:
+        with suppress(OSError, ValueError):  # there is no such file, or it says "max"
+            quota, period = (int(word) for name in names for word in (cgroup / name).read_text().split())
+            if quota > 0:
                 cores = min(cores, quota // period)
     return max(1, cores)
 
 
 def take_cores(local_processes: int) -> int:
-    """Give torch's operations on the CPU this process's share of the cores; return how many threads these are.
+    """Let torch's CPU operations use this process's share of the cores; return the number of threads.
 
-    Launchers leave one to each process, or all cores of the machine: enough for training on a GPU, and either is wrong
-    where the optimizer's states are in main memory.
+    Launchers set one thread a process, or all cores of the machine. That is enough for training on a GPU, but wrong
+    where the optimizer's states are in main memory and the optimizer step runs on the CPU.
     """
     torch.set_num_threads(max(1, usable_cores() // local_processes))
     return torch.get_num_threads()
 
 
-GIB = 2**30
-
-
 def memory_gib(device: torch.device) -> dict[str, float]:
-    """Return memory in use and its peak so far, in GiB: of the accelerator, or of this process on a CPU."""
+    """Return the memory in use and its peak so far, in GiB: of the accelerator, or of this process on a CPU."""
     if device.type == "cpu":
         usage = psutil.Process().memory_info()
         return {"memory_allocated_gib": usage.rss / GIB, "memory_peak_gib": _peak_bytes(usage) / GIB}
@@ -51,8 +57,10 @@ def memory_gib(device: torch.device) -> dict[str, float]:
 
 
 def _peak_bytes(usage) -> int:
+    """Return this process's peak memory in bytes; ``usage`` is what psutil says of it now."""
     if sys.platform == "win32":
         return usage.peak_wset
     import resource  # POSIX only
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    unit_bytes = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit_bytes

@@ -1,11 +1,11 @@
-"""Cores by affinity and quota."""
+"""How many cores a process may use, by its affinity and its quota."""
 
 import os
 
 import pytest
 import torch
 
-from common import system as cores
+from common import system
 
 
 @pytest.mark.parametrize(
@@ -19,17 +19,17 @@ from common import system as cores
         ({"cpu/cpu.cfs_quota_us": "800000", "cpu/cpu.cfs_period_us": "100000"}, 8),
     ],
 )
-def test_a_quota_counts(tmp_path, monkeypatch, files, expected):
+def test_cores_are_limited_by_the_quota(tmp_path, monkeypatch, files, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(192)), raising=False)
     (tmp_path / "cpu").mkdir()
     for name, text in files.items():
         (tmp_path / name).write_text(text + "\n")
-    assert cores.usable_cores(tmp_path) == expected
+    assert system.usable_cores(tmp_path) == expected
 
 
-def test_the_processes_of_a_machine_share_them(monkeypatch):
+def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     before, threads = torch.get_num_threads(), []
-    monkeypatch.setattr(cores, "usable_cores", lambda: 16)
+    monkeypatch.setattr(system, "usable_cores", lambda: 16)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert cores.take_cores() == before and threads == [5]
+    assert system.take_cores() == before and threads == [5]

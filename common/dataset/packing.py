@@ -1,4 +1,4 @@
-"""Token stores -> rows of fixed length: of one store, and of several joined."""
+"""Token stores -> rows of fixed length: the rows of one store, and of several stores joined."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
@@ -14,18 +14,32 @@ IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and
 
 
 class PackedRows:
-    """The chosen documents of a store as one stream, cut into rows.
+    """The chosen documents of a store as one stream of tokens, cut into rows.
 
-    Row i is the window of context_length + 1 tokens that starts at i * context_length: its first context_length
-    tokens are the input, its last context_length the targets. Windows overlap by one token, so that every token of
-    the stream but the first is a target exactly once. Documents follow each other without gap, each closed by its
-    end-of-document token. Dropped: the last partial row, ``dropped_tokens`` < context_length + 1.
+    Each document ends with its end-of-document token, and the next one follows directly. Row i is the window of
+    context_length + 1 tokens that starts at token i * context_length of the stream. Its first context_length tokens are
+    the input, its last context_length tokens are the targets. Windows overlap by one token, so that every token of the
+    stream except the first is a target exactly once. Only the last partial row is dropped: at most context_length
+    tokens.
 
-    Isolated rows also have ``position_ids`` that start again at 0 with every document, by which attention stays
-    within it (model/attention.py), and the first token of a document is no target: nothing before it foretells it.
-    (Source: Qwen's maintainers, https://github.com/QwenLM/Qwen/issues/427)
+    Example: documents [5, 6], [7, 8, 9] and [1], end token 0, context_length 4.
 
-    A row is found in O(log documents) on the memory map.
+        stream        5 6 0 7 8 9 0 1 0
+        row           0         1
+        window        5 6 0 7 8 8 9 0 1 0
+        input_ids     5 6 0 7   8 9 0 1
+        shift_labels  6 0 7 8   9 0 1 0
+
+    In isolated rows, attention stays within a document. ``position_ids`` start again at 0 with every document, and
+    model/attention.py finds the documents by them. The first token of a document is not a target, because nothing in
+    its document precedes it.
+
+        shift_labels  6 0 - 8   9 0 - 0     (-: IGNORED_TARGET)
+        position_ids  0 1 2 0   0 1 2 0
+
+    A row is found on the memory map in O(log documents).
+
+    Source: for the ignored targets, Qwen's maintainers in https://github.com/QwenLM/Qwen/issues/427
     """
 
     def __init__(
@@ -36,14 +50,25 @@ class PackedRows:
         isolated: bool = False,
         max_rows: int | None = None,
     ):
-        """``chosen``: bool mask over the store's documents, shape (documents,)."""
-        self.tokens, self.document_starts = store.tokens, store.document_starts
-        self.context_length, self.isolated, self.chosen = context_length, isolated, chosen
+        """Pack the ``chosen`` documents of ``store``.
+
+        Args:
+            chosen: which of the store's documents are packed: bool, (documents,).
+            isolated: attention stays within a document.
+            max_rows: at most this many rows are served; None: all whole rows.
+        """
         self.source = str(store.prefix)
-        edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))  # runs of chosen documents
-        self.run_starts = store.document_starts[edges[0::2]]  # in the store
+        self.tokens = store.tokens
+        self.document_starts = store.document_starts
+        self.chosen = chosen
+        self.context_length = context_length
+        self.isolated = isolated
+        # Neighbouring chosen documents lie in the store as one run. The edges are where runs begin and end, in turn:
+        # chosen [1, 1, 0, 1] -> edges [0, 2, 3, 4], the runs [0, 2) and [3, 4).
+        edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
+        self.run_starts = store.document_starts[edges[0::2]]  # the first token of each run, in the store
         run_lengths = store.document_starts[edges[1::2]] - self.run_starts
-        self.stream_starts = np.concatenate([[0], np.cumsum(run_lengths)])  # in the stream; the last is its end
+        self.stream_starts = np.concatenate([[0], np.cumsum(run_lengths)])  # the same in the stream, and its end
         self.documents = int(chosen.sum())
         self.stream_tokens = int(self.stream_starts[-1])
         self.whole_rows = max(0, (self.stream_tokens - 1) // context_length)
@@ -51,25 +76,26 @@ class PackedRows:
 
     @property
     def row_tokens(self) -> int:
-        """Tokens of the stream that its whole rows cover."""
+        """The tokens of the stream that the whole rows cover."""
         return self.whole_rows * self.context_length + 1 if self.whole_rows else 0
 
     @property
     def dropped_tokens(self) -> int:
-        """Tokens of the last partial row."""
+        """The tokens of the last partial row."""
         return self.stream_tokens - self.row_tokens
 
     def __len__(self) -> int:
         return self.rows
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
-        """Return ``input_ids``, ``shift_labels`` and, isolated, ``position_ids``: int64, (context_length,) each."""
+        """Return ``input_ids``, ``shift_labels`` and, if isolated, ``position_ids``: int64, (context_length,) each."""
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Return several rows; torch's loader asks for a batch so, which takes half the time of one by one."""
-        if out := [row for row in rows if not 0 <= row < self.rows]:
-            raise IndexError(out[0])
+        """Return several rows. torch's loader calls this for a batch: it takes half the time of single rows."""
+        for row in rows:
+            if not 0 <= row < self.rows:
+                raise IndexError(row)
         length = self.context_length + 1
         pieces = [list(self._pieces(row * self.context_length, length)) for row in rows]
         windows = np.stack([self._gathered(parts) for parts in pieces])  # (rows, context_length + 1)
@@ -82,7 +108,7 @@ class PackedRows:
         return [{name: tensor[place] for name, tensor in tensors.items()} for place in range(len(rows))]
 
     def documents_of(self, row: int) -> list[int]:
-        """Return the documents that a row has tokens of, counted in the store from 0."""
+        """Return the documents that ``row`` has tokens of, by their numbers in the store, from 0."""
         found: list[int] = []
         for begin, end in self._pieces(row * self.context_length, self.context_length + 1):
             first, last = np.searchsorted(self.document_starts, [begin, end - 1], side="right") - 1
@@ -98,7 +124,7 @@ class PackedRows:
         return self._marked(self._pieces(start, length), length)
 
     def targets(self) -> np.ndarray:
-        """Return every target of the rows in order, without the ignored ones: int64."""
+        """Return every target of the rows in order, without the ignored ones: int64, (targets,)."""
         length = self.rows * self.context_length
         if length == 0:
             return np.zeros(0, dtype=np.int64)
@@ -106,22 +132,28 @@ class PackedRows:
         return targets[~self.starts_in(1, length)] if self.isolated else targets
 
     def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int]]:
-        """Yield where the stream's tokens [start, start + length) lie in the store, run by run."""
+        """Yield the ranges [begin, end) of the store that hold tokens [start, start + length) of the stream, by run."""
         run = int(self.stream_starts.searchsorted(start, side="right")) - 1
         while length:
             begin = int(self.run_starts[run] + start - self.stream_starts[run])
             taken = min(length, int(self.stream_starts[run + 1]) - start)
             yield begin, begin + taken
-            start, length, run = start + taken, length - taken, run + 1
+            start += taken
+            length -= taken
+            run += 1
 
     def _gathered(self, pieces: Iterable[tuple[int, int]]) -> np.ndarray:
-        """Return the tokens of ``pieces`` of the store as int64."""
-        parts = [self.tokens[begin:end] for begin, end in pieces] or [self.tokens[:0]]
-        return (parts[0] if len(parts) == 1 else np.concatenate(parts)).astype(np.int64)
+        """Return the tokens of ``pieces`` of the store, one after the other, as int64."""
+        parts = [self.tokens[begin:end] for begin, end in pieces]
+        if not parts:
+            return np.zeros(0, dtype=np.int64)
+        tokens = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        return tokens.astype(np.int64)
 
     def _marked(self, pieces: Iterable[tuple[int, int]], length: int) -> np.ndarray:
         """Return which of the ``length`` tokens of ``pieces`` are the first of a document: bool, (length,)."""
-        mask, offset = np.zeros(length, dtype=bool), 0
+        mask = np.zeros(length, dtype=bool)
+        offset = 0  # of the piece, among the ``length`` tokens
         for begin, end in pieces:
             first, last = self.document_starts.searchsorted([begin, end])
             mask[offset + self.document_starts[first:last] - begin] = True
@@ -130,10 +162,16 @@ class PackedRows:
 
 
 class JoinedRows(Dataset):
-    """The rows of several sources, one after the other. ``weights`` says how training mixes them, if not evenly."""
+    """The rows of several sources, one source after the other.
+
+    Attributes:
+        weights: the proportions in which training mixes the sources; None: each row is trained on once a pass.
+        first_rows: the first row of each source, and the end: int64, (sources + 1,).
+    """
 
     def __init__(self, sources: list[PackedRows], weights: list[float] | None = None):
-        self.sources, self.weights = sources, weights
+        self.sources = sources
+        self.weights = weights
         self.context_length = sources[0].context_length
         self.first_rows = np.cumsum([0, *(len(rows) for rows in sources)])
         self.documents = sum(rows.documents for rows in sources)
@@ -147,11 +185,12 @@ class JoinedRows(Dataset):
         return self.__getitems__([row])[0]
 
     def __getitems__(self, rows: Sequence[int]) -> list[dict[str, torch.Tensor]]:
-        """Return several rows, as PackedRows does; IGNORED_ROW may be among them."""
+        """Return several rows, as PackedRows does. IGNORED_ROW stands for a row without targets."""
         numbers = np.asarray(rows)
         sources = np.searchsorted(self.first_rows, numbers, side="right") - 1
-        if (out := numbers[(numbers != IGNORED_ROW) & ((sources < 0) | (sources == len(self.sources)))]).size:
-            raise IndexError(int(out[0]))
+        outside = (numbers != IGNORED_ROW) & ((sources < 0) | (sources == len(self.sources)))
+        if outside.any():
+            raise IndexError(int(numbers[outside][0]))
         found = [self._ignored_row()] * len(numbers)
         for source in np.unique(sources[sources >= 0]):
             places = np.flatnonzero(sources == source)
@@ -161,16 +200,19 @@ class JoinedRows(Dataset):
         return found
 
     def _ignored_row(self) -> dict[str, torch.Tensor]:
+        """Return a row that trains nothing: it completes the last batch."""
         zeros = torch.zeros(self.context_length, dtype=torch.int64)
-        ignored = {"input_ids": zeros, "shift_labels": torch.full_like(zeros, IGNORED_TARGET)}
-        return ignored | ({"position_ids": torch.arange(len(zeros))} if self.sources[0].isolated else {})
+        row = {"input_ids": zeros, "shift_labels": torch.full_like(zeros, IGNORED_TARGET)}
+        if self.sources[0].isolated:
+            row["position_ids"] = torch.arange(len(zeros))
+        return row
 
     def targets(self) -> np.ndarray:
-        """Return every target of the rows in order, without the ignored ones: int64."""
+        """Return every target of the rows in order, without the ignored ones: int64, (targets,)."""
         return np.concatenate([rows.targets() for rows in self.sources])
 
     def target_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return the UTF-8 size of the text that the targets decode to; end-of-document tokens weigh nothing."""
+        """Return the bytes of UTF-8 text that all targets decode to; end-of-document tokens count as 0 bytes."""
         if self._target_bytes is None:
             targets = self.targets()
             text = tokenizer.decode(targets[targets != tokenizer.eos_token_id], clean_up_tokenization_spaces=False)
@@ -179,23 +221,25 @@ class JoinedRows(Dataset):
 
 
 def collate_rows(rows: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack rows into a batch, each tensor of shape (rows, context_length), contiguous.
+    """Stack rows into a batch of contiguous tensors, int64, (rows, context_length) each.
 
-    ``labels`` repeats ``shift_labels``: transformers computes a loss only when there are labels, and then prefers
-    the shifted ones.
+    ``labels`` is the same tensor as ``shift_labels``. transformers computes a loss only if there are ``labels``, but
+    then uses ``shift_labels``.
     """
     batch = {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
     return {**batch, "labels": batch["shift_labels"]}
 
 
 def document_positions(starts: np.ndarray) -> np.ndarray:
-    """Return the place of every token in its document, from 0; the row's own beginning counts as a start.
+    """Return the position of every token in its document, from 0: int64, (..., tokens).
+
+    The beginning of the row counts as the start of a document. For example, starts [0, 0, 0, 1, 0] give
+    [0, 1, 2, 0, 1].
 
     Args:
-        starts: which tokens are the first of a document, bool, shape (..., tokens).
-
-    Returns:
-        int64, shape (..., tokens).
+        starts: which tokens are the first of a document: bool, (..., tokens).
     """
     places = np.arange(starts.shape[-1])
-    return places - np.maximum.accumulate(np.where(starts, places, 0), axis=-1)
+    # The place at which the document of each token starts: [0, 0, 0, 3, 3].
+    first_places = np.maximum.accumulate(np.where(starts, places, 0), axis=-1)
+    return places - first_places

@@ -1,10 +1,14 @@
-"""Text -> token ids, by the fastest engine that gives exactly the ids of the tokenizer's own.
+"""Text -> token ids, by the fastest engine that gives exactly the tokenizer's own ids.
 
-The engines, fastest first: tiktoken (byte-level BPE: GPT-2, Qwen, Llama 3 and the tokenizers trained here), the Rust
-tokenizers library (every other tokenizer.json), transformers' Python tokenizers (the rest). The reference is the Rust
-tokenizer with ``encode_special_tokens``: a special token written out in a text, ``<|endoftext|>`` in a web page about
-language models, is ordinary text, so that no document can end another one early. Added tokens that are not special,
-``<tool_call>`` in Qwen2.5, stay tokens.
+The engines, fastest first:
+
+- tiktoken: byte-level BPE, as of GPT-2, Qwen, Llama 3 and the tokenizers trained here;
+- the Rust library tokenizers: every other tokenizer.json;
+- transformers' Python tokenizers: the rest.
+
+The reference is the Rust tokenizer with ``encode_special_tokens``. With it, a special token that is written out in a
+text is ordinary text: a web page about language models may contain ``<|endoftext|>``, and must not end its document
+there. Added tokens that are not special, such as ``<tool_call>`` in Qwen2.5, stay tokens.
 """
 
 import copy
@@ -20,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from common.console import InputError
 from common.tokens.tiktoken_engine import SAFE_CUT, TiktokenEngine, Unsupported, tiktoken_engine
 
-# One character of each kind that patterns tell apart; all strings of three of them are tried at start.
+# One character of each kind that patterns distinguish. All strings of three of them are tried at start.
 KINDS = "aSél中\u0301'1² \n\r\t\u3000.。🙂\u200d"
 AWKWARD_TEXTS = [
     "I'll WE'RE don't 'Tis it'S o'clock ''s 'ſ they'VE I'M I'd",
@@ -38,13 +42,14 @@ AWKWARD_TEXTS = [
 
 @dataclass(frozen=True)
 class Encoder:
-    """``encode``: texts -> one 1-D uint32 array of ids for each, no special token added. Threads may share it.
+    """One engine for one tokenizer. Threads may share it.
 
-    ``name`` says which engine it is, ``note`` why this one.
-
-    ``encode`` raises:
-        InputError: the engine gave up on a text.
-        UnicodeEncodeError, TypeError: a text has a lone surrogate; common/corpus/documents.py lets none pass.
+    Attributes:
+        name: which engine it is.
+        note: why it is this one.
+        encode: texts -> the ids of each text, 1-D uint32, without special tokens. It raises InputError if the engine
+            fails on a text, and UnicodeEncodeError or TypeError if a text has a lone surrogate, which
+            common/corpus/documents.py rejects before.
     """
 
     name: str
@@ -53,9 +58,9 @@ class Encoder:
 
 
 def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
-    """Return the fastest engine that gives exactly ``tokenizer``'s ids; truncation and padding do not apply.
+    """Return the fastest engine that gives exactly the ids of ``tokenizer``, without its truncation and padding.
 
-    It works on a copy: ``tokenizer`` is left as it is. Takes seconds for a vocabulary of 150,000.
+    The engine works on a copy and does not change ``tokenizer``. Building it takes seconds for a vocabulary of 150,000.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         python_tokenizer = copy.deepcopy(tokenizer)
@@ -63,7 +68,9 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
         return Encoder("transformers (Python)", note, lambda texts: python_ids(python_tokenizer, texts))
 
     content = with_ordinary_special_tokens(json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token)
-    backend = twin_of(tokenizer.backend_tokenizer, content) or Tokenizer.from_str(json.dumps(content))
+    backend = twin_of(tokenizer.backend_tokenizer, content)
+    if backend is None:
+        backend = Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = True
     try:
         engine = tiktoken_engine(content, backend, lambda text: backend_ids(backend, [text])[0])
@@ -75,12 +82,12 @@ def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
 
 
 def with_ordinary_special_tokens(content: dict, end_token: str | None) -> dict:
-    """Return the tokenizer.json ``content`` such that no text can give a special token's id or ``end_token``'s.
+    """Return the tokenizer.json ``content``, changed so that no text has the id of a special token or ``end_token``.
 
-    That is, with ``encode_special_tokens``, which leaves special tokens to the model. The merges of BPE do not lead
-    to them; Unigram, WordPiece and WordLevel would find ``</s>`` as a word of their vocabulary, so there it is renamed
-    to what no text contains. An ``end_token`` that was never an added token is a word like others and stays one.
-    Truncation, padding and the post-processor are taken out.
+    ``encode_special_tokens`` leaves special tokens in a text to the model. A BPE model cannot reach them by its merges.
+    Unigram, WordPiece and WordLevel models would find ``</s>`` as a word of their vocabulary. In these, it is renamed
+    to a string that no text contains. An ``end_token`` that is not an added token is an ordinary word and stays one.
+    Truncation, padding and the post-processor are removed.
     """
     added = [
         token | {"special": token["special"] or token["content"] == end_token} for token in content["added_tokens"]
@@ -101,8 +108,12 @@ def with_ordinary_special_tokens(content: dict, end_token: str | None) -> dict:
 
 
 def twin_of(backend: Tokenizer, content: dict) -> Tokenizer | None:
-    """Return ``content`` as a tokenizer that shares the model of ``backend``: sooner made. None if that cannot be."""
-    if content["model"]["type"] != "BPE" or content["model"]["ignore_merges"]:  # the latter is switched off for a while
+    """Return ``content`` as a tokenizer that shares the model of ``backend``, or None if it must have its own.
+
+    Sharing saves the seconds that loading a large model takes.
+    """
+    # A model with ignore_merges is not shared, because ``merged_token_counts`` changes that setting for a while.
+    if content["model"]["type"] != "BPE" or content["model"]["ignore_merges"]:
         return None
     twin = Tokenizer(backend.model)
     if backend.normalizer is not None:
@@ -118,37 +129,44 @@ def twin_of(backend: Tokenizer, content: dict) -> Tokenizer | None:
 
 
 def backend_ids(backend: Tokenizer, texts: list[str]) -> list[np.ndarray]:
-    """Encode with the Rust tokenizer, without the GIL and on all cores."""
+    """Return the ids of each text by the Rust tokenizer, which uses all cores and releases the GIL.
+
+    Raises:
+        InputError: the Rust library panicked on a text.
+    """
     try:
         encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # Rust's; it is no Exception, and cannot be imported
+        if type(error).__name__ != "PanicException":  # Rust's: not an Exception, and not importable
             raise
         longest = max(texts, key=len)
         raise InputError(
-            f"the tokenizer gave up on one of {len(texts)} documents ({error}). The longest of them has "
-            f"{len(longest):,} characters and starts {longest[:40]!r}. 10 million white space characters on end are "
-            "too many for it, for example: shorten or remove that document."
+            f"the tokenizer failed on one of {len(texts)} documents ({error}). The longest of them has "
+            f"{len(longest):,} characters and starts {longest[:40]!r}. For example, 10 million white space characters "
+            "in a row are too many for it: shorten or remove that document."
         ) from None
     return [np.array(encoding.ids, dtype=np.uint32) for encoding in encodings]
 
 
 def python_ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[np.ndarray]:
-    """Encode with one of transformers' Python tokenizers, which hold the GIL."""
+    """Return the ids of each text by one of transformers' Python tokenizers, which hold the GIL."""
     options = dict(add_special_tokens=False, split_special_tokens=True, padding=False, truncation=False, verbose=False)
     return [np.array(ids, dtype=np.uint32) for ids in tokenizer(texts, **options)["input_ids"]]
 
 
 def try_awkward_texts(engine: TiktokenEngine, backend: Tokenizer) -> int:
-    """Compare ``engine`` with ``backend`` on awkward texts, whole and cut at every possible place; return how many.
+    """Check that ``engine`` gives the ids of ``backend`` on awkward texts; return the number of texts.
+
+    Each text is encoded whole, and again cut at every place where a long text may be cut.
 
     Raises:
-        Unsupported: they differ.
+        Unsupported: the ids of a text differ.
     """
     texts = ["".join(kinds) for kinds in itertools.product(KINDS, repeat=3)]
     texts += [*AWKWARD_TEXTS, "".join(AWKWARD_TEXTS), ""]
     for text, expected in zip(texts, backend_ids(backend, texts), strict=True):
-        for segment_characters in (len(text), 1) if SAFE_CUT.search(text) else (len(text),):
+        lengths = (len(text), 1) if SAFE_CUT.search(text) else (len(text),)
+        for segment_characters in lengths:
             if not np.array_equal(engine.encode(text, segment_characters), expected):
                 raise Unsupported(f"it gives other ids for {text[:40]!r}")
     return len(texts)

@@ -1,9 +1,21 @@
-"""One pair of token files on disk, Megatron's or PaddleNLP's: memory-mapped, and checked against its index and sidecar.
+"""One pair of token files, in the format of Megatron and PaddleNLP: found, opened, checked and memory-mapped.
 
-``.idx``, little-endian: header, int32 sizes (sequences,), int64 byte pointers (sequences,), int64 document marks
-(documents + 1,): document i is the sequences marks[i] to marks[i + 1]. The sequences lie in ``.bin`` one after the
-other. The older pair is ``_ids.npy`` and ``_idx.npz``. All is read in chunks and checked before it is trusted: a wrong
-index would train on the wrong tokens.
+A pair is ``.bin`` and ``.idx``. The ``.bin`` holds the tokens of all sequences, one sequence after the other, and no
+header. The ``.idx`` is little-endian and says where each sequence and each document begins:
+
+    bytes           content
+    9               the magic number MMIDIDX
+    8, 1, 8, 8      version, code of the tokens' dtype, number of sequences, number of document marks
+    4 x sequences   int32 sizes: the tokens of each sequence
+    8 x sequences   int64 pointers: the byte of the .bin at which each sequence begins
+    8 x marks       int64 document marks: the first sequence of each document, and the end
+
+For example, sizes [2, 1, 3] and document marks [0, 2, 3] are two documents: the first has sequences 0 and 1, which are
+tokens 0 to 2; the second has sequence 2, tokens 3 to 5. In most files each sequence is a document of its own.
+
+The older pair is ``_ids.npy`` (the tokens) and ``_idx.npz`` (``lens``: the sizes, ``docs``: the document marks).
+
+An index is read in chunks and checked completely before it is used, because a wrong one would train on wrong tokens.
 
 Source: ``IndexedDataset`` in https://github.com/NVIDIA/Megatron-LM/blob/main/megatron/core/datasets/indexed_dataset.py
 and ``MMapIndexedDataset``, ``CompatibleIndexedDataset`` in
@@ -14,7 +26,6 @@ import json
 import mmap
 import os
 import struct
-from bisect import bisect_right
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -22,13 +33,39 @@ from typing import NamedTuple
 import numpy as np
 
 from common.console import InputError, say
+from common.corpus.sources import PAIRS
 
-CHUNK_TOKENS = 4_000_000  # to go through all tokens: at most 32 MB at once
+PAIR, LEGACY_PAIR = PAIRS  # the suffixes of the tokens and of the index
+SIDECAR = ".json"  # the suffix of our record beside a pair: where its tokens come from, and their tokenizer
+HASHES = ".hashes.npy"  # the suffix of the documents' hashes beside a pair
+LARGEST_SIDECAR_BYTES = 64 * 2**20  # a larger .json must be a text of the user's
+
+MAGIC = b"MMIDIDX\x00\x00"
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document marks
+DTYPES = {  # codes 9 and 10 are PaddleNLP's
+    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
+    6: np.float64, 7: np.float32, 8: np.uint16, 9: np.uint32, 10: np.uint64,
+}  # fmt: skip
+LARGEST_SIZE = np.iinfo(np.int32).max  # tokens of a sequence
+CHUNK = 1_000_000  # numbers of an index read at once: 8 MB at most
+
+
+def known_dtypes() -> list[np.dtype]:
+    """Return the dtypes that a token may have, in the order of their codes."""
+    return [np.dtype(known) for known in DTYPES.values()]
+
+
+def token_dtype(vocabulary_size: int) -> np.dtype:
+    """Return the dtype of the tokens that we write: uint16 (2 bytes a token) if that holds the ids, else int32.
+
+    The limit is Megatron's, so that its files and ours are the same. Readers take the dtype from the index.
+    """
+    return np.dtype(np.uint16 if vocabulary_size < 65_500 else np.int32)
 
 
 @dataclass(frozen=True)
 class StoredArray:
-    """Numbers that lie one after the other in a file: a slice [start:stop] is read, ``mapped`` maps them all."""
+    """A row of numbers inside a file. A slice [start:stop] reads them from the disk; ``mapped`` maps all of them."""
 
     path: str
     dtype: np.dtype
@@ -43,7 +80,9 @@ class StoredArray:
         offset = self.offset + start * self.dtype.itemsize
         numbers = np.fromfile(self.path, self.dtype, max(0, stop - start), offset=offset)
         if len(numbers) < stop - start:
-            raise InputError(f"{self.path}: became shorter while it was read. Start again when nothing writes to it.")
+            raise InputError(
+                f"{self.path}: became shorter while it was read. Start again when no other process writes to it."
+            )
         return numbers
 
     def mapped(self) -> np.ndarray:
@@ -53,108 +92,166 @@ class StoredArray:
         with open(self.path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_RANDOM"):  # not on Windows
-            # Rows are shuffled, so reading ahead is waste: measured on a 2 GB file, 5,000 rows of 512 tokens not yet in
-            # memory took 2.0 s with it and 0.4 s without, and mapped 307 MB against 25 MB.
+            # Rows are shuffled, so reading ahead is wasted. Measured on a 2 GB file with 5,000 rows of 512 tokens that
+            # were not in memory: 2.0 s and 307 MB mapped with reading ahead, 0.4 s and 25 MB without.
             mapped.madvise(mmap.MADV_RANDOM)
         return np.frombuffer(mapped, self.dtype, self.length, self.offset)
 
 
-class JoinedTokens:
-    """The tokens of pairs end to end: ``len``, ``dtype``, and slices [start:stop] of the memory maps, as arrays.
-
-    Pickled as file names, not as content, so that a worker process that is spawned maps the files anew.
-    """
-
-    def __init__(self, parts: list[StoredArray]):
-        self.parts = [part for part in parts if len(part)] or parts[:1]
-        self.dtype = self.parts[0].dtype
-        self.starts = [0, *np.cumsum([len(part) for part in self.parts], dtype=np.int64).tolist()]
-        self.maps = [part.mapped() for part in self.parts]
-
-    def __reduce__(self):
-        return JoinedTokens, (self.parts,)
-
-    def __len__(self) -> int:
-        return self.starts[-1]
-
-    def __getitem__(self, window: slice) -> np.ndarray:
-        return self._gather(self.maps, window)
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Return tokens [start, stop) by plain reads. For going through all: mapped pages would fill the memory."""
-        return self._gather(self.parts, slice(start, stop))
-
-    def _gather(self, parts: list[np.ndarray] | list[StoredArray], window: slice) -> np.ndarray:
-        start, stop, step = window.indices(len(self))
-        if step != 1:
-            raise ValueError(f"step {step}: tokens are taken in runs")
-        pieces, part = [], bisect_right(self.starts, start) - 1
-        while start < stop:
-            end = min(stop, self.starts[part + 1])
-            pieces.append(parts[part][start - self.starts[part] : end - self.starts[part]])
-            start, part = end, part + 1
-        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
-
-
-MAGIC = b"MMIDIDX\x00\x00"
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, sequences, document marks
-DTYPES = {  # codes 9 and 10 are PaddleNLP's
-    1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64,
-    6: np.float64, 7: np.float32, 8: np.uint16, 9: np.uint32, 10: np.uint64,
-}  # fmt: skip
-CHUNK = 1_000_000  # numbers read at once: 8 MB at most
-
-
 class TokenIndex(NamedTuple):
-    """A checked index. ``document_starts``: where each document starts, and the end, in tokens, (documents + 1,)."""
+    """An index that was read and checked."""
 
     dtype: np.dtype  # of a token
-    sizes: StoredArray | np.ndarray  # int32 tokens of each sequence, (sequences,)
-    document_marks: StoredArray | np.ndarray  # int64, the first sequence of each document, and the end
-    document_starts: np.ndarray  # int64
+    sizes: StoredArray | np.ndarray  # int32, the tokens of each sequence, (sequences,)
+    document_marks: (
+        StoredArray | np.ndarray
+    )  # int64, the first sequence of each document, and the end, (documents + 1,)
+    document_starts: np.ndarray  # int64, the first token of each document, and the end, (documents + 1,)
 
 
-def write_index(path: str, sizes: np.ndarray, dtype: np.dtype, document_marks: np.ndarray | None = None) -> None:
-    """Write the ``.idx`` of sequences of ``sizes`` tokens. Pointers are int64 all the way: past 2 GiB too.
+@dataclass(frozen=True)
+class TokenPair:
+    """One pair of files, checked, and its sidecar, which is {} for a pair that another program wrote."""
 
-    Args:
-        document_marks: the first sequence of each document, and the end; by default a sequence is a document.
+    prefix: str
+    files: tuple[Path, Path]  # tokens, index
+    tokens: StoredArray
+    sizes: StoredArray | np.ndarray  # the tokens of each sequence, (sequences,)
+    document_marks: StoredArray | np.ndarray  # the first sequence of each document, and the end, (documents + 1,)
+    sidecar: dict
+
+    @property
+    def documents(self) -> int:
+        return len(self.document_marks) - 1
+
+
+def find_pairs(given: str) -> list[tuple[str, tuple[str, str]]]:
+    """Return the prefix and the suffixes of every pair that ``given`` names: a prefix, one file of a pair, or a folder.
+
+    The pairs of a folder are sorted by prefix. Files of unfinished writes are left out, with a note. If nothing is
+    found, ``given`` itself is returned as a prefix: ``open_pair`` then says which file is missing.
 
     Raises:
-        InputError: a sequence is longer than an int32 can say, or the format has no code for ``dtype``.
+        InputError: the folder holds no pair, or one in both formats.
     """
-    code = next((code for code, known in DTYPES.items() if np.dtype(known) == dtype), None)
-    if code is None:
-        raise InputError(f"{path}: no code for tokens of {dtype}. Known are {', '.join(map(str, known_dtypes()))}.")
-    if len(sizes) and sizes.max() > np.iinfo(np.int32).max:
-        raise InputError(f"{path}: a document of {sizes.max():,} tokens; the format ends at 2,147,483,647. Split it.")
-    marks = np.arange(len(sizes) + 1) if document_marks is None else document_marks
-    with open(path, "wb") as file:
-        file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(marks)))
-        for first in range(0, len(sizes), CHUNK):
-            file.write(sizes[first : first + CHUNK].astype("<i4").tobytes())
-        pointer = 0
-        for first in range(0, len(sizes), CHUNK):
-            ends = pointer + np.cumsum(sizes[first : first + CHUNK], dtype=np.int64) * dtype.itemsize
-            file.write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes())
-            pointer = int(ends[-1])
-        for first in range(0, len(marks), CHUNK):
-            file.write(marks[first : first + CHUNK].astype("<i8").tobytes())
-        file.flush()
-        os.fsync(file.fileno())
+    for suffixes in PAIRS:
+        for suffix in suffixes:
+            if given.endswith(suffix):
+                return [(given.removesuffix(suffix), suffixes)]
+    for suffixes in PAIRS:
+        if any(Path(given + suffix).exists() for suffix in suffixes):
+            return [(given, suffixes)]
+    if Path(given).is_dir():
+        return _pairs_in_folder(given)
+    return [(given, PAIR)]
+
+
+def _pairs_in_folder(folder: str) -> list[tuple[str, tuple[str, str]]]:
+    found: dict[str, tuple[str, str]] = {}
+    for path in sorted(map(str, Path(folder).iterdir())):
+        suffixes = next((known for known in PAIRS if path.endswith(known)), None)
+        if suffixes is None:
+            continue
+        if ".partial" in Path(path).name:
+            say(f"note: {path} is not read: it is still being written, or its writing was interrupted")
+            continue
+        prefix = next(path.removesuffix(suffix) for suffix in suffixes if path.endswith(suffix))
+        if found.setdefault(prefix, suffixes) != suffixes:
+            raise InputError(
+                f"{prefix}: is there as .bin and as _ids.npy, so its documents would count twice. Move one of them to "
+                "another folder."
+            )
+    if not found:
+        raise InputError(
+            f"{folder}: a folder without token stores (.bin and .idx, or _ids.npy and _idx.npz). Give another."
+        )
+    return sorted(found.items())
+
+
+def open_pair(prefix: str, suffixes: tuple[str, str]) -> tuple[TokenPair, np.ndarray]:
+    """Return the pair ``prefix``, checked, and its document starts, int64, (documents + 1,).
+
+    Raises:
+        InputError: a file is missing or damaged, or the files do not fit each other.
+    """
+    tokens_path, index_path = (Path(prefix + suffix) for suffix in suffixes)
+    for path in (tokens_path, index_path):
+        if not path.is_file():
+            raise InputError(
+                f"{path}: no such file. A token store is a pair of files, {tokens_path.name} and {index_path.name}: "
+                "give both."
+            )
+    if suffixes == PAIR:
+        index = read_index(index_path, tokens_path)
+        tokens = StoredArray(str(tokens_path), index.dtype, 0, int(index.document_starts[-1]))
+    else:
+        ids = map_row(tokens_path)
+        if ids.dtype not in known_dtypes():
+            raise InputError(f"{tokens_path}: holds {ids.dtype}, which are not token ids. Give another file.")
+        index = read_legacy_index(index_path, ids)
+        tokens = StoredArray(str(tokens_path), ids.dtype, ids.offset, len(ids))
+    if Path(prefix + ".lsm").exists():
+        say(f"note: {prefix}.lsm, PaddleNLP's loss mask, is not used: every token is trained on")
+    sidecar = read_sidecar(Path(prefix + SIDECAR), len(index.document_marks) - 1, len(tokens))
+    pair = TokenPair(prefix, (tokens_path, index_path), tokens, index.sizes, index.document_marks, sidecar)
+    return pair, index.document_starts
+
+
+def read_sidecar(path: Path, documents: int, tokens: int) -> dict:
+    """Return the sidecar ``path`` of a pair with so many ``documents`` and ``tokens``; {} if there is none.
+
+    Raises:
+        InputError: it is not a sidecar, or it is one of another pair.
+    """
+    if not path.exists():
+        return {}
+    try:
+        if path.stat().st_size > LARGEST_SIDECAR_BYTES:
+            raise ValueError(f"{path.stat().st_size:,} bytes")
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(sidecar, dict) or not isinstance(sidecar.get("tokenizer", {}), dict):
+            raise ValueError("no record of counts and tokenizer")
+    except (ValueError, RecursionError) as error:
+        raise InputError(
+            f"{path}: not the sidecar of a token store ({error}). If it is a text of yours, move it away from the "
+            "pair. If it is damaged, tokenize the text again."
+        ) from None
+    counts = sidecar.get("documents", documents), sidecar.get("tokens", tokens)
+    if counts != (documents, tokens):
+        raise InputError(
+            f"{path}: describes {counts[0]} documents and {counts[1]} tokens, but the pair beside it holds "
+            f"{documents:,} and {tokens:,}. It is the sidecar of another pair: fetch all files of one pair again."
+        )
+    return sidecar
+
+
+def map_row(path: Path) -> np.memmap:
+    """Return the one-dimensional array of a ``.npy`` file, memory-mapped.
+
+    Raises:
+        InputError: it is damaged, or of another shape.
+    """
+    try:
+        row = np.lib.format.open_memmap(path, mode="r")
+    except Exception as error:  # damage shows as any of several errors
+        raise InputError(f"{path}: not an array that can be mapped ({error}). Fetch or write it again.") from None
+    if row.ndim != 1:
+        raise InputError(f"{path}: of shape {row.shape}, but it must have one dimension. Fetch or write it again.")
+    return row
 
 
 def read_index(path: Path, bin_path: Path) -> TokenIndex:
     """Return the index of the pair ``path``, ``bin_path``; both exist.
 
     Raises:
-        InputError: it is no index, cut off, or does not describe ``bin_path`` from its first byte to its last.
+        InputError: it is not an index, is cut off, or does not describe ``bin_path`` from its first byte to its last.
     """
     dtype, sequences, marks = _read_header(path, bin_path)
     sizes = StoredArray(str(path), np.dtype("<i4"), HEADER.size, sequences)
     pointers = StoredArray(str(path), np.dtype("<i8"), HEADER.size + 4 * sequences, sequences)
     document_marks = StoredArray(str(path), np.dtype("<i8"), HEADER.size + 12 * sequences, marks)
-    bin_bytes, tokens = bin_path.stat().st_size, _count_tokens(path, sizes)
+    bin_bytes = bin_path.stat().st_size
+    tokens = _count_tokens(path, sizes)
     if bin_bytes != tokens * dtype.itemsize:
         raise InputError(
             f"{bin_path}: {bin_bytes:,} bytes, but {path.name} describes {tokens * dtype.itemsize:,} ({tokens:,} "
@@ -169,15 +266,16 @@ def read_legacy_index(path: Path, ids: np.ndarray) -> TokenIndex:
     """Return the index ``path``, an ``_idx.npz`` with ``lens`` and ``docs``, of the tokens ``ids``.
 
     Raises:
-        InputError: it is no such archive, or does not describe ``ids`` from the first token to the last.
+        InputError: it is not such an archive, or does not describe ``ids`` from the first token to the last.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
-            sizes, document_marks = np.asarray(archive["lens"]), np.asarray(archive["docs"])  # damaged, they are bytes
-    except Exception as error:  # damage shows as any of zipfile's, zlib's and NumPy's errors
+            # A damaged archive gives bytes instead of arrays, hence asarray.
+            sizes, document_marks = np.asarray(archive["lens"]), np.asarray(archive["docs"])
+    except Exception as error:  # damage shows as any error of zipfile, zlib or NumPy
         raise InputError(f"{path}: not an archive of the arrays lens and docs ({error}). Fetch it again.") from None
-    rows = all(array.ndim == 1 and array.dtype.kind in "iu" for array in (sizes, document_marks))
-    if not rows or len(document_marks) == 0:
+    are_rows = all(array.ndim == 1 and array.dtype.kind in "iu" for array in (sizes, document_marks))
+    if not are_rows or len(document_marks) == 0:
         raise InputError(f"{path}: lens and docs must be rows of integers, docs beginning with 0. Fetch it again.")
     sizes, document_marks = sizes.astype(np.int64), document_marks.astype(np.int64)
     tokens = _count_tokens(path, sizes)
@@ -189,26 +287,26 @@ def read_legacy_index(path: Path, ids: np.ndarray) -> TokenIndex:
     return TokenIndex(ids.dtype, sizes, document_marks, _document_starts(path, _sequence_starts(sizes), document_marks))
 
 
-def known_dtypes() -> list[np.dtype]:
-    """Return the dtypes that a token may have, in the order of their codes."""
-    return [np.dtype(known) for known in DTYPES.values()]
-
-
 def _read_header(path: Path, bin_path: Path) -> tuple[np.dtype, int, int]:
-    """Return dtype, number of sequences and number of document marks, all in keeping with the size of the file."""
+    """Return the dtype of a token, the number of sequences and the number of document marks.
+
+    The numbers are checked against the size of the file, so that a damaged header cannot ask for terabytes of memory.
+    """
     file_bytes = path.stat().st_size
     with path.open("rb") as file, bin_path.open("rb") as bin_file:
         header, bin_begins = file.read(HEADER.size), bin_file.read(len(MAGIC))
     if header[:6] == b"TNTIDX":
-        raise InputError(f"{path}: fairseq's format (TNTIDX), which is not read. Write it anew with --data_impl mmap.")
-    if len(header) < HEADER.size or header[:9] != MAGIC:
-        swapped = bin_begins == MAGIC
         raise InputError(
-            f"{path}: not a token store index (it does not begin with MMIDIDX). "
-            + (f"{bin_path.name} is one: the names are swapped, rename the two." if swapped else "Give another.")
+            f"{path}: in fairseq's format (TNTIDX), which is not supported. Write it again with --data_impl mmap."
         )
+    if len(header) < HEADER.size or header[:9] != MAGIC:
+        if bin_begins == MAGIC:
+            fix = f"{bin_path.name} is one: the names are swapped, rename the two files."
+        else:
+            fix = "Give another file."
+        raise InputError(f"{path}: not a token store index (it does not begin with MMIDIDX). {fix}")
     _, version, code, sequences, marks = HEADER.unpack(header)
-    if version == 1 << 56:
+    if version == 1 << 56:  # a 1 with its bytes in reverse order
         raise InputError(f"{path}: written in big-endian byte order. Write it again in little-endian.")
     if version != 1 or code not in DTYPES:
         raise InputError(
@@ -218,28 +316,29 @@ def _read_header(path: Path, bin_path: Path) -> tuple[np.dtype, int, int]:
     if file_bytes not in (expected, expected + sequences) or marks == 0:
         raise InputError(
             f"{path}: {file_bytes:,} bytes, but its header ({sequences:,} sequences, {marks:,} document marks) needs "
-            f"{expected:,}, and a mark at least. It is cut off or damaged: fetch it again."
+            f"{expected:,}, and at least one mark. It is cut off or damaged: fetch it again."
         )
     if file_bytes > expected:
-        say(f"note: {path} is multimodal: the mode of its sequences is not used, all are trained as text")
+        say(f"note: {path} is multimodal: the modes of its sequences are not used, all are trained on as text")
     return np.dtype(DTYPES[code]), sequences, marks
 
 
 def _count_tokens(path: Path, sizes: StoredArray | np.ndarray) -> int:
+    """Return the sum of ``sizes``; raise InputError if one of them is negative or larger than an int32."""
     tokens = 0
     for first in range(0, len(sizes), CHUNK):
         chunk = sizes[first : first + CHUNK]
-        if chunk.min() < 0 or chunk.max() > np.iinfo(np.int32).max:
+        if chunk.min() < 0 or chunk.max() > LARGEST_SIZE:
             raise InputError(
-                f"{path}: negative sizes, or beyond an int32: from {chunk.min():,} to {chunk.max():,} tokens in a "
-                "sequence. It is damaged, or in another byte order: fetch it again."
+                f"{path}: negative sizes, or sizes beyond {LARGEST_SIZE:,}: from {chunk.min():,} to {chunk.max():,} "
+                "tokens in a sequence. It is damaged, or in another byte order: fetch it again."
             )
         tokens += int(chunk.sum(dtype=np.int64))
     return tokens
 
 
 def _sequence_starts(sizes: StoredArray | np.ndarray) -> np.ndarray:
-    """Return where each sequence starts, and the end, in tokens, int64, (sequences + 1,)."""
+    """Return the first token of each sequence, and the end: sizes [3, 2] -> [0, 3, 5]; int64, (sequences + 1,)."""
     starts = np.zeros(len(sizes) + 1, dtype=np.int64)
     for first in range(0, len(sizes), CHUNK):
         ends = starts[first + 1 : first + 1 + CHUNK]
@@ -249,7 +348,7 @@ def _sequence_starts(sizes: StoredArray | np.ndarray) -> np.ndarray:
 
 
 def _check_pointers(path: Path, pointers: StoredArray, starts: np.ndarray, itemsize: int) -> None:
-    """Raise InputError unless every sequence begins where the one before it ends."""
+    """Raise InputError unless every sequence begins at the byte where the one before it ends."""
     for first in range(0, len(pointers), CHUNK):
         found = pointers[first : first + CHUNK]
         expected = starts[first : first + len(found)] * itemsize
@@ -258,145 +357,84 @@ def _check_pointers(path: Path, pointers: StoredArray, starts: np.ndarray, items
         wrong = int(np.argmax(found != expected))
         at, right = int(found[wrong]), int(expected[wrong])
         if at < right and (right - at) % 2**32 == 0:
-            reason = "the pointers wrapped at 2 GiB, as PaddleNLP's merge.py writes them. Merge with data/prepare.py"
+            reason = "the pointers wrapped at 2 GiB, as in files of PaddleNLP's merge.py. Merge with data/prepare.py"
         elif at < 0:
             reason = "a negative pointer. It is damaged: fetch it again"
         else:
             fault = "overlaps the one before it" if at < right else "leaves a gap"
-            reason = f"it {fault}. Write the pair again, one sequence after the other"
+            reason = f"it {fault}. Write the pair again, one sequence directly after the other"
         raise InputError(f"{path}: sequence {first + wrong:,} begins at byte {at:,}, not at {right:,}: {reason}.")
 
 
 def _document_starts(path: Path, starts: np.ndarray, marks: StoredArray | np.ndarray) -> np.ndarray:
-    """Return where each document starts, and the end, in tokens; check that documents cover all sequences in order."""
+    """Return the first token of each document, and the end: int64, (documents + 1,).
+
+    Args:
+        starts: the first token of each sequence, and the end.
+        marks: the first sequence of each document, and the end. Sequence starts [0, 2, 3, 6] and marks [0, 2, 3] give
+            document starts [0, 3, 6].
+
+    Raises:
+        InputError: the documents do not cover all sequences in order.
+    """
     firsts = range(0, len(marks), CHUNK)
     if len(marks) == len(starts) and all(_counts_up(marks[first : first + CHUNK], first) for first in firsts):
-        return starts  # a sequence is a document, as most have it
-    sequences, last = len(starts) - 1, 0
+        return starts  # each sequence is a document, as in most files
+    sequences = len(starts) - 1
+    last = 0
     result = np.empty(len(marks), dtype=np.int64)
     for first in firsts:
         chunk = marks[first : first + CHUNK]
         inside = chunk.min() >= 0 and chunk.max() <= sequences
         if not inside or chunk[0] < last or (chunk[1:] < chunk[:-1]).any() or (first == 0 and chunk[0] != 0):
             raise InputError(
-                f"{path}: document marks that do not rise from 0 to {sequences:,}, its number of sequences (among "
-                f"marks {first:,} to {first + len(chunk):,}). It is damaged: fetch it again."
+                f"{path}: document marks do not rise from 0 to {sequences:,}, the number of sequences (among marks "
+                f"{first:,} to {first + len(chunk):,}). It is damaged: fetch it again."
             )
         result[first : first + len(chunk)] = starts[chunk]
         last = int(chunk[-1])
     if last != sequences:
         raise InputError(
             f"{path}: its documents end at sequence {last:,} of {sequences:,}: end_document() was not called for the "
-            "last. Write the pair again."
+            "last document. Write the pair again."
         )
     return result
 
 
 def _counts_up(chunk: np.ndarray, first: int) -> bool:
+    """Whether ``chunk`` is first, first + 1, first + 2, ..."""
     return np.array_equal(chunk, np.arange(first, first + len(chunk)))
 
 
-PAIR, LEGACY_PAIR = (".bin", ".idx"), ("_ids.npy", "_idx.npz")  # tokens, index
-LARGEST_SIDECAR_BYTES = 64 * 2**20  # a larger .json is somebody's text
+def write_index(path: str, sizes: np.ndarray, dtype: np.dtype, document_marks: np.ndarray | None = None) -> None:
+    """Write the ``.idx`` of sequences of ``sizes`` tokens, each token of ``dtype``.
 
+    Args:
+        document_marks: the first sequence of each document, and the end. By default each sequence is a document.
 
-@dataclass(frozen=True)
-class TokenPair:
-    """One pair of files on disk, checked, and what is known of it. ``sidecar`` is empty for another writer's pair."""
-
-    prefix: str
-    files: tuple[Path, Path]  # tokens, index
-    tokens: StoredArray
-    sizes: StoredArray | np.ndarray  # tokens of each sequence, (sequences,)
-    document_marks: StoredArray | np.ndarray  # the first sequence of each document, and the end, (documents + 1,)
-    sidecar: dict
-
-    @property
-    def documents(self) -> int:
-        return len(self.document_marks) - 1
-
-
-def find_pairs(given: str) -> list[tuple[str, tuple[str, str]]]:
-    """Return (prefix, suffixes) of every pair that ``given`` names: a prefix, one file of a pair, or a folder."""
-    for suffixes in (PAIR, LEGACY_PAIR):
-        for suffix in suffixes:
-            if given.endswith(suffix):
-                return [(given.removesuffix(suffix), suffixes)]
-    for suffixes in (PAIR, LEGACY_PAIR):
-        if any(Path(given + suffix).exists() for suffix in suffixes):
-            return [(given, suffixes)]
-    if not Path(given).is_dir():
-        return [(given, PAIR)]
-    found: dict[str, tuple[str, str]] = {}
-    for path in sorted(map(str, Path(given).iterdir())):
-        suffixes = next((known for known in (PAIR, LEGACY_PAIR) if path.endswith(known)), None)
-        if suffixes is None:
-            continue
-        if ".partial" in Path(path).name:
-            say(f"note: {path} is not read: it is being written, or was left by an interrupted write")
-            continue
-        prefix = next(path.removesuffix(suffix) for suffix in suffixes if path.endswith(suffix))
-        if found.setdefault(prefix, suffixes) != suffixes:
-            raise InputError(
-                f"{prefix}: lies there as .bin and as _ids.npy; its documents would count twice. Move one."
-            )
-    if not found:
-        raise InputError(f"{given}: a folder without token stores (.bin and .idx, or _ids.npy and _idx.npz).")
-    return sorted(found.items())
-
-
-def open_pair(prefix: str, suffixes: tuple[str, str]) -> tuple[TokenPair, np.ndarray]:
-    """Return the pair ``prefix`` and its document starts, int64, (documents + 1,)."""
-    tokens_path, index_path = (Path(prefix + suffix) for suffix in suffixes)
-    for path in (tokens_path, index_path):
-        if not path.is_file():
-            raise InputError(f"{path}: no such file. A token store is a pair of {tokens_path.name}, {index_path.name}.")
-    if suffixes == PAIR:
-        index = read_index(index_path, tokens_path)
-        tokens = StoredArray(str(tokens_path), index.dtype, 0, int(index.document_starts[-1]))
-    else:
-        ids = map_row(tokens_path)
-        if ids.dtype not in known_dtypes():
-            raise InputError(f"{tokens_path}: holds {ids.dtype}, no token ids. Give another.")
-        index = read_legacy_index(index_path, ids)
-        tokens = StoredArray(str(tokens_path), ids.dtype, ids.offset, len(ids))
-    if Path(prefix + ".lsm").exists():
-        say(f"note: {prefix}.lsm, PaddleNLP's loss mask, is not used: every token is trained")
-    sidecar = read_sidecar(Path(prefix + ".json"), len(index.document_marks) - 1, len(tokens))
-    pair = TokenPair(prefix, (tokens_path, index_path), tokens, index.sizes, index.document_marks, sidecar)
-    return pair, index.document_starts
-
-
-def read_sidecar(path: Path, documents: int, tokens: int) -> dict:
-    """Return the sidecar of a pair that holds so many documents and tokens; {} where there is none."""
-    if not path.exists():
-        return {}
-    try:
-        if path.stat().st_size > LARGEST_SIDECAR_BYTES:
-            raise ValueError(f"{path.stat().st_size:,} bytes")
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(sidecar, dict) or not isinstance(sidecar.get("tokenizer", {}), dict):
-            raise ValueError("no record of counts and tokenizer")
-    except (ValueError, RecursionError) as error:
+    Raises:
+        InputError: a sequence is longer than an int32 can say, or the format has no code for ``dtype``.
+    """
+    code = next((code for code, known in DTYPES.items() if np.dtype(known) == dtype), None)
+    if code is None:
+        known = ", ".join(map(str, known_dtypes()))
+        raise InputError(f"{path}: the format has no code for tokens of {dtype}. Use one of {known}.")
+    if len(sizes) and sizes.max() > LARGEST_SIZE:
         raise InputError(
-            f"{path}: not the sidecar of a token store ({error}). If it is a text of yours, move it away from the "
-            "pair; if it is damaged, tokenize the text again."
-        ) from None
-    counts = sidecar.get("documents", documents), sidecar.get("tokens", tokens)
-    if counts != (documents, tokens):
-        raise InputError(
-            f"{path}: speaks of {counts[0]} documents and {counts[1]} tokens, but the pair beside it holds "
-            f"{documents:,} and {tokens:,}: it is of another pair. Fetch all files of one again."
+            f"{path}: a document of {sizes.max():,} tokens; the format allows {LARGEST_SIZE:,}. Split the document."
         )
-    return sidecar
-
-
-def map_row(path: Path) -> np.memmap:
-    """Return a ``.npy`` file of one row, memory-mapped."""
-    try:
-        row = np.lib.format.open_memmap(path, mode="r")
-    except Exception as error:  # damage shows as any of several errors
-        raise InputError(f"{path}: not an array that can be mapped ({error}). Fetch or write it again.") from None
-    if row.ndim != 1:
-        raise InputError(f"{path}: of shape {row.shape}, where one row is due. Fetch or write it again.")
-    return row
+    marks = np.arange(len(sizes) + 1) if document_marks is None else document_marks
+    with open(path, "wb") as file:
+        file.write(HEADER.pack(MAGIC, 1, code, len(sizes), len(marks)))
+        for first in range(0, len(sizes), CHUNK):
+            file.write(sizes[first : first + CHUNK].astype("<i4").tobytes())
+        pointer = 0
+        for first in range(0, len(sizes), CHUNK):
+            # int64, because int32 wraps past 2 GiB.
+            ends = pointer + np.cumsum(sizes[first : first + CHUNK], dtype=np.int64) * dtype.itemsize
+            file.write(np.concatenate([[pointer], ends[:-1]]).astype("<i8").tobytes())
+            pointer = int(ends[-1])
+        for first in range(0, len(marks), CHUNK):
+            file.write(marks[first : first + CHUNK].astype("<i8").tobytes())
+        file.flush()
+        os.fsync(file.fileno())

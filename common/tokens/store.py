@@ -1,16 +1,18 @@
-"""Reading token stores: tokens on disk, memory-mapped, in the pairs of files that the ecosystem writes.
+"""Reading token stores: one pair of files, or a folder of pairs, as one list of documents.
 
-A pair is Megatron's (and PaddleNLP's) ``.bin`` (raw tokens) and ``.idx`` (where each sequence and document is), or the
-older ``_ids.npy`` and ``_idx.npz`` of PaddleNLP's GPT. Beside a pair of ours lie ``.json``, a sidecar that says where
-the tokens come from and which tokenizer made them, and ``.hashes.npy``, a 64-bit hash of each document's text, by
-which documents are held out and duplicates found. A pair without hashes has them computed from its tokens, and kept. A
-folder of pairs is read as one store.
+``common/tokens/megatron.py`` describes a pair. Beside a pair that we wrote are two more files:
+
+- ``.json``, the sidecar: where the tokens come from, how many there are, and which tokenizer made them;
+- ``.hashes.npy``: a 64-bit hash of each document's text. By these hashes documents are held out and duplicates found.
+
+A pair without hashes gets them computed from its tokens, and they are kept in the cache.
 """
 
 import errno
 import hashlib
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -21,7 +23,10 @@ from tqdm import tqdm
 
 from common.console import InputError, is_main_process, say
 from common.corpus.splits import content_hash, repeated
-from common.tokens.megatron import CHUNK_TOKENS, JoinedTokens, TokenPair, find_pairs, map_row, open_pair
+from common.tokens.megatron import HASHES, StoredArray, TokenPair, find_pairs, map_row, open_pair
+
+CHUNK_TOKENS = 4_000_000  # tokens in memory when all of a store are read: at most 32 MB
+END_TOKEN_DOCUMENTS = 1_000  # the first documents of a store, which ``end_token_share`` looks at
 
 
 class TokenStore:
@@ -29,17 +34,17 @@ class TokenStore:
 
     Attributes:
         tokens: every token of the store in order; its slices are arrays of ``tokens.dtype``.
-        document_starts: where each document starts in ``tokens``, and the end: shape (documents + 1,), int64.
-        sidecar: what is known of the tokens' origin, counts summed over the pairs; empty for another writer's pairs.
-        pairs: what the store is made of.
-        hashes_of: what the document hashes are of: "text", or "tokens" where those of the text are not at hand.
+        document_starts: the first token of each document, and the end: int64, (documents + 1,).
+        sidecar: what is known of the tokens' origin, counts summed over the pairs; {} for pairs of other programs.
+        pairs: the pairs of files that the store consists of.
+        hashes_of: what the document hashes are computed from: "text", or "tokens" if some pair has no hashes of text.
     """
 
     def __init__(self, path: str | Path, cache_dir: str | Path | None = None):
-        """Open ``path``: a prefix, one file of a pair, or a folder. Nothing is loaded but ``document_starts``.
+        """Open ``path``: a prefix, one file of a pair, or a folder. Only ``document_starts`` is loaded into memory.
 
         Args:
-            cache_dir: keeps the document hashes of pairs that come without, which take a while to compute.
+            cache_dir: where document hashes that had to be computed are kept, because computing them takes a while.
 
         Raises:
             InputError: a file is missing or damaged, or the files do not fit each other; says which and how.
@@ -60,12 +65,13 @@ class TokenStore:
         return len(self.document_starts) - 1
 
     def document_hashes(self) -> np.ndarray:
-        """Return a uniform 64-bit hash of each document, of what ``hashes_of`` says."""
+        """Return a 64-bit hash of each document's text or tokens, as ``hashes_of`` says: uint64, (documents,)."""
         if self._hashes is None:
-            parts, first = [], 0
+            parts = []
+            first = 0  # the first document of the pair
             for pair in self.pairs:
                 if kind_of_hashes(pair) == self.hashes_of:
-                    parts.append(load_hashes(Path(pair.prefix + ".hashes.npy"), pair.documents))
+                    parts.append(load_hashes(Path(pair.prefix + HASHES), pair.documents))
                 else:
                     parts.append(self._hashes_of_tokens(pair, first))
                 first += pair.documents
@@ -73,22 +79,28 @@ class TokenStore:
         return self._hashes
 
     def _hashes_of_tokens(self, pair: TokenPair, first: int) -> np.ndarray:
-        """Return the hashes of the documents of ``pair``, which begin at document ``first``; kept in ``cache_dir``."""
-        kept = None if self.cache_dir is None else Path(self.cache_dir) / "document_hashes" / f"{files_key(pair)}.npy"
-        if kept is not None and kept.exists():
+        """Return the hashes of the documents of ``pair``, from ``cache_dir`` if they were computed before.
+
+        ``first`` is the number of the pair's first document in the store.
+        """
+        starts = self.document_starts[first : first + pair.documents + 1]
+        if self.cache_dir is None:
+            return hash_documents(self.tokens, starts)
+        kept = Path(self.cache_dir) / "document_hashes" / f"{files_key(pair)}.npy"
+        if kept.exists():
             return load_hashes(kept, pair.documents)
-        hashes = hash_documents(self.tokens, self.document_starts[first : first + pair.documents + 1])
-        if kept is not None:
-            keep(kept, hashes)
+        hashes = hash_documents(self.tokens, starts)
+        keep_hashes(kept, hashes)
         return hashes
 
     def hash_tokens(self) -> None:
-        """Know the documents by their tokens from now on, whatever is at hand."""
+        """Compute document hashes from the tokens from now on, even if hashes of the text are there."""
         if self.hashes_of == "text":
-            self.hashes_of, self._hashes = "tokens", None
+            self.hashes_of = "tokens"
+            self._hashes = None
 
     def duplicates(self) -> np.ndarray:
-        """Return which documents have the hash of an earlier one: their indexes, ascending, int64."""
+        """Return which documents have the hash of an earlier one: their numbers, ascending, int64."""
         return np.flatnonzero(repeated(self.document_hashes()))
 
     def fingerprint(self) -> str:
@@ -98,55 +110,105 @@ class TokenStore:
         return digest.hexdigest()
 
     def end_token_share(self, end_token_id: int) -> float:
-        """Return the share of the first 1,000 documents that end with ``end_token_id``; 0 for no documents."""
-        ends = [self.tokens[start:end][-1:] for start, end in pairwise(self.document_starts[:1001].tolist())]
-        return sum(last.tolist() == [end_token_id] for last in ends) / max(1, len(ends))
+        """Return the share of the first 1,000 documents that end with ``end_token_id``; 0 if there are no documents."""
+        edges = self.document_starts[: END_TOKEN_DOCUMENTS + 1].tolist()
+        last_tokens = [self.tokens[start:end][-1:] for start, end in pairwise(edges)]
+        return sum(last.tolist() == [end_token_id] for last in last_tokens) / max(1, len(last_tokens))
 
     def check_tokenizer(self, fingerprint: str, vocabulary_size: int) -> None:
-        """Raise InputError unless the store can have been made with the tokenizer at hand.
+        """Raise InputError if the store cannot have been made with the given tokenizer.
 
-        Where the sidecar names another tokenizer it cannot; where some tokens' is unknown, all ids are looked at.
+        The fingerprint in the sidecar is compared. If the tokenizer of some pairs is not known, every token id of the
+        store is compared with ``vocabulary_size``.
         """
         made_with = self.sidecar.get("tokenizer", {})
         if made_with.get("fingerprint") not in (None, fingerprint):
             raise InputError(
-                f"{self.prefix}: made with another tokenizer (fingerprint {made_with['fingerprint']}, the one at hand "
-                f"has {fingerprint}). Give the one it was made with by --tokenizer, or tokenize the text again."
+                f"{self.prefix}: made with another tokenizer (fingerprint {made_with['fingerprint']}, the given one "
+                f"has {fingerprint}). Give the tokenizer that made it by --tokenizer, or tokenize the text again."
             )
         if made_with.get("fingerprint") is None or made_with.get("unknown_in"):
             self._check_ids(vocabulary_size)
 
     def _check_ids(self, vocabulary_size: int) -> None:
-        starts, hidden = range(0, len(self.tokens), CHUNK_TOKENS), not is_main_process()
-        for start in tqdm(starts, "checking token ids", delay=2, mininterval=1, disable=hidden):
-            chunk = self.tokens.read(start, start + CHUNK_TOKENS)
-            known = (chunk >= 0) & (chunk < vocabulary_size)
+        """Raise InputError if a token is not an id from 0 to ``vocabulary_size`` - 1."""
+        firsts = range(0, len(self.tokens), CHUNK_TOKENS)
+        for first in tqdm(firsts, "checking token ids", delay=2, mininterval=1, disable=not is_main_process()):
+            chunk = self.tokens.read(first, first + CHUNK_TOKENS)
+            is_id = (chunk >= 0) & (chunk < vocabulary_size)
             if chunk.dtype.kind == "f":
-                known &= chunk == np.trunc(chunk)
-            if known.all():
+                is_id &= chunk == np.trunc(chunk)
+            if is_id.all():
                 continue
-            wrong = int(known.argmin())
-            document = int(np.searchsorted(self.document_starts, start + wrong, side="right")) - 1
+            wrong = int(is_id.argmin())
+            document = int(np.searchsorted(self.document_starts, first + wrong, side="right")) - 1
             raise InputError(
-                f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the tokenizer at hand has ids "
-                f"0 to {vocabulary_size - 1:,}: it was probably made with another. Give that one by --tokenizer."
+                f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the given tokenizer has ids "
+                f"0 to {vocabulary_size - 1:,}: it was probably made with another tokenizer. Give that one by "
+                "--tokenizer."
             )
 
 
 def make_hashes_comparable(stores: Iterable[TokenStore]) -> None:
-    """Know the documents of all ``stores`` by their tokens if those of one are: a hash of text is equal to none."""
+    """If one of ``stores`` has hashes of tokens only, hash the tokens of all of them.
+
+    A hash of text never equals a hash of tokens, so a copy of a document in another source would not be found.
+    """
     kinds = {store.hashes_of for store in stores}
     if len(kinds) > 1:
-        say("note: the text of some sources is not at hand: the documents of all are compared by their tokens")
+        say("note: the text of some sources is not known: the documents of all sources are compared by their tokens")
         for store in stores:
             store.hash_tokens()
 
 
+class JoinedTokens:
+    """The tokens of several pairs, one pair after the other: ``len``, ``dtype``, and slices [start:stop] as arrays.
+
+    Slices come from memory maps. Pickling keeps the names of the files, not their content: a worker process that is
+    spawned maps the files itself.
+    """
+
+    def __init__(self, parts: list[StoredArray]):
+        self.parts = [part for part in parts if len(part)] or parts[:1]
+        self.dtype = self.parts[0].dtype
+        self.starts = [0, *np.cumsum([len(part) for part in self.parts], dtype=np.int64).tolist()]
+        self.maps = [part.mapped() for part in self.parts]
+
+    def __reduce__(self):
+        return JoinedTokens, (self.parts,)
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, window: slice) -> np.ndarray:
+        return self._gather(self.maps, window)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Return tokens [start, stop) by plain reads from the disk.
+
+        Use this to go through all tokens: pages of a memory map would stay and fill the memory.
+        """
+        return self._gather(self.parts, slice(start, stop))
+
+    def _gather(self, parts: list[np.ndarray] | list[StoredArray], window: slice) -> np.ndarray:
+        start, stop, step = window.indices(len(self))
+        if step != 1:
+            raise ValueError(f"step {step}: a slice of tokens must have step 1")
+        pieces = []
+        part = bisect_right(self.starts, start) - 1
+        while start < stop:
+            end = min(stop, self.starts[part + 1])
+            pieces.append(parts[part][start - self.starts[part] : end - self.starts[part]])
+            start = end
+            part += 1
+        return pieces[0] if len(pieces) == 1 else np.concatenate([np.zeros(0, self.dtype), *pieces])
+
+
 def joined_tokens(pairs: list[TokenPair]) -> JoinedTokens:
-    """Return the tokens of the pairs end to end.
+    """Return the tokens of the pairs, one pair after the other.
 
     Raises:
-        InputError: they differ in dtype, or are more than a process may map.
+        InputError: they differ in dtype, or are more files than a process may map.
     """
     dtypes = {pair.tokens.dtype: pair.prefix for pair in pairs if len(pair.tokens)}
     if len(dtypes) > 1:
@@ -164,10 +226,11 @@ def joined_tokens(pairs: list[TokenPair]) -> JoinedTokens:
 
 
 def joined_starts(parts: list[np.ndarray]) -> np.ndarray:
-    """Return the document starts of pairs laid end to end."""
+    """Return the document starts of pairs, one after the other: [0, 3, 5] and [0, 2] -> [0, 3, 5, 7]."""
     if len(parts) == 1:
         return parts[0]
-    joined, first = np.zeros(1 + sum(len(part) - 1 for part in parts), dtype=np.int64), 0
+    joined = np.zeros(1 + sum(len(part) - 1 for part in parts), dtype=np.int64)
+    first = 0
     for part in parts:
         np.add(part, int(joined[first]), out=joined[first : first + len(part)])
         first += len(part) - 1
@@ -175,7 +238,10 @@ def joined_starts(parts: list[np.ndarray]) -> np.ndarray:
 
 
 def joined_sidecar(pairs: list[TokenPair]) -> dict:
-    """Return what the sidecars say together: the counts that all have, summed, and the tokenizer. {} if none has any.
+    """Return one sidecar for all pairs: their common tokenizer, and the sum of each count that every sidecar has.
+
+    Other entries are dropped. If only some pairs name their tokenizer, "unknown_in" lists the others. {} if no pair
+    has a sidecar.
 
     Raises:
         InputError: they were made with different tokenizers.
@@ -192,18 +258,35 @@ def joined_sidecar(pairs: list[TokenPair]) -> dict:
     if len(known) > 1:
         seen = ", ".join(f"{pairs[place].prefix} ({fingerprint})" for fingerprint, place in known.items())
         raise InputError(f"made with different tokenizers: {seen}. Tokenize them with the same one.")
-    for place in known.values():
+    for place in known.values():  # one at most
+        joined["tokenizer"] = dict(made_by[place])
         unknown = [
             pair.prefix
             for pair, tokenizer in zip(pairs, made_by, strict=True)
             if "fingerprint" not in tokenizer or "unknown_in" in tokenizer
         ]
-        joined["tokenizer"] = {**made_by[place], **({"unknown_in": unknown} if unknown else {})}
+        if unknown:
+            joined["tokenizer"]["unknown_in"] = unknown
     return joined
 
 
+def kind_of_hashes(pair: TokenPair) -> str | None:
+    """Return what the hashes beside ``pair`` are computed from, "text" or "tokens"; None if there are none.
+
+    Older sidecars do not say it. Theirs are of text if they have ``text_bytes``. Otherwise a merge took in pairs of
+    other programs, and None is returned.
+    """
+    if not Path(pair.prefix + HASHES).exists():
+        return None
+    return pair.sidecar.get("hashes", "text" if "text_bytes" in pair.sidecar else None)
+
+
 def load_hashes(path: Path, documents: int) -> np.ndarray:
-    """Return the document hashes in ``path``, memory-mapped."""
+    """Return the document hashes in ``path``, memory-mapped: uint64, (documents,).
+
+    Raises:
+        InputError: the file is damaged, or of another pair.
+    """
     hashes = map_row(path)
     if hashes.dtype != np.uint64 or len(hashes) != documents:
         raise InputError(
@@ -213,64 +296,8 @@ def load_hashes(path: Path, documents: int) -> np.ndarray:
     return hashes
 
 
-def kind_of_hashes(pair: TokenPair) -> str | None:
-    """Return what the hashes beside ``pair`` are of, "text" or "tokens"; None if there are none, or it is not known."""
-    if not Path(pair.prefix + ".hashes.npy").exists():
-        return None
-    # Sidecars from before it was written down: of text, unless a merge took in pairs of other writers, whose text and
-    # therefore its size is not known.
-    return pair.sidecar.get("hashes", "text" if "text_bytes" in pair.sidecar else None)
-
-
-def hash_documents(tokens: JoinedTokens, starts: np.ndarray) -> np.ndarray:
-    """Return ``content_hash`` of each document [starts[i], starts[i + 1]), uint64.
-
-    Of its ids as int32, so that the same documents in another width have the same hashes.
-    """
-    hashes = np.empty(len(starts) - 1, dtype=np.uint64)
-    hidden = not is_main_process()
-    with tqdm(
-        desc="hashing", total=len(hashes), unit=" documents", unit_scale=True, delay=2, mininterval=1, disable=hidden
-    ) as progress:
-        for first, last in whole_documents(starts):
-            begin, end = int(starts[first]), int(starts[last])
-            if end - begin > CHUNK_TOKENS:
-                hashes[first] = _hash_in_chunks(tokens, begin, end)
-            else:
-                content = memoryview(tokens.read(begin, end).astype("<i4").tobytes())
-                edges = ((starts[first : last + 1] - begin) * 4).tolist()
-                hashes[first:last] = [content_hash(content[start:stop]) for start, stop in pairwise(edges)]
-            progress.update(last - first)
-    return hashes
-
-
-def _hash_in_chunks(tokens: JoinedTokens, begin: int, end: int) -> int:
-    """Return ``content_hash`` of one document that is too long to be in memory whole: some stores are one document."""
-    digest = hashlib.blake2b(digest_size=8)
-    for start in range(begin, end, CHUNK_TOKENS):
-        digest.update(tokens.read(start, min(end, start + CHUNK_TOKENS)).astype("<i4"))
-    return int.from_bytes(digest.digest(), "little")
-
-
-def whole_documents(starts: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Yield [first, last) over all documents: as many at once as CHUNK_TOKENS hold, one at least."""
-    first, documents = 0, len(starts) - 1
-    while first < documents:
-        fitting = int(np.searchsorted(starts, starts[first] + CHUNK_TOKENS, side="right")) - 1
-        last = min(max(first + 1, fitting), first + CHUNK_TOKENS, documents)
-        yield first, last
-        first = last
-
-
-def files_key(pair: TokenPair) -> str:
-    """Return the pair's name and 16 hex digits that change when one of its files is replaced."""
-    stats = [(str(path.resolve()), path.stat()) for path in pair.files]
-    identity = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-    return f"{Path(pair.prefix).name}-{hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()}"
-
-
-def keep(path: Path, hashes: np.ndarray) -> None:
-    """Write ``hashes`` to ``path``, whole or not at all; where that cannot be done, say so and go on without."""
+def keep_hashes(path: Path, hashes: np.ndarray) -> None:
+    """Write ``hashes`` to ``path``, whole or not at all; if that fails, say so and continue without."""
     partial = path.with_name(f"{path.stem}.partial-{uuid4().hex[:8]}.npy")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -280,3 +307,56 @@ def keep(path: Path, hashes: np.ndarray) -> None:
         if partial.exists():
             partial.unlink()
         say(f"note: document hashes are not kept for the next run: {error}")
+
+
+def files_key(pair: TokenPair) -> str:
+    """Return the pair's name and 16 hex digits that change when one of its files is replaced."""
+    stats = [(str(path.resolve()), path.stat()) for path in pair.files]
+    identity = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
+    return f"{Path(pair.prefix).name}-{hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()}"
+
+
+def hash_documents(tokens: JoinedTokens, starts: np.ndarray) -> np.ndarray:
+    """Return ``content_hash`` of the tokens of each document [starts[i], starts[i + 1]): uint64, (documents,).
+
+    The ids are hashed as int32, so that the same document has the same hash whatever the dtype of its store.
+    """
+    hashes = np.empty(len(starts) - 1, dtype=np.uint64)
+    with tqdm(
+        desc="hashing",
+        total=len(hashes),
+        unit=" documents",
+        unit_scale=True,
+        delay=2,
+        mininterval=1,
+        disable=not is_main_process(),
+    ) as progress:
+        for first, last in whole_documents(starts):
+            begin, end = int(starts[first]), int(starts[last])
+            if end - begin > CHUNK_TOKENS:
+                hashes[first] = _hash_in_chunks(tokens, begin, end)
+            else:
+                content = memoryview(tokens.read(begin, end).astype("<i4").tobytes())
+                edges = ((starts[first : last + 1] - begin) * 4).tolist()  # bytes
+                hashes[first:last] = [content_hash(content[start:stop]) for start, stop in pairwise(edges)]
+            progress.update(last - first)
+    return hashes
+
+
+def _hash_in_chunks(tokens: JoinedTokens, begin: int, end: int) -> int:
+    """Return ``content_hash`` of one document that does not fit in memory: some stores are a single document."""
+    digest = hashlib.blake2b(digest_size=8)
+    for start in range(begin, end, CHUNK_TOKENS):
+        digest.update(tokens.read(start, min(end, start + CHUNK_TOKENS)).astype("<i4"))
+    return int.from_bytes(digest.digest(), "little")
+
+
+def whole_documents(starts: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Yield ranges [first, last) of documents that cover all: as many as fit in CHUNK_TOKENS, but at least one."""
+    documents = len(starts) - 1
+    first = 0
+    while first < documents:
+        fitting = int(np.searchsorted(starts, starts[first] + CHUNK_TOKENS, side="right")) - 1
+        last = min(max(first + 1, fitting), first + CHUNK_TOKENS, documents)
+        yield first, last
+        first = last

@@ -1,13 +1,14 @@
-"""Byte-level BPE as tiktoken runs it, with merges and pattern out of a tokenizer.json: the same ids, faster.
+"""Byte-level BPE by tiktoken, with the merges and the pattern of a tokenizer.json: the same ids, faster.
 
-That the ids are the same rests on four arguments, each checked when the engine is built:
+The ids are the same for four reasons, each checked when the engine is built:
 
-- Merges: tokenizers takes pairs in the order of its merges, tiktoken in the order of the tokens that pairs make.
-  ``byte_level_ranks`` says when that is the same.
-- Pattern: it may use only what Oniguruma (tokenizers) and fancy-regex (tiktoken) read alike, COMMON_SYNTAX.
-- Unicode: the two regex engines, the normaliser and Python may follow different versions of Unicode. A text with one
-  of the ``disputed_characters`` goes to tokenizers.
-- Added tokens, ``<tool_call>`` and the like, are not merges: a text that contains one goes to tokenizers.
+- Merges: tokenizers merges pairs in the order of its list of merges, tiktoken in the order of the merged tokens.
+  ``byte_level_ranks`` says when both give the same tokens.
+- Pattern: it uses only syntax that both regex engines, Oniguruma (tokenizers) and fancy-regex (tiktoken), read in the
+  same way: COMMON_SYNTAX.
+- Unicode: the regex engines, the normaliser and Python may follow different versions of Unicode. A text with one of
+  the ``disputed_characters`` goes to tokenizers.
+- Added tokens, such as ``<tool_call>``, are not merges. A text that contains one goes to tokenizers.
 """
 
 import functools
@@ -20,47 +21,54 @@ import numpy as np
 import tiktoken
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 
-# What ByteLevel(use_regex=True) splits with. Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py
+# The pattern of ByteLevel(use_regex=True). Source: https://github.com/openai/gpt-2/blob/master/src/encoder.py
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The two differ on ``.``, ``$``, ``\w``, ``&&`` and on what ``+`` and ``?`` mean after ``{1,3}``.
+# The engines differ on ``.``, ``$``, ``\w``, ``&&``, and on the meaning of ``+`` and ``?`` after ``{1,3}``.
 COMMON_SYNTAX = re.compile(r"(?:\(\?(?:i:|:|!)|\\[rn]|\{\d+(?:,\d*)?\}(?![+?])|[()|?*+^\[\]' /A-Za-z0-9-])*")
-# Room for the 200 bytes of memory that tokenizers takes for a byte of text; no effect on the ids.
+CHARACTER_CLASS = re.compile(r"\\[pP]\{\w+\}|\\[sSd]")
+# Longer texts are cut, because tokenizers needs 200 bytes of memory for a byte of text. The ids do not change.
 SEGMENT_CHARACTERS = 2**18
-GROUP_CHARACTERS = 2**10  # of short texts, checked together
-SEPARATOR = "\U0010ffff\U0010fffe"  # in no plain text, as its characters are not examined
-# A letter ends its piece before each of these, and nothing looks back. Tried at start on this tokenizer's pattern.
+GROUP_CHARACTERS = 2**10  # of short texts that are checked together
+SEPARATOR = "\U0010ffff\U0010fffe"  # in no plain text, because its characters are not examined, and so disputed
+# Text may be cut between a letter and one of these characters: the letter ends a piece there, and no pattern looks back
+# across it. ``try_awkward_texts`` tries this at start on the pattern of each tokenizer.
 SAFE_CUT = re.compile(r"[A-Za-z\u4e00-\u9fff](?=[ \n,.，。])")
+CODE_POINTS = 0x110000
+# Planes 0 and 1 of Unicode. One more plane would take half a second more at every start. Texts with characters beyond
+# them, such as rare Chinese ones in plane 2, go to tokenizers.
+EXAMINED_CODE_POINTS = 0x20000
+NOTHING = r"(?!)"  # a pattern that never matches
 
 
 class Unsupported(Exception):
-    """tiktoken cannot be shown to give this tokenizer's ids. The message says why, as the end of a sentence."""
+    """tiktoken may not give this tokenizer's ids. The message says why, as the end of a sentence."""
 
 
 @dataclass(frozen=True)
 class TiktokenEngine:
-    """Text -> ids for one tokenizer. Threads may share it: tiktoken works without the GIL."""
+    """Text -> ids for one tokenizer. Threads may share it: tiktoken releases the GIL."""
 
     encoding: tiktoken.Encoding
-    id_of_rank: np.ndarray  # (ranks,) uint32
-    rank_is_id: bool
-    disputed: np.ndarray  # (CODE_POINTS,) bool
+    id_of_rank: np.ndarray  # the id of each of tiktoken's ranks: uint32, (ranks,)
+    rank_is_id: bool  # every rank equals its id, so that nothing has to be looked up
+    disputed: np.ndarray  # code points on which the engines could disagree: bool, (CODE_POINTS,)
     added_tokens: re.Pattern
     may_cut: bool  # whether no added token spans a SAFE_CUT
-    normalize: Callable[[str], str] | None  # NFC as tokenizers has it
+    normalize: Callable[[str], str] | None  # tokenizers' NFC, if the tokenizer normalises
     reference: Callable[[str], np.ndarray]  # text -> ids by tokenizers
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Return the ids of each of ``texts``.
+        """Return the ids of each of ``texts``, 1-D uint32.
 
-        All that are plain go through tiktoken in one call, SEPARATOR between them: threads that call it for every short
-        text wait for each other longer than they work.
+        All plain texts go through tiktoken in one call, with SEPARATOR between them. Threads that called it for every
+        short text would wait for each other longer than they work.
         """
         plain = [text for group in groups(texts, GROUP_CHARACTERS) for text in self._plain_of(group)]
         try:
             ranks = self.encoding.encode_to_numpy(
                 SEPARATOR.join(plain), allowed_special={SEPARATOR}, disallowed_special=()
             )
-        except ValueError:  # as in _encode_segment
+        except ValueError:  # see _encode_segment
             return [self.encode(text) for text in texts]
         ends = np.append(np.flatnonzero(ranks == len(self.id_of_rank)), len(ranks)).tolist()
         ids = ranks if self.rank_is_id else np.append(self.id_of_rank, np.uint32(0))[ranks]
@@ -77,19 +85,20 @@ class TiktokenEngine:
         return result
 
     def _plain_of(self, group: list[str]) -> list[str]:
-        """Return those of a few texts that tiktoken may have as they are."""
-        joined = "\n".join(group)  # a line break composes with nothing: what holds of all holds of each
+        """Return those texts of ``group`` that tiktoken may encode as they are."""
+        joined = "\n".join(group)  # a line break composes with no character: if all together are plain, each is
         if len(joined) <= SEGMENT_CHARACTERS and self._is_plain(joined):
             return group
         return [text for text in group if len(text) <= SEGMENT_CHARACTERS and self._is_plain(text)]
 
     def encode(self, text: str, segment_characters: int = SEGMENT_CHARACTERS) -> np.ndarray:
-        """Return the ids of ``text``, 1-D uint32; texts longer than ``segment_characters`` are cut on the way."""
+        """Return the ids of ``text``, 1-D uint32. A text longer than ``segment_characters`` is encoded in pieces."""
         if len(text) <= segment_characters or not self.may_cut:
             return self._encode_segment(text)
         return np.concatenate([self._encode_segment(part) for part in segments(text, segment_characters)])
 
     def _encode_segment(self, text: str) -> np.ndarray:
+        """Return the ids of ``text`` by tiktoken, or by tokenizers where tiktoken could differ."""
         if self._needs_reference(text):
             return self.reference(text)
         normal = text
@@ -99,16 +108,17 @@ class TiktokenEngine:
                 return self.reference(text)
         try:
             return self._ids(normal)
-        except ValueError:  # a run of a million white space characters is more than fancy-regex remembers
+        except ValueError:  # fancy-regex runs out of memory on a million white space characters in a row
             return self.reference(text)
 
     def _is_plain(self, text: str) -> bool:
-        """Whether tiktoken may have ``text`` as it is."""
+        """Whether tiktoken may encode ``text`` as it is."""
         if self._needs_reference(text):
             return False
         return self.normalize is None or unicodedata.is_normalized("NFC", text)
 
     def _needs_reference(self, text: str) -> bool:
+        """Whether ``text`` has an added token or a disputed character, so that only tokenizers may encode it."""
         if self.added_tokens.search(text):
             return True
         return not text.isascii() and bool(self.disputed[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")].any())
@@ -119,12 +129,14 @@ class TiktokenEngine:
 
 
 def groups(texts: list[str], characters: int) -> Iterator[list[str]]:
-    """Yield ``texts`` in order, several at once up to about so many ``characters``."""
-    group, size = [], 0
+    """Yield ``texts`` in order, in groups of at most ``characters``; a longer text is a group of its own."""
+    group = []
+    size = 0
     for text in texts:
         if group and size + len(text) > characters:
             yield group
-            group, size = [], 0
+            group = []
+            size = 0
         group.append(text)
         size += len(text)
     if group:
@@ -132,11 +144,13 @@ def groups(texts: list[str], characters: int) -> Iterator[list[str]]:
 
 
 def segments(text: str, segment_characters: int) -> Iterator[str]:
-    """Cut ``text`` at the first SAFE_CUT after every ``segment_characters``; there may be none."""
+    """Yield the pieces of ``text``, each cut at the first SAFE_CUT after ``segment_characters``, if there is one."""
     begin = 0
-    while cut := SAFE_CUT.search(text, begin + segment_characters - 1):
+    cut = SAFE_CUT.search(text, segment_characters - 1)
+    while cut is not None:
         yield text[begin : cut.end()]
         begin = cut.end()
+        cut = SAFE_CUT.search(text, begin + segment_characters - 1)
     yield text[begin:]
 
 
@@ -154,34 +168,40 @@ def tiktoken_engine(content: dict, backend: Tokenizer, reference: Callable[[str]
     ranks, id_of_rank = byte_level_ranks(content["model"], backend)
     normalize = backend.normalizer.normalize_str if content["normalizer"] else None
     added = content["added_tokens"]
-    # Some are looked for in the text as it is, some in the normalised text, normalised themselves.
+    # tokenizers looks for some added tokens in the text as it is, and for the normalised form of others in the
+    # normalised text. Both forms are looked for here.
     names = {form for token in added for form in (token["content"], unicodedata.normalize("NFC", token["content"]))}
-    reach_out = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
+    alternatives = "|".join(map(re.escape, sorted(names)))
+    take_neighbours = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
     try:
         separator = {SEPARATOR: len(ranks)}
         encoding = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=separator)
         covered = encoding.decode_bytes(encoding.encode_ordinary(examined_characters()))
     except ValueError as error:
         raise Unsupported(f"tiktoken refuses it ({error})") from None
-    if covered != examined_characters().encode():  # tiktoken drops what no match covers, tokenizers keeps it
+    if covered != examined_characters().encode():  # tiktoken drops text that no match covers, tokenizers keeps it
         raise Unsupported("its pattern leaves some characters out")
     return TiktokenEngine(
         encoding=encoding,
         id_of_rank=id_of_rank,
         rank_is_id=np.array_equal(id_of_rank, np.arange(len(id_of_rank))),
         disputed=disputed_characters(pattern, normalize is not None),
-        added_tokens=re.compile("|".join(map(re.escape, sorted(names))) or r"(?!)"),
-        may_cut=not reach_out and not any(re.search("[ \n,.，。]", name) for name in names),
+        added_tokens=re.compile(alternatives if alternatives else NOTHING),
+        may_cut=not take_neighbours and not any(re.search("[ \n,.，。]", name) for name in names),
         normalize=normalize,
         reference=reference,
     )
 
 
 def split_pattern(pre_tokenizer: dict | None) -> str:
-    """Return the regular expression whose matches are this pre-tokenizer's pieces, if it is one that both can run."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer]) or [None]
-    byte_level = steps[-1]
-    if not byte_level or byte_level["type"] != "ByteLevel" or byte_level["add_prefix_space"]:
+    """Return the regular expression whose matches are the pieces of ``pre_tokenizer``.
+
+    Raises:
+        Unsupported: there is none, or the two regex engines may read it differently.
+    """
+    steps = [] if pre_tokenizer is None else pre_tokenizer.get("pretokenizers", [pre_tokenizer])
+    byte_level = steps[-1] if steps else None
+    if byte_level is None or byte_level["type"] != "ByteLevel" or byte_level["add_prefix_space"]:
         raise Unsupported("its pre-tokenizer does not end in a plain ByteLevel")
     if len(steps) == 1 and byte_level["use_regex"]:
         return GPT2_PATTERN
@@ -189,7 +209,7 @@ def split_pattern(pre_tokenizer: dict | None) -> str:
         raise Unsupported("its pre-tokenizer is not one regular expression and ByteLevel")
     split = steps[0]
     pattern = split["pattern"].get("Regex")
-    # Equal where the matches cover all text.
+    # The two give the same pieces if the matches cover all text, which tiktoken_engine checks.
     if pattern is None or (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
         raise Unsupported("its pre-tokenizer splits in another way than into the matches of a regular expression")
     if not COMMON_SYNTAX.fullmatch(CHARACTER_CLASS.sub("", pattern)):
@@ -198,16 +218,21 @@ def split_pattern(pre_tokenizer: dict | None) -> str:
 
 
 def byte_level_ranks(model: dict, backend: Tokenizer) -> tuple[dict[bytes, int], np.ndarray]:
-    """Return tiktoken's ranks (token -> rank) and the id of every rank.
+    """Return tiktoken's ranks (token -> rank) and the id of every rank, uint32, (ranks,).
 
-    Rank = position among the 256 bytes and then the merges. Why the ids are then the same: while a stretch of text is
-    still two tokens X, Y, everything merged inside it so far was merged as if the stretch stood alone, in both
-    libraries. So they part ways only at an X, Y that is no merge though XY is a rank; and then XY, alone, ends as the
-    two tokens X, Y in tokenizers. All tokens are tried: those that do not come out as one are unreachable and get no
-    rank (with ``ignore_merges``, where a whole piece is looked up first, they keep it, but must not end as two).
+    The ranks are the 256 bytes in order, then the merged tokens in the order of the merges. The libraries then give
+    the same ids, for this reason: as long as a stretch of text is two tokens X and Y, both libraries have merged inside
+    it exactly what they would merge if the stretch were alone. So they can differ only at a pair X, Y that is not a
+    merge although the token XY has a rank. In that case tokenizers leaves the text XY, encoded alone, as two tokens.
+    Therefore every token's text is encoded alone by the merges:
+
+    - A text that comes out as one token is safe.
+    - A text that does not is a token that the merges cannot reach. It gets no rank.
+    - With ``ignore_merges``, tokenizers first looks up a whole piece in the vocabulary. Unreachable tokens then keep
+      their rank, but none may come out as two tokens.
 
     Raises:
-        Unsupported: not a byte-level BPE, or the above does not hold.
+        Unsupported: not a byte-level BPE, or the argument above does not hold.
     """
     if model["dropout"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"]:
         raise Unsupported("its BPE uses dropout, a prefix or a suffix")
@@ -221,7 +246,8 @@ def byte_level_ranks(model: dict, backend: Tokenizer) -> tuple[dict[bytes, int],
         merged = left + right
         if merged in order and merged != latest:
             raise Unsupported(f"merges far apart make the same token, {merged!r}")
-        order[latest := merged] = None
+        order[merged] = None
+        latest = merged
 
     alphabet = set(byte_of_character)
     others = [token for token in vocabulary if token not in order and alphabet.issuperset(token)]
@@ -236,9 +262,10 @@ def byte_level_ranks(model: dict, backend: Tokenizer) -> tuple[dict[bytes, int],
 
 
 def merged_token_counts(tokens: list[str], backend: Tokenizer) -> np.ndarray:
-    """Return how many tokens the merges alone leave of each of ``tokens``."""
+    """Return into how many tokens the merges alone turn the text of each of ``tokens``: int, (tokens,)."""
     bare = Tokenizer(backend.model)  # shares the model
-    ignores_merges, bare.model.ignore_merges = bare.model.ignore_merges, False
+    ignores_merges = bare.model.ignore_merges
+    bare.model.ignore_merges = False
     counts = np.array([len(encoding) for encoding in bare.encode_batch_fast(tokens, add_special_tokens=False)])
     bare.model.ignore_merges = ignores_merges
     return counts
@@ -254,27 +281,25 @@ def byte_level_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(256 + i): byte for i, byte in enumerate(others)}
 
 
-CHARACTER_CLASS = re.compile(r"\\[pP]\{\w+\}|\\[sSd]")
-CODE_POINTS = 0x110000
-# Planes 0 and 1: looking at one plane more takes half a second at every start. Texts with rarer characters, such as the
-# Chinese ones of plane 2, go to tokenizers.
-EXAMINED_CODE_POINTS = 0x20000
-
-
 def examined_characters() -> str:
-    """Return every character below EXAMINED_CODE_POINTS; surrogates are none."""
+    """Return every character below EXAMINED_CODE_POINTS, as one string. Surrogates are not characters."""
     codes = np.arange(EXAMINED_CODE_POINTS, dtype="<u4")
     return codes[(codes < 0xD800) | (codes >= 0xE000)].tobytes().decode("utf-32-le")
 
 
 @functools.lru_cache(maxsize=4)  # takes a second
 def disputed_characters(pattern: str, normalized: bool) -> np.ndarray:
-    """Return the code points on which the engines could disagree, as a boolean table of all.
+    """Return for every code point whether the engines could disagree on it: bool, (CODE_POINTS,).
 
-    They are: all that were not examined; those in one engine's character class and not in the other's; those that
-    ``(?i:`` could take for an ASCII letter of the pattern; and, where NFC matters, those that Python's unicodedata
-    does not know yet (what it knows it knows for good: an assigned character's normalisation never changes,
-    https://www.unicode.org/policies/stability_policy.html).
+    That is the case for
+
+    - code points that are not examined;
+    - those that a character class of ``pattern`` contains in one regex engine and not in the other;
+    - those that ``(?i:`` could take for an ASCII letter of the pattern, such as the long s, U+017F;
+    - if the text is ``normalized``, those that Python's unicodedata does not know yet. The normalisation of a
+      character that it knows never changes.
+
+    Source: https://www.unicode.org/policies/stability_policy.html
     """
     characters = examined_characters()
     disputed = set()
@@ -295,13 +320,16 @@ def disputed_characters(pattern: str, normalized: bool) -> np.ndarray:
 
 
 def matches_in_oniguruma(character_class: str, characters: str) -> set[str]:
-    """Return those of ``characters`` that tokenizers' regex engine finds in ``character_class``."""
+    """Return those of ``characters`` that are in ``character_class`` for tokenizers' regex engine."""
     splitter = pre_tokenizers.Split(Regex(character_class + "+"), behavior="removed", invert=True)
     return set("".join(piece for piece, _ in splitter.pre_tokenize_str(characters)))
 
 
 def matches_in_fancy_regex(character_class: str, characters: str) -> set[str]:
-    """Return those that tiktoken's regex engine finds: with the bytes as ranks, tiktoken gives back what matches."""
+    """Return those of ``characters`` that are in ``character_class`` for tiktoken's regex engine.
+
+    With the 256 single bytes as ranks, the ids of a text are the bytes of all its matches.
+    """
     single_bytes = {bytes([byte]): byte for byte in range(256)}
     pattern = character_class + "{1,16}"
     encoding = tiktoken.Encoding("bytes", pat_str=pattern, mergeable_ranks=single_bytes, special_tokens={})

@@ -1,42 +1,46 @@
-"""Load a tokenizer, and make sure that it has an end-of-document token."""
+"""Load a tokenizer that has an end-of-document token; its fingerprint, and the padded size of its vocabulary."""
 
 import hashlib
 import json
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import (
-    AutoTokenizer,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.console import InputError
 from common.hub import fetch_tokenizer
+
+# Tensor cores are fastest when the sizes of a matrix are multiples of this.
+# Source: https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html
+VOCABULARY_MULTIPLE = 128
 
 
 def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokenizerBase:
     """Load the tokenizer called ``name``: a local folder, a ModelScope or Hugging Face id, or a .gguf file.
 
-    Its ``eos_token`` is the end-of-document token; ``end_token`` names another one of its vocabulary.
+    The end-of-document token is its ``eos_token``. A tokenizer without a padding token pads with the same token.
+
+    Args:
+        end_token: a token of its vocabulary that is to be the end-of-document token instead.
 
     Raises:
         InputError: no such tokenizer, no end-of-document token, or ``end_token`` is not in the vocabulary.
     """
     if name.endswith(".gguf"):
-        folder, in_file = str(Path(name).parent), {"gguf_file": Path(name).name}
+        folder, options = str(Path(name).parent), {"gguf_file": Path(name).name}
     else:
-        folder, in_file = fetch_tokenizer(name), {}
+        folder, options = fetch_tokenizer(name), {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **in_file)
-    except Exception as error:  # whatever transformers or the Rust tokenizer stumbled over
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # transformers and the Rust tokenizer raise many types
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}).") from None
-    # What transformers makes of a folder with a config alone:
+        raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}). Give another.") from None
+    # From a folder with a config alone, transformers makes a tokenizer with an empty vocabulary.
     if not tokenizer("a 地 1", add_special_tokens=False)["input_ids"]:
-        raise InputError(f"{folder}: no vocabulary in it, its tokenizer turns text into nothing.")
+        raise InputError(f"{folder}: its tokenizer has no vocabulary and turns text into nothing. Give another.")
     if end_token is not None:
         if end_token not in tokenizer.get_vocab():
-            raise InputError(f"--end_token {end_token!r} is not in the vocabulary of {name}.")
+            raise InputError(f"--end_token {end_token!r} is not in the vocabulary of {name}. Give a token that is.")
         tokenizer.eos_token = end_token
     if tokenizer.eos_token_id is None:
         candidates = [token for token in tokenizer.all_special_tokens if token]
@@ -50,12 +54,16 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Return 16 hex digits that change with anything that changes the ids of a text or of its end."""
+    """Return 16 hex digits that change with anything that changes a text's ids or the end-of-document id.
+
+    Truncation and padding do not count: the encoders use neither. The digits are part of the names of cached token
+    stores: any change here makes every user tokenize again.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         content = json.dumps(tokenizer.get_vocab(), sort_keys=True)
     else:
-        if backend.truncation or backend.padding:  # the encoders use neither
+        if backend.truncation or backend.padding:
             backend = Tokenizer.from_str(backend.to_str())
             backend.no_truncation()
             backend.no_padding()
@@ -63,11 +71,9 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()[:16]
 
 
-# Tensor cores are fed best by such sizes.
-# Source: https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html
-VOCABULARY_MULTIPLE = 128
-
-
 def padded_vocabulary(vocabulary_size: int) -> int:
-    """Return the next multiple of VOCABULARY_MULTIPLE."""
+    """Return the rows of the embedding for so many tokens: the next multiple of VOCABULARY_MULTIPLE.
+
+    For example, 151,665 tokens get 151,680 rows. The surplus rows are never an input or a target.
+    """
     return -(-vocabulary_size // VOCABULARY_MULTIPLE) * VOCABULARY_MULTIPLE

@@ -1,4 +1,4 @@
-"""Loader workers, and what a long run leaves open: nothing."""
+"""Loader workers: signals, shared memory, and that a long run leaves no file, thread or process open."""
 
 import json
 import multiprocessing
@@ -17,7 +17,7 @@ from conftest import ROOT
 from tiny import ENVIRONMENT, load_recipe, tiny_run
 
 from common.console import InputError
-from common.dataset import loader as loaders
+from common.dataset import loader
 from common.dataset.loader import check_shared_memory
 
 MIB = 2**20
@@ -31,7 +31,7 @@ def training(workers, prefetch=None):
 
 
 def test_a_shared_memory_that_is_too_small_is_explained(monkeypatch, tmp_path):
-    monkeypatch.setattr(loaders, "SHARED_MEMORY", str(tmp_path))
+    monkeypatch.setattr(loader, "SHARED_MEMORY", str(tmp_path))
     needed = 4 * 3 * 64 * 512 * 32  # workers x batches x rows x tokens x bytes
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
     check_shared_memory(training(4), 512)
@@ -42,13 +42,13 @@ def test_a_shared_memory_that_is_too_small_is_explained(monkeypatch, tmp_path):
 
 
 def slow_worker(ready):
-    loaders.leave_signals_to_the_parent(lambda worker: ready.put(worker), 3)
+    loader.leave_signals_to_the_parent(lambda worker: ready.put(worker), 3)
     time.sleep(60)
 
 
-@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="who sent a signal is known on Linux only")
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="only Linux says who sent a signal")
 def test_a_worker_obeys_its_parent_only():
-    """Not a stranger, as a launcher is; its parent at once, even in the middle of its work."""
+    """A signal from another process, such as the launcher, is ignored. Its parent ends it at once, while it works."""
     processes = multiprocessing.get_context("fork")
     ready = processes.Queue()
     worker = processes.Process(target=slow_worker, args=(ready,))
@@ -65,12 +65,12 @@ def test_a_worker_obeys_its_parent_only():
 
 @pytest.mark.heavy
 def test_in_a_container_with_little_shared_memory(cache_dir, tmp_path):
-    """A namespace of its own, in which /dev/shm has 64 KiB."""
+    """In a mount namespace of its own, where /dev/shm has 64 KiB."""
     flags = tiny_run(cache_dir, tmp_path / "run", "--dataloader_num_workers", "2", "--max_steps", "2")
     command = [sys.executable, str(ROOT / "recipes" / "wiki_zh_scratch.py"), *flags]
     mounted = ["unshare", "-m", "sh", "-c", 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$0" "$@"']
     done = subprocess.run([*mounted, *command], env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 1 and "0.1 are free there" in done.stderr, done.stderr
+    assert done.returncode == 1 and "0.1 MiB are free there" in done.stderr, done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -88,7 +88,7 @@ def in_use() -> dict[str, float]:
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("workers", [0, 2])
 def test_two_thousand_steps_leave_nothing_open(cache_dir, tmp_path, workers):
-    """Measured at every one of 20 evaluations and saves, and after the end."""
+    """Measured at each of 20 saves, and after the end."""
     recipe, seen = load_recipe("wiki_zh_scratch"), []
 
     class Measured(recipe.PretrainingTrainer):
@@ -106,7 +106,7 @@ def test_two_thousand_steps_leave_nothing_open(cache_dir, tmp_path, workers):
     assert len(seen) == 20
     for name in ("files", "threads", "children"):
         assert seen[-1][name] <= seen[2][name], name
-        assert after[name] <= before[name] + (name == "files"), name  # the lock, until this process ends
+        assert after[name] <= before[name] + (name == "files"), name  # the lock of the folder stays open
     early, late = (statistics.median(point["bytes"] for point in part) for part in (seen[4:8], seen[16:]))
     print("resources:", json.dumps({"workers": workers, "first": seen[2], "last": seen[-1], "after": after}))
     print(f"resources: {(late - early) / MIB:.2f} MiB more after 1,200 steps")

@@ -1,4 +1,4 @@
-"""Packing against a reference of plain lists, written from the definition and not from the code."""
+"""Packing, compared with a reference of plain lists that is written from the definition, not from the code."""
 
 import math
 
@@ -24,7 +24,7 @@ def reference_rows(documents: list[list[int]], context_length: int, isolated: bo
         row = {"input_ids": [token for token, _ in inputs], "shift_labels": [token for token, _ in targets]}
         if isolated:
             row["shift_labels"] = [IGNORED_TARGET if place == 0 else token for token, place in targets]
-            begun = inputs[0][1]  # the row's first document is shown from here on
+            begun = inputs[0][1]  # the row shows its first document from this token on
             whole_documents = [index for index, (_, place) in enumerate(inputs) if place == 0]
             row["position_ids"] = [
                 place if any(start <= index for start in whole_documents) else place - begun
@@ -33,6 +33,16 @@ def reference_rows(documents: list[list[int]], context_length: int, isolated: bo
         rows.append(row)
         stream = stream[context_length:]
     return rows
+
+
+def test_the_example_of_the_docstring(tmp_path):
+    store = store_of_tokens(tmp_path, [[5, 6], [7, 8, 9], [1]])
+    inputs = [[5, 6, 0, 7], [8, 9, 0, 1]]
+    labels = {False: [[6, 0, 7, 8], [9, 0, 1, 0]], True: [[6, 0, -100, 8], [9, 0, -100, 0]]}
+    for isolated, expected in labels.items():
+        rows = as_lists(PackedRows(store, np.ones(3, bool), 4, isolated))
+        assert [row["input_ids"] for row in rows] == inputs and [row["shift_labels"] for row in rows] == expected
+    assert [row["position_ids"] for row in rows] == [[0, 1, 2, 0], [0, 1, 2, 0]]
 
 
 def as_lists(rows) -> list[dict[str, list[int]]]:

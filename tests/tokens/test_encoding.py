@@ -1,4 +1,4 @@
-"""The encoder gives exactly the ids of tokenizers' Rust tokenizer, whichever engine it takes."""
+"""The encoder gives exactly the ids of the Rust tokenizer, whichever engine it uses."""
 
 import dataclasses
 import functools
@@ -82,14 +82,14 @@ def wrapped(backend: Tokenizer, end_token: str = END) -> PreTrainedTokenizerFast
 
 
 def without_special_tokens(backend: Tokenizer) -> Tokenizer:
-    """Return the reference: a copy that takes special tokens for ordinary text."""
+    """Return the reference: a copy that treats special tokens as ordinary text."""
     backend = Tokenizer.from_str(backend.to_str())
     backend.encode_special_tokens = True
     return backend
 
 
 def reference(backend: Tokenizer, *texts: str) -> list[list[int]]:
-    """tokenizers' own ids, by another method than the one that the encoder calls."""
+    """Return tokenizers' own ids, by another method than the one that the encoder calls."""
     strict = without_special_tokens(backend)
     return [strict.encode(text, add_special_tokens=False).ids for text in texts]
 
@@ -131,7 +131,7 @@ def test_any_text(kind, text):
 
 @pytest.mark.parametrize("kind", ["qwen2", *(pytest.param(kind, marks=pytest.mark.heavy) for kind in [*PATTERNS][1:])])
 def test_every_code_point(kind):
-    """Those that are not disputed, and so never reach tokenizers, between letters, digits, spaces and an apostrophe."""
+    """Every undisputed code point, which never reaches tokenizers, between letters, digits, spaces and apostrophes."""
     normalized = trained(kind).normalizer is not None
     disputed = disputed_characters(PATTERNS[kind], normalized)
     agreed = [chr(code) for code in np.flatnonzero(~disputed) if not 0xD800 <= code < 0xE000]
@@ -144,7 +144,7 @@ def test_every_code_point(kind):
 
 
 def test_python_never_calls_normalized_what_tokenizers_would_change():
-    """For every undisputed character, alone and beside marks that reorder or compose with it."""
+    """For every undisputed character, alone and next to marks that reorder or compose with it."""
     agreed = [chr(code) for code in np.flatnonzero(~disputed_characters(QWEN2, True)) if not 0xD800 <= code < 0xE000]
     for form in ("{}", "e{}", "{}\u0301", "\u0345{}", "q\u0323{}\u0301", "ᄒ{}", "{}\u0338\u0323"):
         normal = [text for text in map(form.format, agreed) if unicodedata.is_normalized("NFC", text)]
@@ -164,7 +164,7 @@ def test_the_disputed_characters():
 
 
 def test_texts_that_only_tokenizers_may_encode():
-    """Each of the ways there, and that no other text takes it."""
+    """Every kind of text that goes to tokenizers, and similar texts that do not."""
     backend = Tokenizer.from_str(trained("qwen2").to_str())
     backend.add_tokens([AddedToken("caf\u00e9", normalized=True), AddedToken("<tool>", normalized=False)])
     seen = []
@@ -194,7 +194,7 @@ def test_special_tokens_are_ordinary_text_and_other_added_tokens_are_not():
 
 @pytest.mark.parametrize("fast", [True, False])
 def test_no_text_forges_an_end_token_that_was_added_as_ordinary(fast):
-    """--end_token may name one of them, Qwen2.5's <|file_sep|> for example."""
+    """--end_token may name such a token, for example <|file_sep|> of Qwen2.5."""
     backend = Tokenizer.from_str(trained("qwen2").to_str())
     backend.add_tokens(["<|file_sep|>"])
     tokenizer = wrapped(backend if fast else edited(backend, normalizer={"type": "NFKC"}))
@@ -327,7 +327,7 @@ def hand_made(merges: list[tuple[str, str]], ignore_merges: bool, reverse_ids: b
     ],
 )
 def test_merges_and_ids_in_any_order(merges, fast_when_merges_are_ignored, ignore_merges, reverse_ids):
-    """Against all 1,364 words of up to five letters, some of whose pieces the merges cannot reach."""
+    """Compared on all 1,364 words of up to five letters. The merges cannot reach some of the tokens in them."""
     backend = hand_made(merges, ignore_merges, reverse_ids)
     words = ["".join(word) for length in range(1, 6) for word in itertools.product("abcd", repeat=length)]
     encoder = encoder_of(wrapped(backend))
@@ -385,7 +385,7 @@ def test_no_cut_where_an_added_token_could_span_it(token):
     "unit", ["a", " ", "\n", "\r\n", "a b ", "中", "今天天气很好", "-", "1", " \n", "\u0301", "\t", "'s"]
 )
 def test_long_runs(unit):
-    """Three times what is cut, with and without something after the run."""
+    """Runs three times as long as a segment, with and without text after the run."""
     encoder, strict = encoder_and_reference("qwen2")
     for text in (unit * (800_000 // len(unit)), "x" + unit * (300_000 // len(unit)) + "y"):
         assert np.array_equal(encoder.encode([text])[0], strict.encode(text, add_special_tokens=False).ids)
@@ -399,7 +399,7 @@ def test_a_million_spaces_go_to_tokenizers():
 
 @pytest.mark.heavy
 def test_more_spaces_than_either_engine_takes_is_one_clear_error():
-    with pytest.raises(InputError, match="gave up on one of 1 documents .*12,000,001 characters and starts"):
+    with pytest.raises(InputError, match="failed on one of 1 documents .*12,000,001 characters and starts"):
         encoder_and_reference("qwen2")[0].encode(["a" + " " * 12_000_000])
 
 

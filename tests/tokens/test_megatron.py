@@ -1,4 +1,4 @@
-"""The index files against golden bytes, other projects' writers and readers, and damage of every kind."""
+"""Index files: golden bytes, indexes packed by hand, and damage of every kind."""
 
 import struct
 
@@ -19,7 +19,7 @@ GOLDEN_BIN = bytes.fromhex("0100 0200 0300 0400 0500")
 
 
 def index_bytes(sizes, pointers, marks, code=8, version=1, order="<"):
-    """Return an ``.idx`` made by hand."""
+    """Return the bytes of an ``.idx``, packed by hand."""
     header = b"MMIDIDX\0\0" + struct.pack(f"{order}QBQQ", version, code, len(sizes), len(marks))
     numbers = [("i", sizes), ("q", pointers), ("q", marks)]
     return header + b"".join(struct.pack(f"{order}{len(values)}{kind}", *values) for kind, values in numbers)
@@ -43,7 +43,7 @@ def test_the_golden_bytes_are_written_and_read(tmp_path):
 
 @pytest.mark.parametrize("code", range(1, 11))
 def test_every_dtype_code(tmp_path, code):
-    """Codes by the table in Megatron's ``DType`` and PaddleNLP's ``dtypes``."""
+    """The codes of Megatron's ``DType`` and PaddleNLP's ``dtypes``."""
     names = "uint8 int8 int16 int32 int64 float64 float32 uint16 uint32 uint64".split()
     dtype = np.dtype(names[code - 1])
     path, bin_path = tmp_path / "pair.idx", tmp_path / "pair.bin"
@@ -54,14 +54,14 @@ def test_every_dtype_code(tmp_path, code):
 
 
 def test_several_sequences_and_none_in_a_document(tmp_path):
-    """[[1, 2], [3]], [], [[4, 5], []]."""
+    """The documents [[1, 2], [3]], [] and [[4, 5], []], each a list of sequences."""
     by_hand = index_bytes([2, 1, 2, 0], [0, 4, 6, 10], [0, 2, 2, 4])
     assert read_index(*pair(tmp_path, by_hand)).document_starts.tolist() == [0, 3, 3, 5]
     write_index(str(tmp_path / "ours.idx"), np.array([2, 1, 2, 0]), np.dtype(np.uint16), np.array([0, 2, 2, 4]))
     assert (tmp_path / "ours.idx").read_bytes() == by_hand
 
 
-def test_no_documents(tmp_path):
+def test_an_index_of_no_documents(tmp_path):
     path, bin_path = pair(tmp_path, index_bytes([], [], [0]), b"")
     assert read_index(path, bin_path).document_starts.tolist() == [0]
     write_index(str(tmp_path / "ours.idx"), np.zeros(0, np.int32), np.dtype(np.uint16))
@@ -91,8 +91,8 @@ def test_pointers_past_2_gib(tmp_path):
         read_index(path, bin_path)
 
 
-def test_what_the_format_cannot_say_is_not_written(tmp_path):
-    with pytest.raises(InputError, match=r"document of 2,147,483,648 tokens; the format ends at 2,147,483,647"):
+def test_what_the_format_cannot_express_is_not_written(tmp_path):
+    with pytest.raises(InputError, match=r"document of 2,147,483,648 tokens; the format allows 2,147,483,647"):
         write_index(str(tmp_path / "x.idx"), np.array([2**31]), np.dtype(np.uint16))
     with pytest.raises(InputError, match="no code for tokens of float16"):
         write_index(str(tmp_path / "x.idx"), np.array([1]), np.dtype(np.float16))
@@ -112,7 +112,7 @@ def test_what_the_format_cannot_say_is_not_written(tmp_path):
         (index_bytes([3, 2], [0, 6], [0, 1, 2], version=2), GOLDEN_BIN, "version 2"),
         (index_bytes([3, 2], [0, 6], [0, 1, 2], code=11), GOLDEN_BIN, "dtype code 11"),
         (index_bytes([3, 2], [0, 6], [0, 1, 2], code=0), GOLDEN_BIN, "dtype code 0"),
-        (index_bytes([3, 2], [0, 6], []), GOLDEN_BIN, "a mark at least"),
+        (index_bytes([3, 2], [0, 6], []), GOLDEN_BIN, "at least one mark"),
         (GOLDEN_IDX, GOLDEN_BIN[:-2], r"8 bytes, but pair.idx describes 10 \(5 tokens of uint16\)"),
         (GOLDEN_IDX, GOLDEN_BIN * 2, "20 bytes, but pair.idx describes 10"),
         (GOLDEN_IDX, b"", "0 bytes, but pair.idx describes 10"),
@@ -141,7 +141,7 @@ def test_counts_beyond_the_file_are_refused_before_anything_is_allocated(tmp_pat
 
 
 def test_damage_far_into_an_index_is_found(tmp_path):
-    """Checks run in chunks of a million: an error on either side of a border is found, and named by its number."""
+    """Checks run in chunks of a million. An error before or after a chunk's end is found, and its number is right."""
     sizes = np.full(2_000_100, 2, np.int32)
     path, bin_path = tmp_path / "pair.idx", tmp_path / "pair.bin"
     bin_path.write_bytes(bytes(4 * len(sizes)))
@@ -178,7 +178,7 @@ def test_what_is_written_is_read(tmp_path_factory, index):
 
 @given(indexes(), st.data())
 def test_random_damage_is_refused_or_harmless(tmp_path_factory, index, data):
-    """Any bytes give a clear error, or an index that describes the .bin from end to end."""
+    """Any bytes give a clear error, or an index that describes the whole .bin."""
     sizes, marks, dtype = index
     folder = tmp_path_factory.mktemp("damage")
     path, bin_path = folder / "pair.idx", folder / "pair.bin"

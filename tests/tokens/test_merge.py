@@ -1,4 +1,4 @@
-"""Merging stores against lists in memory and against megatron-core's own merge; and what must not be merged."""
+"""Merging stores, compared with lists in memory and with megatron-core's merge; and what must not be merged."""
 
 import errno
 import json
@@ -65,7 +65,7 @@ def test_the_narrowest_dtype_that_holds_all(tmp_path, dtypes, expected):
 
 
 def test_sequences_stay_what_they_are(tmp_path):
-    """Two pairs of [[1, 2], [3]], [[4]]: the merged index by hand."""
+    """Two pairs of documents [[1, 2], [3]] and [[4]], each a list of sequences. The merged index is packed by hand."""
     for name in "ab":
         (tmp_path / f"{name}.idx").write_bytes(index_bytes([2, 1, 1], [0, 4, 6], [0, 2, 3]))
         (tmp_path / f"{name}.bin").write_bytes(np.array([1, 2, 3, 4], "<u2").tobytes())
@@ -78,7 +78,7 @@ def test_sequences_stay_what_they_are(tmp_path):
 
 @pytest.mark.heavy
 def test_the_merge_is_megatrons_byte_for_byte(tmp_path):
-    """Its import takes 10 s."""
+    """Heavy: the import of megatron-core takes 10 s."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     prefixes = [write_pair(tmp_path / name, [[1, 2], [], [place]]) for place, name in enumerate("abc")]
@@ -91,7 +91,7 @@ def test_the_merge_is_megatrons_byte_for_byte(tmp_path):
         assert (tmp_path / f"ours{suffix}").read_bytes() == (tmp_path / f"theirs{suffix}").read_bytes()
 
 
-def test_of_one_store_a_merge_is_a_conversion_and_back(tmp_path):
+def test_a_merge_of_one_store_converts_it_and_back(tmp_path):
     hashes = np.array([7, 8], np.uint64)
     first = TokenStore(
         write_pair(tmp_path / "a", [[1, 2], [3]], sidecar={"empty": 3, "hashes": "text", **MADE}, hashes=hashes)
@@ -119,7 +119,7 @@ def test_the_sidecar_sums_counts_and_lists_the_inputs(tmp_path):
     }  # fmt: skip
     assert [entry["documents"] for entry in known.sidecar["inputs"]] == [1, 2]
     half_known = merge_token_stores([known, foreign], tmp_path / "half")
-    assert "empty" not in half_known.sidecar  # of the foreign pair it is not known
+    assert "empty" not in half_known.sidecar  # the foreign pair does not say it
     assert (half_known.sidecar["documents"], half_known.sidecar["tokens"]) == (4, 5)
     half_known.check_tokenizer("abc", 6)
     with pytest.raises(InputError, match="document 3 holds token 5"):
@@ -147,14 +147,14 @@ def test_what_must_not_be_merged(tmp_path):
             merge_token_stores(inputs, tmp_path / "out")
     before = (tmp_path / "a.bin").read_bytes()
     for legacy in (False, True):
-        with pytest.raises(InputError, match=r"a\.bin is there already"):
+        with pytest.raises(InputError, match=r"a\.bin exists already"):
             merge_token_stores([first], tmp_path / "a", legacy)
     assert (tmp_path / "a.bin").read_bytes() == before and not list(tmp_path.glob("out*"))
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), KeyboardInterrupt()])
 @pytest.mark.parametrize("legacy", [False, True])
-def test_what_goes_wrong_on_the_way_leaves_nothing(tmp_path, monkeypatch, error, legacy):
+def test_a_failed_merge_leaves_no_file(tmp_path, monkeypatch, error, legacy):
     def fail(_):
         raise error
 
@@ -176,7 +176,7 @@ def test_a_full_disk_is_noticed_while_tokens_are_written(tmp_path):
 
 @pytest.mark.heavy
 def test_a_merge_past_2_gib_takes_little_memory(tmp_path):
-    """Two sparse inputs of 1.6 GB: the last sequence begins past 2 GiB, and no more than chunks is ever in memory."""
+    """Two sparse inputs of 1.6 GB: the last sequence begins past 2 GiB, and only chunks are in memory at a time."""
     for name in "ab":
         token_merge.write_index(str(tmp_path / f"{name}.idx"), np.array([800_000_000, 2]), np.dtype(np.uint16))
         with open(tmp_path / f"{name}.bin", "wb") as file:

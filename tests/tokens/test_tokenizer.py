@@ -1,4 +1,4 @@
-"""The tokenizer: what it does to text, and which ones are refused."""
+"""Tokenizers: what they do to text, and which ones are refused."""
 
 import json
 import unicodedata
@@ -33,7 +33,7 @@ def tokenizer():
 
 @pytest.fixture
 def folder(tokenizer, tmp_path):
-    """The tokenizer's folder, a fresh one for each test to alter."""
+    """A fresh folder of the tokenizer for each test, which may change it."""
     tokenizer.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
 
@@ -44,14 +44,14 @@ def edit(folder, name: str, **changes) -> None:
 
 
 def without_end_token(folder):
-    """Take eos and pad token out of the saved configuration."""
+    """Remove the eos and pad tokens from the saved configuration."""
     edit(folder, "tokenizer_config.json", eos_token=None, pad_token=None)
     (folder / "special_tokens_map.json").unlink(missing_ok=True)
 
 
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_comes_back(tokenizer, text):
-    """After NFC normalisation, as Qwen2's tokenizer does it."""
+    """The decoded text equals the text after NFC normalisation, as with Qwen2's tokenizer."""
     ids = tokenizer.encode(text, add_special_tokens=False)
     assert tokenizer.decode(ids) == unicodedata.normalize("NFC", text)
     assert (0 in ids) == (END_TOKEN in text)
@@ -94,7 +94,7 @@ def test_the_vocabulary(tokenizer):
     assert 257 < len(tokenizer) <= 400
     assert len(train_tokenizer(TEXTS, 257)) == 257
     assert len(train_tokenizer([], 400)) == 257
-    assert len(tokenizer.encode("the quick")) == 2  # merges were learnt
+    assert len(tokenizer.encode("the quick")) == 2  # merges were learned
     with pytest.raises(InputError, match="--vocabulary_size 256: .* at least 257"):
         train_tokenizer(TEXTS, 256)
 
@@ -182,7 +182,7 @@ def test_no_text_is_cut_short_or_filled_up(tokenizer, folder):
 
 
 def test_special_tokens_are_not_added(tokenizer, folder):
-    """Llama's tokenizer, for one, puts a token before each text."""
+    """For example, Llama's tokenizer puts a token before each text."""
     edit(
         folder,
         "tokenizer.json",
@@ -199,7 +199,7 @@ def test_special_tokens_are_not_added(tokenizer, folder):
 
 
 def test_a_trained_tokenizer_never_sees_held_out_documents(tmp_path):
-    """Each document is a word of its own, repeated: it becomes a token exactly if the document was seen."""
+    """Each document repeats a word of its own, which becomes a token exactly if the tokenizer saw the document."""
     words = [f"{a}{b}{c}{a}" for a in "bdfg" for b in "aeiou" for c in "klmnp"]
     texts = {word: f" {word}" * 50 for word in words}
     data = tmp_path / "words.jsonl"
@@ -212,7 +212,7 @@ def test_a_trained_tokenizer_never_sees_held_out_documents(tmp_path):
     assert {word for word in words if f"Ġ{word}" in vocabulary} == set(words) - held_out
 
 
-def test_of_one_document_none_is_left_to_train_on(tmp_path):
+def test_a_single_document_is_held_out_and_leaves_none_to_train_on(tmp_path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"text": TEXTS[0]}) + "\n")
     arguments = SharedArguments(vocabulary_size=300, cache_dir=str(tmp_path / "cache"))
     with pytest.raises(InputError, match="the only one is held out"):

@@ -1,4 +1,4 @@
-"""Training a tokenizer: the sample, the round trip, the report, against truths found by other means."""
+"""Training a tokenizer: the sample, the round trip and the report, compared with independent results."""
 
 import json
 import random
@@ -65,7 +65,7 @@ def test_sample_is_the_lowest_hashes_that_fit_whatever_the_order():
 
 
 def test_sample_takes_every_document_with_the_same_probability():
-    """Over many sources: the share taken does not depend on the place, and hardly on the size."""
+    """Over 300 sources, the share taken does not depend on a document's place, and hardly on its size."""
     taken_place, taken_long = [0] * 10, 0
     for seed in range(300):
         documents = [f"{seed} {place} " + "y" * (80 if place % 2 else 10) for place in range(200)]
@@ -93,7 +93,7 @@ def test_sample_holds_no_more_than_its_limit_in_memory():
     assert counts["bytes"] > 100e6 and 0.98e6 < counts["sampled_bytes"] <= 1e6 and peak < 4e6
 
 
-def test_whole_source_is_the_sample_where_it_fits_and_copies_count_once():
+def test_a_source_that_fits_is_the_sample_and_copies_count_once():
     sample, counts = sample_of(CHINESE + CHINESE[:50], SAMPLE_BYTES)
     assert sorted(sample) == sorted(CHINESE)
     assert counts["documents"] == len(CHINESE) + 50 and counts["sampled_documents"] == len(CHINESE)
@@ -119,7 +119,7 @@ def test_held_out_documents_are_not_in_the_sample():
 
 @pytest.mark.parametrize("split", ["1,1", "2,1,1"])
 def test_documents_held_out_by_order_are_not_in_the_sample(tmp_path, split):
-    """Nor those of the test, of each source; nor a copy of one of them that stands where documents train."""
+    """Nor are test documents of any source, nor a copy of either among the training documents."""
     files = {"a": [*CHINESE[:40], CHINESE[3]], "b": [CHINESE[30], *CHINESE[40:61]]}
     for name, texts in files.items():
         lines = [json.dumps({"text": text}) for text in ["", *texts]]

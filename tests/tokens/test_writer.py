@@ -1,4 +1,4 @@
-"""Writing token stores: whole or absent, the same with any number of threads, found again, never written twice."""
+"""Writing token stores: complete or absent, equal with any number of threads, found again, never written twice."""
 
 import errno
 import json
@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import store_of_tokens
+from conftest import ROOT, store_of_tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -27,7 +27,7 @@ from common.tokens.writer import token_store_of, write_token_store
 
 
 def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
-    """Return a tokenizer for which "17 4" is [17, 4], and 0 the end of a document."""
+    """Return a tokenizer that turns "17 4" into [17, 4]; 0 is the end of a document."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     backend = Tokenizer(models.WordLevel({str(number): number for number in range(size)}, unk_token="0"))
@@ -51,7 +51,7 @@ def read(store: TokenStore) -> list[list[int]]:
     return [store.tokens[a:b].tolist() for a, b in zip(starts[:-1], starts[1:], strict=True)]
 
 
-def test_the_bytes_are_the_ecosystems(tmp_path):
+def test_the_bytes_are_those_of_the_format(tmp_path):
     write(tmp_path / "pair", [[1, 2], [4]])
     assert (tmp_path / "pair.bin").read_bytes() == np.array([1, 2, 0, 4, 0], "<u2").tobytes()
     # [[1, 2, 0], [4, 0]] as uint16, from the format's description.
@@ -97,7 +97,7 @@ def test_the_store_does_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
 
 
-def test_duplicates_are_dropped_only_where_asked_for_and_counted(tmp_path, monkeypatch):
+def test_duplicates_are_dropped_on_request_only_and_counted(tmp_path, monkeypatch):
     documents = [[1, 2], [3], [1, 2], [4, 5, 6], [3], [1, 2]]
     monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 5)  # copies in the same batch and in later ones
     assert len(read(write(tmp_path / "all", documents))) == 6
@@ -154,7 +154,7 @@ import sys
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_source
 from common.tokens.writer import token_store_of
-sys.path.insert(0, {tests!r})
+sys.path[:0] = {folders!r}
 from test_writer import SMALL
 store = token_store_of(resolve_source({data!r}), SMALL, SharedArguments(cache_dir={cache!r}))
 print("documents", store.documents)
@@ -162,7 +162,8 @@ print("documents", store.documents)
 
 
 def launch(data: Path, cache: Path) -> subprocess.Popen:
-    code = LAUNCH.format(tests=str(Path(__file__).parent), data=str(data), cache=str(cache))
+    folders = [str(ROOT / "tests" / "tokens"), str(ROOT / "tests")]  # of test_writer and of conftest
+    code = LAUNCH.format(folders=folders, data=str(data), cache=str(cache))
     return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
