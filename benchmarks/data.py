@@ -26,7 +26,7 @@ from common.arguments import SharedArguments
 from common.corpus.sources import resolve_source
 from common.dataset.packing import PackedRows
 from common.tokens.tokenizer import load_tokenizer
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 
 CONTEXT_LENGTH = 512
 HEADER = f"{'variant':<28}{'seconds':>9}{'tokens/s':>12}{'ratio':>7}{'bytes/token':>13}{'peak MB':>9}{'dropped':>9}"
@@ -37,7 +37,7 @@ def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) 
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
 
-    def tokenize(batch):
+    def tokenize_batch(batch):
         return tokenizer([text + tokenizer.eos_token for text in batch["text"]])
 
     def group(batch):
@@ -49,7 +49,7 @@ def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) 
         }
         return rows | {"labels": rows["input_ids"].copy()}
 
-    tokenized = documents.map(tokenize, batched=True, num_proc=processes, remove_columns=documents.column_names)
+    tokenized = documents.map(tokenize_batch, batched=True, num_proc=processes, remove_columns=documents.column_names)
     rows = tokenized.map(group, batched=True, num_proc=processes).with_format("numpy")
     return sum(batch["input_ids"].size for batch in rows.iter(64))
 
@@ -59,19 +59,19 @@ def whole_chunks(data: str, tokenizer_folder: str, folder: Path, processes: int)
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     documents = datasets.load_dataset("json", data_files=data, split="train", cache_dir=str(folder))
 
-    def tokenize(batch):
+    def tokenize_batch(batch):
         limits = {"truncation": True, "max_length": CONTEXT_LENGTH, "return_overflowing_tokens": True}
         pieces = tokenizer(batch["text"], **limits)["input_ids"]
         return {"input_ids": [ids for ids in pieces if len(ids) == CONTEXT_LENGTH]}
 
-    rows = documents.map(tokenize, batched=True, num_proc=processes, remove_columns=documents.column_names)
+    rows = documents.map(tokenize_batch, batched=True, num_proc=processes, remove_columns=documents.column_names)
     return sum(batch["input_ids"].size for batch in rows.with_format("numpy").iter(64))
 
 
 def ours(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
-    """Do as the recipes do, with token_store_of and PackedRows."""
+    """Do as the recipes do, with tokenize and PackedRows."""
     tokenizer = load_tokenizer(tokenizer_folder)
-    store = token_store_of(resolve_source(data), tokenizer, SharedArguments(cache_dir=str(folder)))
+    store = tokenize(resolve_source(data), tokenizer, SharedArguments(cache_dir=str(folder)))
     rows = PackedRows(store, np.ones(store.documents, dtype=bool), CONTEXT_LENGTH)
     return 1 + sum(len(rows[row]["shift_labels"]) for row in range(len(rows)))  # 1: the first token is no target
 

@@ -41,7 +41,7 @@ from common.model.fused_loss import use_fused_loss
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.batch import derive_micro_batch, set_batch
 from common.train.metrics import synchronize
 from common.train.preflight import choose_optimizer
@@ -146,7 +146,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
     shared = SharedArguments(vocabulary_size=vocabulary or 0, cache_dir=arguments.cache_dir)
     sources = resolve_sources(arguments.data)
     tokenizer = tokenizer_trained_on(sources, shared) if vocabulary else load_tokenizer(arguments.tokenizer, None)
-    stores = [token_store_of(source, tokenizer, shared) for source in sources]
+    stores = [tokenize(source, tokenizer, shared) for source in sources]
     held_out = [np.arange(store.documents) % 50 == 0 for store in stores]
     rows, race_rows = (
         JoinedRows(

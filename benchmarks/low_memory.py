@@ -53,7 +53,7 @@ from common.system import GIB, memory_gib
 from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.low_memory import compute_dtype, optimizer_for
 from common.train.plan import StepTimer, setting_of_trainer
 from common.train.trainer import PretrainingTrainer
@@ -240,7 +240,7 @@ def token_stores(arguments: argparse.Namespace) -> tuple[PreTrainedTokenizerBase
     """Return the tokenizer and the tokenized sources of --loss; they are made once and then found in the cache."""
     tokenizer = load_tokenizer(arguments.tokenizer, None)
     shared = SharedArguments(cache_dir=arguments.cache_dir)
-    return tokenizer, [token_store_of(source, tokenizer, shared) for source in resolve_sources(arguments.data)]
+    return tokenizer, [tokenize(source, tokenizer, shared) for source in resolve_sources(arguments.data)]
 
 
 def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) -> dict:

@@ -34,7 +34,7 @@ from common.run.checkpoints import finish_checkpoint, prune_checkpoints, unfinis
 from common.run.folder import open_run, run_identity
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.muon import MuonWithAdamW
 from common.train.preflight import preflight
 from common.train.schedule import schedule_settings
@@ -155,7 +155,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
             tokenizer = load_tokenizer(shared.tokenizer, shared.end_token)
-        stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
+        stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
 
     # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
     rows = build_rows(stores, shared)

@@ -50,7 +50,7 @@ from common.run.report import ReportCallback
 from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before
 from common.train.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
@@ -169,7 +169,7 @@ def main(argv: list[str] | None = None) -> None:
         if adapters:
             check_adapters(model_without_memory(place), own.lora_rank, own.lora_targets)
         sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
-        stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
+        stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
         if own.method == "qlora" and place.endswith(".gguf"):
             place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)
 

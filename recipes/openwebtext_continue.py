@@ -50,7 +50,7 @@ from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before, retained_rows
 from common.train.plan import print_plan, probe
@@ -169,8 +169,8 @@ def main(argv: list[str] | None = None) -> None:
         else:
             tokenizer = load_tokenizer(shared.tokenizer or place, shared.end_token)
         check_fit(place, tokenizer, shared.context_length)
-        stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
-        retained_stores = {source.name: token_store_of(source, tokenizer, shared) for source in retained_sources}
+        stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
+        retained_stores = {source.name: tokenize(source, tokenizer, shared) for source in retained_sources}
 
     # Rows, and the model: in float32, because the optimizer's steps are too small for bf16 weights. The YAML's bf16 is
     # autocast.

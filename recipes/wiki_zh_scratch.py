@@ -41,7 +41,7 @@ from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
 from common.train.plan import print_plan, probe
 from common.train.preflight import preflight
@@ -148,7 +148,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
             tokenizer = load_tokenizer(shared.tokenizer, shared.end_token)
-        stores = {source.name: token_store_of(source, tokenizer, shared) for source in sources}
+        stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
 
     # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
     rows = build_rows(stores, shared)

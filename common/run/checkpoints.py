@@ -17,11 +17,11 @@ from pathlib import Path
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.console import InputError, is_main_process, say
-from common.io import write_json
+from common.io import DISK_FULL, write_json
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
 LARGEST_MANIFEST_BYTES = 64 * 2**20
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {*DISK_FULL, errno.EFBIG}
 
 
 def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:

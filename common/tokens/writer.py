@@ -33,7 +33,7 @@ FILES = [*PAIR, HASHES, SIDECAR]  # renamed in this order, so a store that has a
 WORK_FILES = (".sizes", ".hashes")  # int32 sizes and uint64 hashes as they come; deleted at the end
 
 
-def token_store_of(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments) -> TokenStore:
+def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments) -> TokenStore:
     """Return the token store of ``source``; tokenize it only if no earlier run did so with the same tokenizer.
 
     A source that is a token store is returned as it is. Otherwise the store is in ``arguments.cache_dir``, under a name

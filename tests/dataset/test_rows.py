@@ -17,7 +17,7 @@ from common.dataset.packing import PackedRows
 from common.dataset.rows import split_rows
 from common.tokens.merge import merge_token_stores
 from common.tokens.store import TokenStore
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 from common.train.forgetting import retained_rows
 
 documents_of_tokens = st.lists(st.lists(st.integers(1, 5), max_size=9), min_size=2, max_size=12)
@@ -113,7 +113,7 @@ def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
     write_pair(tmp_path / "b", [[*document, 0] for document in reversed(documents)], np.int32)
     arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), held_out_fraction=0.5, context_length=2)
     sources = resolve_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.bin")])
-    stores = {source.name: token_store_of(source, SMALL, arguments) for source in sources}
+    stores = {source.name: tokenize(source, SMALL, arguments) for source in sources}
     by_text = stores["a"].fingerprint()
     if merged:
         merge_token_stores(list(stores.values()), tmp_path / "merged")
@@ -132,7 +132,7 @@ def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
     assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 80
     if not merged:
         assert stores["a"].fingerprint() != by_text  # a run that was split by text is another one
-        kept = token_store_of(sources[0], SMALL, arguments)  # as the next launch finds it
+        kept = tokenize(sources[0], SMALL, arguments)  # as the next launch finds it
         assert kept.fingerprint() == by_text
         kept.hash_tokens()
         assert kept.fingerprint() == stores["a"].fingerprint()

@@ -90,7 +90,7 @@ def test_the_folder_is_an_ordinary_checkpoint(loop, odd, cache_dir):
     tokenizer = loop.load_tokenizer(str(odd))
     arguments = SharedArguments(held_out_fraction=0.05, context_length=64, cache_dir=str(cache_dir))
     [source] = loop.resolve_sources([str(ROOT / "data" / "sample_zh.jsonl")])
-    _, rows, _, _ = loop.split_rows({source.name: loop.token_store_of(source, tokenizer, arguments)}, arguments)
+    _, rows, _, _ = loop.split_rows({source.name: loop.tokenize(source, tokenizer, arguments)}, arguments)
     with torch.no_grad():
         chances = model(torch.stack([rows[row]["input_ids"] for row in range(5)])).logits.double().log_softmax(-1)
     targets = torch.stack([rows[row]["shift_labels"] for row in range(5)])

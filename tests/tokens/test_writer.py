@@ -23,7 +23,7 @@ from common.console import InputError
 from common.corpus.documents import CorpusCounts
 from common.corpus.sources import resolve_source, resolve_sources
 from common.tokens.store import TokenStore
-from common.tokens.writer import token_store_of, write_token_store
+from common.tokens.writer import tokenize, write_token_store
 
 
 def number_tokenizer(size: int) -> PreTrainedTokenizerFast:
@@ -122,7 +122,7 @@ def test_a_bad_document_leaves_nothing(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"text": "1 2"}\n{"text": 3}\n', encoding="utf-8")
     with pytest.raises(InputError, match="line 2: field 'text' holds int"):
-        token_store_of(resolve_source(str(path)), SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+        tokenize(resolve_source(str(path)), SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
     left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
     assert sorted(left) == ["CACHEDIR.TAG", "tokens.lock"]
 
@@ -137,7 +137,7 @@ def test_text_is_tokenized_once_until_something_changes(tmp_path, capsys):
     path, arguments = corpus(tmp_path / "c.jsonl", 3), SharedArguments(cache_dir=str(tmp_path / "cache"))
 
     def said() -> str:
-        token_store_of(resolve_source(str(path)), SMALL, arguments)
+        tokenize(resolve_source(str(path)), SMALL, arguments)
         return capsys.readouterr().out
 
     assert "tokenizing into" in said()
@@ -153,10 +153,10 @@ LAUNCH = """
 import sys
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_source
-from common.tokens.writer import token_store_of
+from common.tokens.writer import tokenize
 sys.path[:0] = {folders!r}
 from test_writer import SMALL
-store = token_store_of(resolve_source({data!r}), SMALL, SharedArguments(cache_dir={cache!r}))
+store = tokenize(resolve_source({data!r}), SMALL, SharedArguments(cache_dir={cache!r}))
 print("documents", store.documents)
 """
 
@@ -179,9 +179,9 @@ def test_killed_and_run_again_the_store_is_the_same(tmp_path):
     assert not list(tmp_path.glob("cache/*/tokens.json"))
 
     arguments = SharedArguments(cache_dir=str(tmp_path / "cache"))
-    again = token_store_of(resolve_source(str(data)), SMALL, arguments)
+    again = tokenize(resolve_source(str(data)), SMALL, arguments)
     arguments.cache_dir = str(tmp_path / "other")
-    alone = token_store_of(resolve_source(str(data)), SMALL, arguments)
+    alone = tokenize(resolve_source(str(data)), SMALL, arguments)
     assert again.documents == 20_000 and again.fingerprint() == alone.fingerprint()
     assert Path(again.prefix + ".bin").read_bytes() == Path(alone.prefix + ".bin").read_bytes()
     assert not list(tmp_path.glob("cache/*/*.partial*"))
@@ -200,7 +200,7 @@ def test_the_sidecar_says_where_the_tokens_come_from(tmp_path):
     path = tmp_path / "c.jsonl"
     path.write_text('{"text": "1 2"}\n{"text": " "}\nbroken\n', encoding="utf-8")
     arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), skip_malformed=True)
-    sidecar = token_store_of(resolve_source(str(path)), SMALL, arguments).sidecar
+    sidecar = tokenize(resolve_source(str(path)), SMALL, arguments).sidecar
     assert sidecar["sources"][0]["files"][0]["file"] == "c.jsonl"
     assert (sidecar["documents"], sidecar["tokens"], sidecar["empty"], sidecar["malformed"]) == (1, 3, 1, 1)
     assert sidecar["text_bytes"] == 3 and sidecar["tokenizer"]["end_token"] == "0"
@@ -210,13 +210,13 @@ def test_the_sidecar_says_where_the_tokens_come_from(tmp_path):
 def test_a_token_store_is_used_as_it_is(tmp_path, capsys):
     write(tmp_path / "mine", [[1, 2], [70]])
     [source] = resolve_sources([str(tmp_path / "mine.bin")])
-    store = token_store_of(source, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+    store = tokenize(source, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
     assert read(store) == [[1, 2, 0], [70, 0]]
     assert "note" not in capsys.readouterr().out
     (tmp_path / "theirs").mkdir()
     store_of_tokens(tmp_path / "theirs", [[1, 2], [3]], end=[])
     [theirs] = resolve_sources([str(tmp_path / "theirs" / "tokens.bin")])
-    token_store_of(theirs, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
+    tokenize(theirs, SMALL, SharedArguments(cache_dir=str(tmp_path / "cache")))
     assert "only 0% of the first documents" in capsys.readouterr().out
     with pytest.raises(InputError, match="holds token 70"):
-        token_store_of(source, number_tokenizer(50), SharedArguments(cache_dir=str(tmp_path / "cache")))
+        tokenize(source, number_tokenizer(50), SharedArguments(cache_dir=str(tmp_path / "cache")))
