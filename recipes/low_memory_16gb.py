@@ -4,8 +4,8 @@
         --model Qwen/Qwen2.5-1.5B --data my-text.jsonl
 
 All parameters: in bf16, AdamW's states in 8 bits, activations recomputed, logits never held. The update of each weight
-is rounded stochastically, because bf16 loses small ones (train/low_memory_adamw.py). For 3B the gradients must go,
-too: the optimizer steps inside backward, at the price of one micro-batch a step and no clipping:
+is rounded stochastically, because bf16 loses small updates (train/low_memory_adamw.py). 3B leaves no room for gradients
+either: the optimizer steps inside backward, at the price of one micro-batch a step and no clipping:
 
     ... recipes/low_memory_16gb.py --model Qwen/Qwen2.5-3B --data my-text.jsonl \
         --step_in_backward --tokens_per_step 2048 --max_grad_norm 0 --learning_rate 5e-6
@@ -14,15 +14,13 @@ Adapters (LoRA) beside frozen weights, which QLoRA keeps in 4 bits; merged at th
 
     ... recipes/low_memory_16gb.py --method qlora --model Qwen/Qwen2.5-7B --data my-text.jsonl
 
-T4 and V100 have no bf16: add --mixed_precision fp16 before the recipe. Its scaler needs weights in fp32, so all
-parameters of 0.5B there, and adapters beside 1.5B, or in 4 bits 7B. On a CPU, to try it out: --optim adamw_torch.
---plan says what fits. Any flag of transformers.TrainingArguments overrides what stands below, --help lists them all.
-The same command again continues where the run stopped.
+T4 and V100 have no bf16: add --mixed_precision fp16 before the recipe. The fp16 scaler needs weights in fp32. That
+leaves room for all parameters of 0.5B, for adapters beside 1.5B, or for 7B in 4 bits. To try the recipe on a CPU:
+--optim adamw_torch. --plan says what fits. Any flag overrides the values below; --help lists all flags. The same
+command again continues where the run stopped.
 
-Result, an H100 whose allocator refuses more than 15.5 GiB, one row of 2,048 tokens a step (commit 37454be, 2026-11-22,
-torch 2.11.0, bitsandbytes 0.50.2): all parameters, stepping inside backward: 1.5B in 7.5 GiB, 3B in 13.8 (4,761 and
-3,505 tokens/s); without that flag, as in the first line above, --plan says 10.9 for 1.5B. QLoRA of 7B in 6.6 (3,593).
-Weights were random; every saving by itself, and a T4's limits: benchmarks/README.md.
+Result: all parameters of 3B in 13.8 GiB, 3,505 tokens/s, stepping inside backward, one row of 2,048 tokens a step, on an
+H100 limited to 15.5 GiB (commit 37454be, 2026-11-22). More, with versions: benchmarks/results/.
 """
 
 from dataclasses import dataclass, field
@@ -91,14 +89,14 @@ TRAINING = dict(
     max_grad_norm=1.0,
     logging_steps=10,
     logging_first_step=True,
-    logging_nan_inf_filter=False,  # a loss of NaN is shown, not averaged away
+    logging_nan_inf_filter=False,  # show a loss of NaN
     eval_strategy="steps",
     eval_steps=200,
     save_steps=200,
     save_total_limit=1,  # 4 bytes a parameter
     seed=42,
     ddp_timeout=6 * 3600,  # seconds: the first process downloads and tokenizes while the others wait
-    report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
+    report_to="none",  # for trackers other than SwanLab, whose flag is --swanlab
 )
 
 # --method lora, qlora: they learn best at about ten times the rate. Source: https://thinkingmachines.ai/blog/lora/

@@ -6,15 +6,12 @@ On a laptop, offline, in three minutes, on the articles that come with the proje
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/wiki_zh_scratch.py --sample
 
-Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/wikipedia-zh-cn (CC BY-SA), used
-from data/ if it is there, downloaded otherwise. Any flag of transformers.TrainingArguments overrides what stands
-below, --help lists them all. The same command again continues where the run stopped.
+Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/wikipedia-zh-cn (CC BY-SA). The file in
+data/ is used if it is there, otherwise it is downloaded. Any flag overrides the values below; --help lists all flags.
+The same command again continues where the run stopped.
 
-Result, one H100 80GB HBM3 (torch 2.11.0, transformers 5.17.0, accelerate 1.15.0), single_gpu.yaml, commit d8597b7,
-2026-11-26. Not on Wikipedia, which could not be fetched there, but on 346,174 Chinese documents (verse, law, manuals;
-31.4M tokens of Qwen2.5's tokenizer): 62.5M tokens in 955 steps and 158 s, compiling, evaluation and saving included,
-499k tokens/s while it trains (39.2% MFU, 17.2 GiB). Held-out loss 3.795 (7.298 by token frequency alone), 1.897 bits
-per byte. Wikipedia itself: not yet measured.
+Result: 62.5M tokens of other Chinese text in 158 s on one H100, 499k tokens/s, held-out loss 3.795, 1.897 bits per byte
+(commit d8597b7, 2026-11-26; Wikipedia itself is not yet measured). Versions, and all other results: benchmarks/README.md.
 """
 
 from dataclasses import dataclass, field
@@ -71,13 +68,13 @@ DATA = dict(
 TRAINING = dict(
     output_dir=str(ROOT / "outputs" / "wiki_zh_scratch"),
     num_train_epochs=2,
-    tokens_per_step=65_536,  # 128 rows of 512 on one process, 64 on two; how it was found: benchmarks/README.md
-    optimizer="auto",  # Muon; AdamW under DeepSpeed, which cuts the matrices up
+    tokens_per_step=65_536,  # 128 rows of 512 on one process, 64 on two; how it was found: benchmarks/LOG.md
+    optimizer="auto",  # Muon; AdamW under DeepSpeed, which cuts up the matrices
     learning_rate=0.0,  # 0: that of the optimizer in LEARNING_RATES
     per_device_train_batch_size=0,  # rows at once, at most; 0: as many as fit the card, up to 65,536 tokens
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
     per_device_eval_batch_size=0,  # 0: as in training
-    lr_scheduler_type="warmup_stable_decay",  # 1.225 bits per byte where a cosine down to 10% has 1.271: same page
+    lr_scheduler_type="warmup_stable_decay",  # 1.225 bits per byte where a cosine down to 10% has 1.271: benchmarks/LOG.md
     lr_scheduler_kwargs={"num_decay_steps": 0.3},  # below 1: a share of all steps; down to 0
     warmup_steps=0.03,  # likewise
     weight_decay=0.1,  # Trainer leaves norms and biases out
@@ -85,16 +82,16 @@ TRAINING = dict(
     max_grad_norm=1.0,
     logging_steps=10,
     logging_first_step=True,
-    logging_nan_inf_filter=False,  # a loss of NaN is shown, not averaged away
+    logging_nan_inf_filter=False,  # show a loss of NaN
     eval_strategy="steps",
     eval_steps=200,
     save_steps=200,
     save_total_limit=2,
     seed=42,
     ddp_timeout=6 * 3600,  # seconds: the first process downloads and tokenizes while the others wait
-    report_to="none",  # SwanLab has its own flag, --swanlab; this one is for all other trackers
+    report_to="none",  # for trackers other than SwanLab, whose flag is --swanlab
 )
-LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}  # the best of each at this batch: benchmarks/README.md
+LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}  # the best of each at this batch: benchmarks/LOG.md
 
 # --sample: the bundled articles, and what two CPU cores train on them in three minutes.
 SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)

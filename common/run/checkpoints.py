@@ -1,9 +1,9 @@
 """Checkpoints are whole or absent: written aside, synced, listed in a manifest, and only then given their name.
 
 ``OUTPUT/unfinished/checkpoint-N`` becomes ``OUTPUT/checkpoint-N`` by one rename, which a file system does wholly or not
-at all. What a crash leaves in ``unfinished`` is removed by the next launch. The manifest has the size of every file: a
-checkpoint that lost one, or part of one, afterwards is passed over. Sizes, not hashes: those would read every
-checkpoint a second time, and what they find more, flipped bits, a disk finds itself.
+at all. What a crash leaves in ``unfinished`` is removed by the next launch. The manifest has the size of every file. A
+checkpoint that lost a file, or part of one, afterwards is passed over. Why sizes and not hashes: hashing would read
+every checkpoint a second time, and the flipped bits that only a hash would find are found by the disk itself.
 """
 
 import errno
@@ -36,18 +36,18 @@ def unfinished(folder: str | Path, step: int) -> Path:
 
 
 def finish_checkpoint(folder: str | Path, step: int, processes: int) -> None:
-    """Make the unfinished checkpoint of ``step`` a whole one. Call it on one process, after all have written."""
+    """Make the unfinished checkpoint of ``step`` a whole one. Call this on one process, after all have written."""
     path, final = unfinished(folder, step), Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
     sizes = {}
     for file in sorted(path.rglob("*")):
         if file.is_file() and file != path / MANIFEST:
-            with open(file, "r+b") as opened:  # Windows syncs only what is open for writing
+            with open(file, "r+b") as opened:  # Windows syncs only files that are open for writing
                 os.fsync(opened.fileno())
             sizes[file.relative_to(path).as_posix()] = file.stat().st_size
     write_json(path / MANIFEST, {"step": step, "processes": processes, "files": sizes}, durable=True)
     for inner in [*(inner for inner in path.rglob("*") if inner.is_dir()), path]:
         sync_folder(inner)
-    _discard(folder, final)  # one of this step that was passed over
+    _discard(folder, final)  # a checkpoint of this step that was passed over
     path.rename(final)
     sync_folder(final.parent)
     _remove_if_empty(path.parent)
@@ -70,8 +70,8 @@ def problem_of(path: Path) -> str | None:
                 return f"{name[:200]!r} is missing"
             if file.stat().st_size != size:
                 return f"{name!r} has {file.stat().st_size:,} bytes, not {size:,}"
-        except OSError as error:  # as of a name that is too long
-            return f"{name[:200]!r} cannot be looked at ({error.strerror})"
+        except OSError as error:  # such as a name that is too long
+            return f"{name[:200]!r} cannot be examined ({error.strerror})"
     return None
 
 
@@ -79,8 +79,8 @@ def read_manifest(path: Path) -> dict:
     """Return the manifest of the checkpoint ``path``, with "step", "processes" and "files": name -> bytes.
 
     Raises:
-        OSError: there is none, or it cannot be read.
-        ValueError: it is not one; one that names a file outside its checkpoint is none either.
+        OSError: there is no manifest, or it cannot be read.
+        ValueError: it is not a manifest, or it names a file outside its checkpoint.
     """
     if (path / MANIFEST).stat().st_size > LARGEST_MANIFEST_BYTES:
         raise ValueError("too large")
@@ -89,10 +89,10 @@ def read_manifest(path: Path) -> dict:
         raise ValueError("no list of files")
     counts = [manifest.get("step"), manifest.get("processes"), *manifest["files"].values()]
     if not all(type(count) is int and count >= 0 for count in counts) or not manifest["files"]:
-        raise ValueError("counts that are none")
+        raise ValueError("a count is not a whole number of at least 0, or there are no files")
     for name in manifest["files"]:
         if "\0" in name or "\\" in name or os.path.isabs(name) or ".." in name.split("/"):
-            raise ValueError(f"{name[:200]!r} is no file of it")
+            raise ValueError(f"{name[:200]!r} is outside the checkpoint")
     return manifest
 
 
@@ -114,7 +114,7 @@ def prune_checkpoints(folder: str | Path, keep: int | None) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what a crash left half-written; only who holds the folder's lock may."""
+    """Remove what a crash left half-written. Only the process that holds the folder's lock may call this."""
     for path in (Path(folder) / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         say(f"removing {path}: half-written when the run ended")
     shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
@@ -130,12 +130,12 @@ def check_room(folder: str | Path) -> None:
 
 
 def no_space_left(error: Exception, folder: str | Path) -> bool:
-    """Whether ``error``, an OSError, safetensors' or torch's, is that of a full disk."""
+    """Whether ``error``, an OSError or an error of safetensors or torch, is that of a full disk."""
     return (
         getattr(error, "errno", None) in FULL
         or "os error 28" in str(error)
         or "No space left" in str(error)
-        or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20)  # torch's does not say why
+        or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20)  # torch does not say why
     )
 
 
@@ -144,12 +144,12 @@ def write_checkpoint(
 ) -> str | None:
     """Write and finish the checkpoint of ``step`` with all processes; return why the disk is too full, or None.
 
-    Nothing is left of one that did not fit, and nothing before it is touched.
+    Nothing is left of a checkpoint that did not fit, and no earlier one is touched.
 
     Args:
         write: writes this process's files into ``unfinished(folder, step)``.
         gather: returns the lists of all processes end to end, to all of them.
-        collective: whether ``write`` waits for other processes: then one that fails alone cannot tell them.
+        collective: whether ``write`` waits for other processes. Then a process that fails alone cannot tell them.
 
     Raises:
         InputError: the disk filled up in the middle of a collective write.
@@ -178,21 +178,21 @@ def _attempt(action: Callable[[], None], folder: str | Path, path: Path, alone: 
     """Return why ``action`` found the disk full, None if it did not."""
     try:
         action()
-    except Exception as error:  # any other than a full disk goes on up
+    except Exception as error:  # any other than a full disk is raised again
         if not no_space_left(error, folder):
             raise
         if alone:
             shutil.rmtree(path, ignore_errors=True)
             raise InputError(
-                f"{path}: no space left while saving ({error}), and the other processes are in the middle of it, so "
-                "the run cannot go on. The checkpoints before it are whole: make room, and start it again."
+                f"{path}: no space left while saving ({error}), and the other processes are in the middle of saving, "
+                "so the run cannot continue. The checkpoints before it are whole: make room, and start it again."
             ) from None
         return str(error)
     return None
 
 
 def sync_folder(path: Path) -> None:
-    """Make names in ``path`` outlive a power cut. Windows does so by itself."""
+    """Make the names of files in ``path`` survive a power cut. Windows does so by itself."""
     if os.name == "posix":
         opened = os.open(path, os.O_RDONLY)
         try:
@@ -202,7 +202,7 @@ def sync_folder(path: Path) -> None:
 
 
 def _discard(folder: str | Path, path: Path) -> None:
-    """Remove a checkpoint: it loses its name first, so that a crash cannot leave half of it under that name."""
+    """Remove a checkpoint. It loses its name first, so that a crash cannot leave half of it under that name."""
     if not path.exists():
         return
     trash = Path(folder) / UNFINISHED / f"removed-{path.name}"
@@ -214,7 +214,7 @@ def _discard(folder: str | Path, path: Path) -> None:
 
 
 def move_into(source: Path, folder: Path) -> None:
-    """Move everything in ``source`` into ``folder``, over what has the same name there; ``source`` goes."""
+    """Move all files in ``source`` into ``folder``, over files of the same name there, and remove ``source``."""
     for file in sorted(source.rglob("*")):
         if file.is_file():
             target = folder / file.relative_to(source)
