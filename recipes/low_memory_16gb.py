@@ -19,8 +19,8 @@ leaves room for all parameters of 0.5B, for adapters beside 1.5B, or for 7B in 4
 --optim adamw_torch. --plan says what fits. Any flag overrides the values below; --help lists all flags. The same
 command again continues where the run stopped.
 
-Result: all parameters of 3B in 13.8 GiB, 3,505 tokens/s, stepping inside backward, one row of 2,048 tokens a step, on an
-H100 limited to 15.5 GiB (commit 37454be, 2026-11-22). More, with versions: benchmarks/results/.
+Result: all parameters of 3B in 13.8 GiB, 3,505 tokens/s, stepping inside backward, one row of 2,048 tokens a step, on
+an H100 limited to 15.5 GiB (commit 37454be, 2026-11-22). More, with versions: benchmarks/results/.
 """
 
 from dataclasses import dataclass, field

@@ -11,7 +11,7 @@ data/ is used if it is there, otherwise it is downloaded. Any flag overrides the
 The same command again continues where the run stopped.
 
 Result: 62.5M tokens of other Chinese text in 158 s on one H100, 499k tokens/s, held-out loss 3.795, 1.897 bits per byte
-(commit d8597b7, 2026-11-26; Wikipedia itself is not yet measured). Versions, and all other results: benchmarks/README.md.
+(commit d8597b7, 2026-11-26; Wikipedia itself is not yet measured). Versions and other results: benchmarks/README.md.
 """
 
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ TRAINING = dict(
     per_device_train_batch_size=0,  # rows at once, at most; 0: as many as fit the card, up to 65,536 tokens
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
     per_device_eval_batch_size=0,  # 0: as in training
-    lr_scheduler_type="warmup_stable_decay",  # 1.225 bits per byte where a cosine down to 10% has 1.271: benchmarks/LOG.md
+    lr_scheduler_type="warmup_stable_decay",  # 1.225 bits per byte; a cosine to 10%: 1.271 (LOG.md)
     lr_scheduler_kwargs={"num_decay_steps": 0.3},  # below 1: a share of all steps; down to 0
     warmup_steps=0.03,  # likewise
     weight_decay=0.1,  # Trainer leaves norms and biases out
