@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     more["launch"] = [accelerator.distributed_type, accelerator.num_processes, backend]
     identity = run_identity(RECIPE, shape, rows, tokenizer, launch, shared, training, more)
     with open_run(identity, shared, training) as run:
-        results = run.finished(order, training, shared.context_length)
+        results = run.finished(order)
         if results is not None:
             return say(f"{run.folder} is finished; nothing to train. Held-out loss: {results['eval_loss']:.4f}")
         run.check_disk_space(model.num_parameters(), launch.strategy, training)

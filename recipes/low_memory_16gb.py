@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     identity = run_identity(RECIPE, start, rows, tokenizer, launch, shared, training, {})
     order = training_order(rows.train, training, launch.rows_per_step)
     with open_run(identity, shared, training) as run:
-        if results := run.finished(order, training, shared.context_length):
+        if results := run.finished(order):
             finished = f"{run.folder} is finished; nothing to train."
             return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
 
@@ -201,7 +201,8 @@ def main(argv: list[str] | None = None) -> None:
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state_bytes = 3 if "8bit" in training.optim else 8  # a parameter; Trainer's own keep the embedding's in fp32
         merged_bytes = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0
-        parameters, weight_bytes = sum(parameter.numel() for parameter in trained), trained[0].itemsize
+        parameters = sum(parameter.numel() for parameter in trained)
+        weight_bytes = trained[0].itemsize
         run.check_disk_space(parameters, launch.strategy, training, weight_bytes, state_bytes, merged_bytes)
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
         trainer.add_callback(ReportCallback(run, rows.ledgers))

@@ -165,7 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     identity = run_identity(RECIPE, shape, rows, tokenizer, launch, shared, training, more)
     order = training_order(rows.train, training, launch.rows_per_step, rows_before(identity, shared))
     with open_run(identity, shared, training) as run:
-        if results := run.finished(order, training, shared.context_length):
+        if results := run.finished(order):
             return say(f"{run.folder} is finished; nothing to train.\n{summary(results)}")
 
         # Train, from the last checkpoint if there is one.

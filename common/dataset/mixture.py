@@ -69,6 +69,11 @@ class TrainingOrder(Sampler):
         self.first_step, self.first_position, self.rows_in_run = step, position, rows
         self.positions_in_run = position + (training.max_steps - step) * self.rows_per_step
 
+    @property
+    def steps(self) -> int:
+        """Steps of the whole run."""
+        return self.first_step + (self.positions_in_run - self.first_position) // self.rows_per_step
+
     def position_after(self, step: int) -> int:
         """Return how many rows are trained on when ``step`` steps are made, over all processes and passes."""
         return min(self.first_position + (step - self.first_step) * self.rows_per_step, self.rows_in_run)
@@ -81,7 +86,7 @@ class TrainingOrder(Sampler):
 
     def __len__(self) -> int:
         """The whole run, steps before ``first_position`` included: Trainer counts so."""
-        return self.first_step * self.rows_per_step + self.positions_in_run - self.first_position
+        return self.steps * self.rows_per_step
 
     def __iter__(self) -> Iterator[int]:
         for first in range(self.first_position, self.rows_in_run, CHUNK_POSITIONS):

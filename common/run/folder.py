@@ -154,8 +154,8 @@ class Run:
             self._lock.release()
             self._lock = None
 
-    def finished(self, order: TrainingOrder, training: TrainingArguments, context_length: int) -> dict | None:
-        """Return the results of a run that made its steps or trained on its tokens, else None.
+    def finished(self, order: TrainingOrder) -> dict | None:
+        """Return the results of a run that made its steps or trained on its rows, else None.
 
         A run that is killed while it writes them leaves half a file of results: it is removed, and written again.
         """
