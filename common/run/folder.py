@@ -168,10 +168,8 @@ class Run:
             except (ValueError, TypeError, RecursionError):
                 say(f"removing {path}: half-written when the run ended")
                 path.unlink()
-        tokens = order.rows_in_run * context_length
-        reached = (
-            results.get("steps") == training.max_steps or results.get("ledger", {}).get("tokens_trained") == tokens
-        )
+        rows_trained = results.get("ledger", {}).get("rows_trained")
+        reached = results.get("steps") == order.steps or rows_trained == order.rows_in_run
         [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
         return results
 
