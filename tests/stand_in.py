@@ -167,7 +167,7 @@ def use_hubs(monkeypatch, modelscope: str | None = None, hugging_face: str | Non
 
 def be_impatient(monkeypatch) -> None:
     """Make waiting short: what takes minutes in life takes seconds."""
-    from common.corpus.documents import transfer as remote_file
+    from common.corpus import transfer as remote_file
 
     monkeypatch.setattr(remote_file, "LONGEST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(remote_file, "SILENCE_SECONDS", 1)

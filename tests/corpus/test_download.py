@@ -19,8 +19,8 @@ from conftest import ROOT
 from stand_in import be_impatient, running, use_hubs
 
 from common.console import InputError
-from common.corpus.documents import download as download_module
-from common.corpus.documents import hub_dataset as hub_data
+from common.corpus import download as download_module
+from common.corpus import hub_dataset as hub_data
 from common.corpus.download import CORPORA, Corpus, download, unpack
 from common.corpus.transfer import ATTEMPTS
 

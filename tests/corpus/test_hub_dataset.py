@@ -183,7 +183,7 @@ def test_modelscope_comes_first_and_the_next_hub_follows(monkeypatch):
 
 
 def test_a_token_goes_to_the_chosen_hub_only(monkeypatch):
-    from common.corpus.documents import hub_dataset as hub_data
+    from common.corpus import hub_dataset as hub_data
 
     be_impatient(monkeypatch)
     monkeypatch.setenv("HF_TOKEN", "hf_secret")
@@ -228,7 +228,7 @@ def test_what_is_no_identifier(identifier):
 
 def test_what_a_cache_holds_is_said_and_a_hub_that_answers_knows_better(hub, tmp_path, monkeypatch, capsys):
     """Of files without numbers, nothing in ModelScope's cache shows that others are missing."""
-    from common.corpus.documents import hub_dataset as hub_data
+    from common.corpus import hub_dataset as hub_data
 
     monkeypatch.setattr(hub_data, "modelscope_snapshot", lambda _: str(tmp_path))
     (tmp_path / "part1.jsonl").write_bytes(jsonl(["one"]))

@@ -166,7 +166,7 @@ def test_bands_catch_a_pair_at_the_threshold(threshold):
 
 
 def test_short_empty_and_long_documents(tmp_path, monkeypatch):
-    from common.corpus.documents import near_duplicates
+    from common.corpus import near_duplicates
 
     monkeypatch.setattr(near_duplicates, "PIECE_CHARACTERS", 1000)
     long = "".join(bundled("sample_zh.jsonl")[:20])
@@ -178,7 +178,7 @@ def test_short_empty_and_long_documents(tmp_path, monkeypatch):
 
 
 def test_streams_and_reports_as_it_goes(tmp_path, monkeypatch):
-    from common.corpus.documents import near_duplicates
+    from common.corpus import near_duplicates
 
     monkeypatch.setattr(near_duplicates, "GROUP_CHARACTERS", 1000)
     taken = 0
