@@ -1,24 +1,28 @@
-"""A name -> a local folder: local path, then ModelScope, then Hugging Face or its mirror."""
+"""A model's or tokenizer's name -> a local folder: a local path, ModelScope, Hugging Face, or its mirror."""
 
 import json
 import os
+import re
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.console import InputError, say
 
-PROBE_SECONDS = 8  # an unreachable hub is given up after this, all hubs probed at once
-HUGGING_FACE, HUGGING_FACE_MIRROR = "https://huggingface.co", "https://hf-mirror.com"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+DATA_SET_ID = re.compile(rf"({HUB_ID.pattern})(?::(.+))?")  # owner/name, owner/name:subset or owner/name:file
+PROBE_SECONDS = 8  # all hubs are probed at once; one that has not answered after this time is given up
+HUGGING_FACE = "https://huggingface.co"
+HUGGING_FACE_MIRROR = "https://hf-mirror.com"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
 WEIGHT_FILES = ["*.safetensors"]
-# Without all files of one of these sets, a folder cannot be loaded.
+# A folder can be loaded only if it has all files of one of these sets.
 TOKENIZER_NEEDS = [["tokenizer.json"], ["*.model"], ["vocab.json", "merges.txt"], ["vocab.txt"], ["*.tiktoken"]]
-# With these, a folder is whole, whoever filled it; without, its hub may have more.
+# A folder with these is complete, whoever filled it. If one is missing, the hub may have more files.
 USUAL_FILES = ["tokenizer.json", "tokenizer_config.json"]
 
 
-def three_ways_on(flag: str) -> str:
+def ways_to_continue(flag: str) -> str:
     """Return the advice that ends every error about an unreachable hub."""
     third = {
         "--tokenizer": "train one on your own text: --tokenizer train",
@@ -26,8 +30,8 @@ def three_ways_on(flag: str) -> str:
         "--data": "nothing from a hub: --data FILE --tokenizer train, or the bundled articles: --sample",
     }[flag]
     return (
-        "Three ways on:\n"
-        f"  1. a local path: {flag} /path/to/it, fetched on another machine\n"
+        "Three ways to continue:\n"
+        f"  1. a local path: {flag} /path/to/it, downloaded on another machine\n"
         "  2. a mirror: export HF_ENDPOINT=https://hf-mirror.com, and launch again\n"
         f"  3. {third}"
     )
@@ -37,17 +41,18 @@ def fetch_tokenizer(name: str) -> str:
     """Return a local folder with the tokenizer called ``name`` (a folder, or a model id on a hub).
 
     Raises:
-        InputError: it is neither a folder nor on a hub that answers. Hubs that do not are given up within 30 seconds;
-            one that answers and then stalls takes as long as its own library waits.
+        InputError: ``name`` is not a folder, and no hub that answers has it. A hub that does not answer is given up
+            within 30 seconds. A hub that answers and then stalls takes as long as its own library waits.
     """
     return _fetch_repository("tokenizer", name, TOKENIZER_FILES, TOKENIZER_NEEDS)
 
 
 def fetch_model(name: str, weights: bool) -> str:
-    """Return a local folder with the model called ``name``: its config and tokenizer, and its ``weights``.
+    """Return a local folder with the model called ``name``: its config, its tokenizer and, if asked, its ``weights``.
 
     Raises:
-        InputError: as ``fetch_tokenizer``. Weights are safetensors: a model that has only others counts as not there.
+        InputError: as ``fetch_tokenizer``. Weights are safetensors; a model that has only other weights counts as
+            missing.
     """
     if weights:
         return _fetch_repository("model", name, [*TOKENIZER_FILES, *WEIGHT_FILES], [["config.json", *WEIGHT_FILES]])
@@ -55,11 +60,14 @@ def fetch_model(name: str, weights: bool) -> str:
 
 
 def _fetch_repository(what: str, name: str, files: list[str], needs: list[list[str]]) -> str:
-    """Return a folder with the ``files`` (globs) of the model ``name``, all of one of ``needs`` among them."""
+    """Return a folder with those files of the model ``name`` that match ``files`` (globs).
+
+    The folder has all files of at least one of the sets ``needs``.
+    """
     flag = f"--{what}"
     if Path(name).is_dir():
         return name
-    if name.startswith((".", "/")) or name.count("/") != 1:
+    if not HUB_ID.fullmatch(name):
         raise InputError(f"{flag} {name}: no such folder, and not a hub id like owner/name.")
 
     def from_modelscope(**where):
@@ -70,22 +78,30 @@ def _fetch_repository(what: str, name: str, files: list[str], needs: list[list[s
     def from_hugging_face(**where):
         from huggingface_hub import HfApi, snapshot_download
 
-        if "endpoint" in where:  # a hub that stalls: snapshot_download would wait for ever
+        if "endpoint" in where:  # a hub may stall here, and snapshot_download would wait forever
             HfApi(**where).model_info(name, timeout=PROBE_SECONDS)
         return snapshot_download(name, allow_patterns=files, **where)
 
     def lack(folder: Path) -> str:
         return lack_of(folder, needs)
 
-    def lack_of_whole(folder: Path) -> str:
-        unfinished = [f"{path.name} was left unfinished" for path in folder.rglob("*.incomplete")]  # by ModelScope
-        return lack_of(folder, [[*needs[0], *USUAL_FILES]]) or "".join(unfinished[:1])
+    def lack_of_complete(folder: Path) -> str:
+        missing = lack_of(folder, [[*needs[0], *USUAL_FILES]])
+        if missing:
+            return missing
+        for path in folder.rglob("*.incomplete"):  # ModelScope's name for an interrupted download
+            return f"{path.name} was left unfinished"
+        return ""
 
-    return _fetch(f"{what} {name}", flag, from_modelscope, from_hugging_face, lack, lack_of_whole)
+    return _fetch(f"{what} {name}", flag, from_modelscope, from_hugging_face, lack, lack_of_complete)
 
 
 def lack_of(folder: Path, needs: list[list[str]]) -> str:
-    """Return what ``folder`` lacks of ``needs`` (all of one of these sets of globs), or of its weights, or ""."""
+    """Return what ``folder`` lacks, or "" if it can be loaded.
+
+    It needs all files (globs) of at least one of the sets ``needs`` and, if these include weights, every shard that
+    the index of the weights names.
+    """
     if not any(all(any(folder.glob(glob)) for glob in files) for files in needs):
         return "does not have " + " or ".join(" + ".join(files) for files in needs)
     if not set(WEIGHT_FILES) & set(needs[0]) or (folder / "model.safetensors").exists():
@@ -99,29 +115,33 @@ def lack_of(folder: Path, needs: list[list[str]]) -> str:
 
 
 def offline(*flags: str) -> str:
-    """Return the one of ``flags`` (variables of the environment, such as HF_HUB_OFFLINE) that is set, or ""."""
-    return next((flag for flag in flags if os.environ.get(flag, "").upper() in {"1", "ON", "YES", "TRUE"}), "")
+    """Return the first of ``flags`` (environment variables such as HF_HUB_OFFLINE) that is set, or ""."""
+    for flag in flags:
+        if os.environ.get(flag, "").upper() in {"1", "ON", "YES", "TRUE"}:
+            return flag
+    return ""
 
 
 def hub_endpoints() -> dict[str, str]:
-    """Return the hubs and their URLs in the order in which they are asked."""
-    modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")  # the second is the old
+    """Return the hubs and their URLs, in the order in which they are asked."""
+    # MODELSCOPE_DOMAIN is the older name of MODELSCOPE_ENDPOINT.
+    modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")
     endpoints = {"ModelScope": modelscope or "https://www.modelscope.cn"}
     for url in (os.environ.get("HF_ENDPOINT") or HUGGING_FACE, HUGGING_FACE_MIRROR):
         endpoints[f"Hugging Face ({url})"] = url.rstrip("/")
     return {hub: url if "://" in url else f"https://{url}" for hub, url in endpoints.items()}
 
 
-def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, lack: Callable, lack_of_whole: Callable) -> str:
-    """Try the caches of both hubs, then (not with HF_HUB_OFFLINE) every hub that answers; the first result wins.
+def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, lack: Callable, lack_of_complete: Callable) -> str:
+    """Try the caches of both hubs, then every hub that answers (none with HF_HUB_OFFLINE); return the first result.
 
-    Neither library always knows whether its cache holds a part, where a download was stopped, or the whole. One that
-    does not show to be whole is used last: by then its hub was asked for what is missing, or could not be.
+    A library does not always know whether its cache holds all files, or only those before an interruption. A cache that
+    does not look complete is therefore used last: after its hub was asked for the missing files, or could not be asked.
     """
     failures = []
     caches = {"ModelScope's cache": from_modelscope, "Hugging Face's cache": from_hugging_face}
     for cache, fetch in caches.items():
-        path, reason = _attempt(fetch, lack_of_whole, local_files_only=True)
+        path, reason = _attempt(fetch, lack_of_complete, local_files_only=True)
         if path is not None:
             return path
         failures.append(f"  {cache}: {reason}")
@@ -134,7 +154,7 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, lack: Calla
         if url not in answering:
             failures.append(f"  {hub}: does not answer")
             continue
-        say(f"fetching {what} from {hub}")
+        say(f"downloading {what} from {hub}")
         if hub == "ModelScope":
             path, reason = _attempt(from_modelscope, lack)
         else:
@@ -145,25 +165,25 @@ def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, lack: Calla
     for cache, fetch in caches.items():
         path, _ = _attempt(fetch, lack, local_files_only=True)
         if path is not None:
-            say("\n".join([f"note: {what}: taken from {cache}, which may hold a part of it only:", *failures]))
+            say("\n".join([f"note: {what}: taken from {cache}, which may be incomplete:", *failures]))
             return path
-    raise InputError("\n".join([f"cannot fetch {what}:", *failures, three_ways_on(flag)]))
+    raise InputError("\n".join([f"cannot fetch {what}:", *failures, ways_to_continue(flag)]))
 
 
 def _attempt(fetch: Callable, lack: Callable[[Path], str], **where) -> tuple[str | None, str]:
-    """Return (path, "") or (None, why not). Each hub library has exceptions of its own: all are caught, and named."""
+    """Return (path, ""), or (None, reason) if ``fetch`` fails or its folder lacks files."""
     try:
         path = fetch(**where)
         reason = lack(Path(path))
-    except Exception as error:
+    except Exception as error:  # each hub library has its own exceptions; all become a reason
         return None, f"{type(error).__name__}: {error}".splitlines()[0]
     return (None, reason) if reason else (path, "")
 
 
 def answering_hubs(urls: Iterable[str]) -> set[str]:
-    """Return the URLs that answer an HTTP request within PROBE_SECONDS, asked all at once.
+    """Return the URLs that answer an HTTP request within PROBE_SECONDS; all are asked at once.
 
-    Daemon threads, because a name look-up on a dead network ignores every timeout that Python offers.
+    The threads are daemons because a name look-up on a dead network ignores every timeout that Python offers.
     """
     import requests
 

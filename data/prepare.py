@@ -20,9 +20,8 @@ from common.console import InputError
 from common.corpus.documents import CorpusCounts, read_documents
 from common.corpus.download import CORPORA, download
 from common.corpus.near_duplicates import NearDuplicateCounts, without_near_duplicates
-from common.corpus.sources import Source, resolve_sources
+from common.corpus.sources import PAIR_SUFFIXES, Source, resolve_sources
 from common.corpus.splits import content_hash, held_out_below
-from common.tokens.megatron import LEGACY_PAIR, PAIR
 from common.tokens.merge import merge_token_stores
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
@@ -157,7 +156,7 @@ def at_least_one(text: str) -> int:
 
 def store_prefix(text: str) -> str:
     """Return the prefix of the token store that ``text`` names, itself or by one of its files, for argparse."""
-    suffix = next((suffix for suffix in (*PAIR, *LEGACY_PAIR) if text.endswith(suffix)), "")
+    suffix = next((suffix for suffix in PAIR_SUFFIXES if text.endswith(suffix)), "")
     prefix = text.removesuffix(suffix)
     if os.path.basename(prefix) in ("", ".", ".."):
         raise argparse.ArgumentTypeError(

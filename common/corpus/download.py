@@ -21,8 +21,9 @@ from tqdm import tqdm
 
 from common.console import InputError, is_main_process, say
 from common.corpus.formats import DAMAGE, open_decompressed
-from common.corpus.hub_dataset import IDENTIFIER, find_files
+from common.corpus.hub_dataset import find_files
 from common.corpus.transfer import FileChanged, HubFile, RemoteFile
+from common.hub import DATA_SET_ID
 
 ARCHIVES = (".tar.bz2", ".tar.gz", ".tgz", ".tar.xz", ".tar")
 PADDLENLP = "https://bj.bcebos.com/paddlenlp/models/transformers/llama/data/"
@@ -72,7 +73,7 @@ def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
     Raises:
         InputError: unknown name, no hub has it, the disk is too small, or what comes is not what the hub announces.
     """
-    if name not in CORPORA and not IDENTIFIER.fullmatch(name):
+    if name not in CORPORA and not DATA_SET_ID.fullmatch(name):
         raise InputError(f"{name}: not one of {', '.join(CORPORA)}, nor a data set id like owner/name.")
     corpus = CORPORA.get(name) or Corpus("a data set of the hubs", "see its page there", identifier=name)
     folder = Path(folder)

@@ -1,9 +1,9 @@
-"""A data set id -> its records, streamed: ModelScope, Hugging Face, its mirror, or what a cache holds.
+"""A data set id -> its records, streamed from ModelScope, Hugging Face or its mirror, or read from a cache.
 
-Neither library's own streaming is used, for these reasons (datasets 5.2, modelscope 1.40): ``MsDataset`` patches the
-inside of ``datasets`` while it loads and needs the extra ``modelscope[datasets]``; ``datasets`` knows one endpoint
-only, read at import, holds a JSON array in memory whole (wiki-zh is one of 2 GB), and waits up to 20 minutes for a hub
-that answers "too many requests". What ``datasets`` decides here is which files of a repository are the train split.
+Neither library's own streaming is used (datasets 5.2, modelscope 1.40). ``MsDataset`` patches the inside of
+``datasets`` while it loads, and needs the extra ``modelscope[datasets]``. ``datasets`` knows one endpoint only, which
+it reads at import; it holds a whole JSON array in memory (wiki-zh is one of 2 GB); and it waits up to 20 minutes for a
+hub that answers "too many requests". ``datasets`` is used to decide which files of a repository are the train split.
 """
 
 import re
@@ -15,23 +15,28 @@ from tempfile import TemporaryDirectory
 from common.console import InputError, say
 from common.corpus.records import Records, file_records
 from common.corpus.transfer import HubFile, cached_files, hugging_face_snapshot, modelscope_snapshot, remote_files
-from common.hub import answering_hubs, hub_endpoints, offline, three_ways_on
+from common.hub import DATA_SET_ID, answering_hubs, hub_endpoints, offline, ways_to_continue
 
-IDENTIFIER = re.compile(r"([\w-][\w.-]*/[\w.-]+)(?::(.+))?")
+NAMES_SHOWN = 5
 
 
 def hub_records(identifier: str, fields: list[str] | None = None) -> Records:
     """Yield (where, record) for the train split of a data set, as ``file_records`` does for each of its files.
 
-    ``identifier``: ``owner/name``, or ``owner/name:subset``, a subset being a configuration of the data set
-    (``wikimedia/wikipedia:20231101.zh``) or the path of one of its files. Nothing is written to disk.
+    Nothing is written to disk.
+
+    Args:
+        identifier: ``owner/name`` or ``owner/name:subset``. A subset is a configuration of the data set
+            (``wikimedia/wikipedia:20231101.zh``) or the path of one of its files.
+        fields: the fields that are needed; None for all.
 
     Raises:
-        InputError: no hub and no cache has it, or the one that has it breaks off and stays away. A stream that is cut
-            off never looks like its end.
+        InputError: no hub and no cache has the data set, or its hub breaks off and does not come back. A stream that is
+            cut off is never taken for a complete one.
     """
     place, files = find_files(identifier)
-    say(f"{identifier}: reading {len(files)} files, {sum(f.size_bytes for f in files) / 1e9:.2f} GB, from {place}")
+    gigabytes = sum(file.size_bytes for file in files) / 1e9
+    say(f"{identifier}: reading {len(files)} files, {gigabytes:.2f} GB, from {place}")
     for file in files:
         yield from file_records(file.path, file.open, fields)
 
@@ -39,19 +44,23 @@ def hub_records(identifier: str, fields: list[str] | None = None) -> Records:
 def find_files(identifier: str) -> tuple[str, list[HubFile]]:
     """Return the first place that has the data set, and the files of its train split there.
 
-    Asked are ModelScope, Hugging Face (HF_ENDPOINT), its mirror, and last the caches of both libraries; these alone
-    where HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set. A cache does not tell whether it holds all files: which it has
-    is said.
+    The places are ModelScope, Hugging Face (HF_ENDPOINT), its mirror, and then the caches of both libraries. If
+    HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set, only the caches are tried. A cache does not say whether it has all
+    files, so a note names those it has.
+
+    Raises:
+        InputError: ``identifier`` is not a data set id, or no place has it.
     """
-    if not IDENTIFIER.fullmatch(identifier):
+    match = DATA_SET_ID.fullmatch(identifier)
+    if match is None:
         raise InputError(f"{identifier}: not a hub id like owner/name, owner/name:subset or owner/name:file.")
-    repository, subset = IDENTIFIER.fullmatch(identifier).groups()
+    repository, subset = match.groups()
     flag_set = offline("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     endpoints = {} if flag_set else hub_endpoints()
     answering = answering_hubs(endpoints.values())
     places = {hub: partial(remote_files, repository, hub, url) for hub, url in endpoints.items()}
-    places |= {"ModelScope's cache": partial(cached_files, repository, modelscope_snapshot)}
-    places |= {"Hugging Face's cache": partial(cached_files, repository, hugging_face_snapshot)}
+    places["ModelScope's cache"] = partial(cached_files, repository, modelscope_snapshot)
+    places["Hugging Face's cache"] = partial(cached_files, repository, hugging_face_snapshot)
     failures = [f"  no hub is asked: {flag_set} is set"] if flag_set else []
     for place, list_files in places.items():
         if place in endpoints and endpoints[place] not in answering:
@@ -59,35 +68,50 @@ def find_files(identifier: str) -> tuple[str, list[HubFile]]:
             continue
         try:
             files = train_files(list_files(), subset)
-        except (Exception, InputError) as error:  # each library has exceptions of its own: all are caught, and named
+        except (Exception, InputError) as error:  # each hub library has its own exceptions; all become a reason
             failures.append(f"  {place}: {type(error).__name__}: {error}".replace("\n", " "))
             continue
         paths = [file.path for file in files]
         if place not in endpoints and paths != [subset]:
-            what = f"{len(paths)} files: {', '.join(paths[:5])}{', ...' * (len(paths) > 5)}"
-            say("\n".join([f"note: {identifier}: {place} may hold a part of it only, {what}", *failures]))
+            what = f"{len(paths)} file{'s' * (len(paths) > 1)}: {_some(paths)}"
+            say("\n".join([f"note: {identifier}: {place} may be incomplete; it has {what}", *failures]))
         return place, files
-    raise InputError("\n".join([f"cannot find data set {identifier}:", *failures, three_ways_on("--data")]))
+    raise InputError("\n".join([f"cannot find data set {identifier}:", *failures, ways_to_continue("--data")]))
 
 
 def train_files(files: list[HubFile], subset: str | None) -> list[HubFile]:
     """Return the files that ``datasets`` takes for the train split of ``subset``, in its order.
 
-    It is shown a folder of empty files with the repository's names, and the repository's own README.md.
+    ``datasets`` is given a folder of empty files with the repository's file names, and the repository's README.md.
 
     Raises:
-        ValueError: there is no such subset, one has to be chosen, or there is no train split.
+        ValueError: there is no such subset, a subset must be chosen, or there is no train split.
     """
-    import datasets
-
     by_path = {file.path: file for file in files}
     if subset in by_path:
         return [by_path[subset]]
+    splits = _splits(by_path, subset)
+    if "train" not in splits:
+        raise ValueError(f"no train split, only {', '.join(splits)}; name a file instead: owner/name:file")
+    chosen = splits["train"]
+    others = [path for path in by_path if by_path[path] not in chosen and path not in {"README.md", ".gitattributes"}]
+    if others:
+        say(f"not in the train split, so not read: {_some(others)}")
+    _check_shards([file.path for file in chosen if file.local is not None])
+    return chosen
+
+
+def _splits(by_path: dict[str, HubFile], subset: str | None) -> dict[str, list[HubFile]]:
+    """Return the files of each split of ``subset``, as ``datasets`` assigns them."""
+    import datasets
+
     with TemporaryDirectory() as temporary:
         folder = Path(temporary, "repository").resolve()
         for path in by_path:
-            if ".." in PurePosixPath(path).parts or PurePosixPath(path).is_absolute() or path == "dataset_infos.json":
-                continue  # would lie outside, or is read by `datasets` and superseded by README.md
+            if ".." in PurePosixPath(path).parts or PurePosixPath(path).is_absolute():
+                continue  # would be written outside the folder
+            if path == "dataset_infos.json":
+                continue  # README.md has replaced it, but `datasets` would still read it
             (folder / path).parent.mkdir(parents=True, exist_ok=True)
             (folder / path).touch()
         if "README.md" in by_path:
@@ -99,23 +123,17 @@ def train_files(files: list[HubFile], subset: str | None) -> list[HubFile]:
             raise ValueError(f"none of its files can be streamed ({', '.join(by_path)})") from None
         except ValueError as error:
             raise ValueError(f"{str(error).split('Example of usage')[0].strip()} (owner/name:subset)") from None
-        splits = {
+        return {
             str(split): [by_path[Path(path).relative_to(folder).as_posix()] for path in paths]
             for split, paths in builder.config.data_files.items()
         }
-    if "train" not in splits:
-        raise ValueError(f"no train split, only {', '.join(splits)}; name a file instead: owner/name:file")
-    chosen = splits["train"]
-    others = [path for path in by_path if by_path[path] not in chosen and path not in {"README.md", ".gitattributes"}]
-    if others:
-        more = f" and {len(others) - 5} more" if len(others) > 5 else ""
-        say(f"not of the train split, so not read: {', '.join(others[:5])}{more}")
-    _check_shards([file.path for file in chosen if file.local is not None])
-    return chosen
 
 
 def _check_shards(paths: list[str]) -> None:
-    """Raise ValueError if of files numbered ``-00000-of-00003`` one is missing: a cache may hold a part of them."""
+    """Raise ValueError if a file is missing among files numbered like ``-00000-of-00003``.
+
+    A cache may hold only a part of them.
+    """
     found = [re.fullmatch(r"(.*-)(\d{5})-of-(\d{5})(\D.*)", path) for path in paths]
     shards = Counter((match[1], int(match[3]), match[4]) for match in found if match)
     for (before, total, after), count in shards.items():
@@ -123,3 +141,8 @@ def _check_shards(paths: list[str]) -> None:
             raise ValueError(
                 f"{count} of {total} shards {before}NNNNN-of-{total:05}{after} are there: download it again"
             )
+
+
+def _some(paths: list[str]) -> str:
+    more = f" and {len(paths) - NAMES_SHOWN} more" if len(paths) > NAMES_SHOWN else ""
+    return ", ".join(paths[:NAMES_SHOWN]) + more

@@ -12,19 +12,22 @@ from pathlib import Path
 
 from common.console import InputError, say
 from common.corpus.formats import format_of, known_formats
+from common.hub import DATA_SET_ID
 
-PAIRS = ((".bin", ".idx"), ("_ids.npy", "_idx.npz"))  # tokens and their index, new and legacy
+# The suffixes of a token store's two files, tokens and index: Megatron's, and the older pair of PaddleNLP's GPT.
+PAIRS = ((".bin", ".idx"), ("_ids.npy", "_idx.npz"))
+PAIR_SUFFIXES = tuple(suffix for pair in PAIRS for suffix in pair)
 BESIDE_PAIR = (".json", ".near_duplicates.jsonl")  # what we write beside a token store
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+(:.+)?")
-# No documents, though of a known format: what lies in a folder with data sets, models and tokenizers.
+# These have a known format but are not documents: they lie in the folders of data sets, models and tokenizers.
 METADATA = {
     *("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json", "configuration.json"),
     *("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"),
     *("added_tokens.json", "vocab.json", "vocab.txt", "merges.txt", "readme.txt", "license.txt", "requirements.txt"),
 }
-# Marks a folder as a cache. Source: https://bford.info/cachedir/
-CACHE_TAG, CACHE_SIGNATURE = "CACHEDIR.TAG", "Signature: 8a477f597d28d172789f06886806bc55\n"
-FILES_LISTED = 8  # in a fingerprint; more files are hashed, so that it stays small
+# A file of this name and content marks a folder as a cache. Source: https://bford.info/cachedir/
+CACHE_TAG = "CACHEDIR.TAG"
+CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
+FILES_LISTED = 8  # in a fingerprint; a longer list is hashed, so that the fingerprint stays small
 NAMES_SHOWN = 10
 
 
@@ -34,8 +37,8 @@ class Source:
 
     Attributes:
         given: what the user wrote.
-        name: short, fit for a file name, and different from that of every other source resolved with it.
-        files: the documents' files, or those of the token store, in order.
+        name: short, fit for a file name, and different from the names of all sources resolved with it.
+        files: the files of documents, or of the token store, in order.
         hub_id: the data set's id, or None.
         token_store: a prefix or a folder, as ``TokenStore`` takes it, or None.
     """
@@ -52,18 +55,20 @@ class Source:
         return sum(path.stat().st_size for path in self.files)
 
     def fingerprint(self) -> dict:
-        """Identify the content as far as can be seen without reading it, as JSON types.
+        """Identify the content, as JSON types, without reading it.
 
-        That is the name (from the folder they share on), size and time of change of every file, or the hub id. Where
-        the files lie does not matter; a file that is added, removed, renamed or changed does.
+        For files this is the name (relative to the folder that they share), the size and the modification time of each;
+        for a data set it is the hub id. It does not change when the folder is moved. It changes when a file is added,
+        removed, renamed or modified.
         """
         if self.hub_id is not None:
             return {"hub_id": self.hub_id}
         folder = os.path.commonpath([path.absolute().parent for path in self.files])
-        files = [
-            {"file": Path(os.path.relpath(path, folder)).as_posix(), "bytes": s.st_size, "modified_ns": s.st_mtime_ns}
-            for path, s in ((path, path.stat()) for path in self.files)
-        ]
+        files = []
+        for path in self.files:
+            status = path.stat()
+            name = Path(os.path.relpath(path, folder)).as_posix()
+            files.append({"file": name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns})
         if len(files) <= FILES_LISTED:
             return {"files": files}
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
@@ -71,46 +76,51 @@ class Source:
 
 
 def resolve_sources(given: list[str]) -> list[Source]:
-    """Resolve every one of ``given``; see ``resolve_source``.
+    """Resolve each of ``given`` as ``resolve_source`` does, and give every source a name of its own.
 
     Raises:
-        InputError: a file or a data set is there twice, within a source or in two: its documents would count twice.
+        InputError: a file or data set occurs twice, in one source or in two, so its documents would count twice.
     """
-    sources, names, seen = [], set(), {}
+    sources = []
+    names = set()
+    seen = {}
     for each in given:
         source = resolve_source(each)
         for path in source.files:
             _refuse_second(seen, _identity(path), str(path))
         if source.hub_id is not None:
             _refuse_second(seen, source.hub_id, each)
-        name, number = source.name, 2
+        name = source.name
+        number = 2
         while name.casefold() in names:
-            name, number = f"{source.name}-{number}", number + 1
+            name = f"{source.name}-{number}"
+            number += 1
         names.add(name.casefold())
         sources.append(replace(source, name=name))
     return sources
 
 
 def resolve_source(given: str) -> Source:
-    """Find out what ``given`` is: a file, a folder, a glob, a token store, or a data set id of a hub.
+    """Decide what ``given`` is: a file, a folder, a glob, a token store, or a data set id.
 
-    Of a folder, all files of a known format are taken, its folders' too; left out without a word are hidden files and
-    folders and what lies in a cache (CACHE_TAG), and with a note files of other formats. A folder with token files
-    right in it is a token store. A glob takes the files that it matches (``**`` matches folders of any depth).
+    From a folder and its subfolders, all files of a known format are taken. Files of other formats are left out, and a
+    note names them. Hidden files, hidden folders and caches (CACHE_TAG) are left out without a note. A folder with
+    token files directly in it is a token store. A glob takes the files that it matches (``**`` matches folders of any
+    depth).
 
     Raises:
-        InputError: no such file, an unknown format, a folder or glob without a file of a known one, a folder that holds
-            token files and documents.
+        InputError: there is no such file; the format is unknown; a folder or glob has no file of a known format; a
+            folder holds both token files and documents.
     """
     if not given.strip():
         raise InputError(f"{given!r}: an empty name. Give a file, a folder, a glob or a hub id like owner/name.")
     path = Path(given).expanduser()
     prefix = _prefix_of_pair(str(path))
     if prefix == str(path) and path.exists():
-        raise InputError(f"{given}: is there, and so is a token store {prefix}.bin. Name one of the store's files.")
+        raise InputError(f"{given}: exists, and so does a token store {prefix}.bin. Name one of the store's files.")
     if prefix is not None:
         suffixes = next((pair for pair in PAIRS if Path(prefix + pair[0]).exists()), PAIRS[0])
-        files = tuple(file for file in map(Path, (prefix + suffix for suffix in suffixes)) if file.exists())
+        files = tuple(Path(prefix + suffix) for suffix in suffixes if Path(prefix + suffix).exists())
         return Source(given, _short_name(Path(prefix).name), files, token_store=prefix)
     if path.is_dir():
         return _folder_source(given, path)
@@ -119,18 +129,18 @@ def resolve_source(given: str) -> Source:
             raise InputError(f"{given}: unknown format. Known are {known_formats()}.")
         return Source(given, _short_name(_stem(path)), (path,))
     if glob.has_magic(given):
-        matches = [match for match in map(Path, set(glob.glob(str(path), recursive=True))) if match.is_file()]
+        matches = [Path(match) for match in set(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
         if not matches:
             raise InputError(f"{given}: matches no file.")
         fixed = [part for part in path.parent.parts if not glob.has_magic(part)]
         return Source(given, _short_name(fixed[-1] if fixed else path.name), _documents_of(given, matches))
-    if HUB_ID.fullmatch(given) and format_of(given.split(":")[0]) is None:
+    if DATA_SET_ID.fullmatch(given) and format_of(given.split(":")[0]) is None:
         return Source(given, _short_name(given), hub_id=given)
     raise InputError(f"{given}: no such file. Give an existing file, folder or glob, or a hub id like owner/name.")
 
 
 def mark_as_cache(folder: Path) -> Path:
-    """Make ``folder``, if need be, and mark it as a cache, which nobody takes for documents."""
+    """Make ``folder`` if it does not exist, and mark it as a cache, which is never read as documents; return it."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / CACHE_TAG).write_text(CACHE_SIGNATURE, encoding="ascii")
     return folder
@@ -150,7 +160,8 @@ def _prefix_of_pair(path: str) -> str | None:
 
 
 def _folder_source(given: str, folder: Path) -> Source:
-    name, files = _short_name(folder.resolve().name), list(_files_below(folder))
+    name = _short_name(folder.resolve().name)
+    files = list(_files_below(folder))
     tokens = tuple(path for path in files if path.parent == folder and _is_of_pair(path))
     if not tokens:
         return Source(given, name, _documents_of(given, files))
@@ -161,12 +172,12 @@ def _folder_source(given: str, folder: Path) -> Source:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below ``folder`` that are not hidden, through links to folders too, each folder once."""
+    """Yield the files below ``folder`` that are not hidden. Links to folders are followed, each folder once."""
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         identity = _identity(parent)
         if identity in seen or (CACHE_TAG in files and Path(parent) != folder):
-            folders.clear()
+            folders.clear()  # os.walk goes into what is left in this list
             continue
         seen.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
@@ -178,21 +189,23 @@ def _refuse_folder(error: OSError) -> None:
 
 
 def _is_of_pair(path: Path) -> bool:
-    return path.name.endswith(sum(PAIRS, ())) and ".partial" not in path.name  # a .partial is being written
+    return path.name.endswith(PAIR_SUFFIXES) and ".partial" not in path.name  # a .partial is being written
 
 
 def _is_beside_pair(path: Path) -> bool:
-    """Whether this is the sidecar or the report that we write beside a token store."""
-    prefix = next((str(path).removesuffix(end) for end in BESIDE_PAIR if path.name.endswith(end)), None)
-    return prefix is not None and any(Path(prefix + suffixes[0]).exists() for suffixes in PAIRS)
+    """Whether ``path`` is the sidecar or the report that we write beside a token store."""
+    for ending in BESIDE_PAIR:
+        if path.name.endswith(ending):
+            prefix = str(path).removesuffix(ending)
+            return any(Path(prefix + suffixes[0]).exists() for suffixes in PAIRS)
+    return False
 
 
 def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
-    """Return the files of a known format, sorted; say which others there are."""
+    """Return the files of a known format, sorted; print a note that names the other files."""
     files = [path for path in files if not _is_beside_pair(path)]
-    known = sorted(
-        (path for path in files if format_of(path.name) and path.name.lower() not in METADATA), key=Path.as_posix
-    )
+    known = [path for path in files if format_of(path.name) and path.name.lower() not in METADATA]
+    known.sort(key=Path.as_posix)
     others = sorted(set(files) - set(known))
     if not known:
         found = f" (but {_some(others)})" if others else ""
@@ -209,11 +222,11 @@ def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
 
 
 def _identity(path: str | Path) -> object:
-    """Return what is the same for all names and links of a file or folder."""
+    """Return a value that is the same for all names and links of one file or folder."""
     try:
         status = os.stat(path)
     except FileNotFoundError:
-        raise InputError(f"{path}: is a link to a file that is not there.") from None
+        raise InputError(f"{path}: is a link to a file that does not exist.") from None
     return (status.st_dev, status.st_ino) if status.st_ino else os.path.realpath(path)
 
 

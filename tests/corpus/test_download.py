@@ -297,7 +297,7 @@ def test_unknown_names(name, tmp_path):
 
 
 def test_no_hub_has_it(hub, tmp_path):
-    with pytest.raises(InputError, match=r"(?s)cannot find.*ModelScope.*Hugging Face.*Three ways on"):
+    with pytest.raises(InputError, match=r"(?s)cannot find.*ModelScope.*Hugging Face.*Three ways to continue"):
         download("owner/other", tmp_path)
 
 

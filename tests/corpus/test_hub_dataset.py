@@ -166,7 +166,7 @@ def test_what_a_hub_does_not_have(hub, files, identifier, reason):
         texts_of(identifier)
     message = str(caught.value)
     assert re.search(rf"{hub.kind}[^\n]*({reason})", message), message
-    assert message.count("does not answer") == 2 and "Three ways on" in message
+    assert message.count("does not answer") == 2 and "Three ways to continue" in message
     assert "/tmp" not in message  # no folder of ours that the reader has never heard of
 
 
@@ -204,7 +204,7 @@ def test_hubs_that_do_not_answer(monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as silent:
         use_hubs(monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
         begin = time.monotonic()
-        with pytest.raises(InputError, match=r"(?s)cannot find data set owner/name:.*Three ways on") as caught:
+        with pytest.raises(InputError, match=r"(?s)cannot find data set owner/name:.*Three ways to continue") as caught:
             texts_of()
         assert time.monotonic() - begin < 30
     assert str(caught.value).count("does not answer") == 3
@@ -237,9 +237,9 @@ def test_what_a_cache_holds_is_said_and_a_hub_that_answers_knows_better(hub, tmp
     hub.answer = lambda path, query: None  # it answers, and nothing of use
     assert texts_of() == ["one"]
     said = capsys.readouterr().out
-    assert "ModelScope's cache may hold a part of it only, 1 files: part1.jsonl\n" in said and f"  {hub.kind}" in said
+    assert "ModelScope's cache may be incomplete; it has 1 file: part1.jsonl\n" in said and f"  {hub.kind}" in said
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert texts_of() == ["one"] and "may hold a part of it only" in capsys.readouterr().out
+    assert texts_of() == ["one"] and "may be incomplete" in capsys.readouterr().out
     assert texts_of("owner/name:part1.jsonl") == ["one"] and "note:" not in capsys.readouterr().out
     (tmp_path / "part2.jsonl.incomplete").write_bytes(b"{")
     with pytest.raises(InputError, match="ModelScope's cache: ValueError: part2.jsonl.incomplete was left unfinished"):

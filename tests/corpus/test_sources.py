@@ -125,7 +125,7 @@ def test_token_stores(files):
 def test_token_stores_that_are_unclear(files):
     files("d/a.bin", "d/a.idx", "d/a.json", "d/a.jsonl", "w.bin", "w.idx", "w/x.jsonl")
     refused("d", r"^d: holds token files and documents \(d/a\.jsonl\)\. Give one or the other")
-    refused("w", r"^w: is there, and so is a token store w\.bin")
+    refused("w", r"^w: exists, and so does a token store w\.bin")
     refused("no.bin", r"^no\.bin: no such file")
     assert resolve_source("w.bin").token_store == "w" and found("w/x.jsonl") == ["w/x.jsonl"]
 
@@ -202,7 +202,7 @@ def test_links(files):
     Path("elsewhere/circle").symlink_to("../d", target_is_directory=True)
     assert found("d") == ["d/b.jsonl", "d/part/a.jsonl"]
     Path("d/gone.jsonl").symlink_to("nowhere")
-    refused("d", r"^d/gone\.jsonl: is a link to a file that is not there")
+    refused("d", r"^d/gone\.jsonl: is a link to a file that does not exist")
 
 
 @pytest.mark.skipif(sys.platform == "win32" or os.geteuid() == 0, reason="root reads everything")
