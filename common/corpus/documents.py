@@ -1,4 +1,4 @@
-"""A source -> the text of its documents, streamed, counted, and nothing lost."""
+"""A source -> the text of its documents, streamed, with every document counted."""
 
 import re
 import string
@@ -13,9 +13,9 @@ from common.corpus.formats import CountedFile, format_of, not_utf8
 from common.corpus.records import TEXT_FIELDS, Records, file_records
 from common.corpus.sources import Source
 
-PLACES_SHOWN = 10  # of malformed documents, and of files without any
-RECORDS_JUDGED = 1_000  # by which the text field is chosen, where the first leaves it open
-# White space, control and format characters: what a document without text is made of.
+PLACES_SHOWN = 10  # of malformed documents, and of files without documents
+RECORDS_JUDGED = 1_000  # to find the text field, if the first record does not decide it
+# A document without text has only white space, control and format characters.
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
 NOT_BLANK = re.compile(f"[^{re.escape(BLANK)}]")
@@ -23,15 +23,16 @@ NOT_BLANK = re.compile(f"[^{re.escape(BLANK)}]")
 
 @dataclass
 class CorpusCounts:
-    """What a pass over a source met.
+    """The counts of one pass over one or more sources.
 
     Attributes:
-        documents: those handed out; ``text_bytes`` is their UTF-8 size.
-        empty: those of white space, control and format characters only, or of null.
-        malformed: those that cannot be read; ``first_malformed`` says of a few of each source where they are, and what
-            is wrong.
-        near_duplicates: those that ``data/prepare.py --near_duplicates`` left out of the ones handed out.
-        file_bytes: read of local files so far, as they are on disk; beside ``Source.size_bytes``, for showing progress.
+        documents: documents yielded; ``text_bytes`` is their size in UTF-8.
+        empty: documents of only white space, control and format characters, or null.
+        malformed: documents that cannot be read; ``first_malformed`` has the place and the error of the first few of
+            each source.
+        near_duplicates: yielded documents that ``data/prepare.py --near_duplicates`` then left out.
+        file_bytes: bytes read from local files so far, as they are on disk. Together with ``Source.size_bytes`` they
+            give the progress.
     """
 
     documents: int = 0
@@ -46,47 +47,53 @@ class CorpusCounts:
 def read_documents(
     source: Source, text_field: str | None, skip_malformed: bool, counts: CorpusCounts, may_be_empty: bool = False
 ) -> Iterator[str]:
-    """Yield the text of every document of ``source`` in order, adding to ``counts`` as it goes.
+    """Yield the text of every document of ``source`` in order, and add to ``counts`` on the way.
 
-    Dropped, and counted: documents without text (``empty``) and, with ``skip_malformed``, those that cannot be read
-    (``malformed``). The text is handed out as it is, white space and NUL characters included.
+    Documents without text are dropped and counted (``empty``). With ``skip_malformed``, documents that cannot be read
+    are dropped and counted too (``malformed``). The text is yielded unchanged, with its white space and NUL characters.
 
     Args:
-        text_field: a field's name ("meta.text" is the field "text" of the field "meta"); or a template of several such
-            as "{title}\\n\\n{text}", where a backslash and an n, as a shell hands it over, are a line break; or None:
-            the one field whose name is in TEXT_FIELDS and that holds text. A .txt file has no fields: all is text.
-        may_be_empty: ``source`` is a part of one, and whether there is any document is judged over all of it.
+        text_field: the name of a field ("meta.text" is the field "text" of the field "meta"); or a template with
+            several, such as "{title}\\n\\n{text}", in which a backslash and an n, as a shell passes them on, are a line
+            break; or None for the only field that has a name of TEXT_FIELDS and holds text. A .txt file has no fields:
+            all of it is text.
+        may_be_empty: ``source`` is a part of a larger one, which the caller checks for documents.
 
     Raises:
-        InputError: a malformed document (named by file and line), a missing field (naming the fields there are), what
-            ``file_records`` and ``hub_records`` raise, no document at all (unless it ``may_be_empty``).
+        InputError: a document is malformed (the message has its file and line), a field is missing (the message lists
+            the existing fields), there is no document at all (unless ``may_be_empty``), or ``file_records`` or
+            ``hub_records`` raised it.
     """
     _check_text(source)
-    before, places, without = replace(counts), len(counts.first_malformed), []
+    before = replace(counts)
+    places = len(counts.first_malformed)
+    without = []  # files without documents
     for name, records, names, pattern in _parts(source, text_field, counts):
         found_before = counts.documents
         yield from _documents(records, names, pattern, skip_malformed, counts, places + PLACES_SHOWN)
         if counts.documents == found_before:
             without.append(name)
-    empty, malformed = counts.empty - before.empty, counts.malformed - before.malformed
+    empty = counts.empty - before.empty
+    malformed = counts.malformed - before.malformed
     if counts.documents == before.documents and not may_be_empty:
-        raise InputError(f"{source.given}: no document in it ({empty} empty, {malformed} malformed).")
+        raise InputError(f"{source.given}: it has no documents ({empty} empty, {malformed} malformed).")
     if without:
-        say(f"note: no document in {len(without):,} files of {source.given}: {_some(without)}")
+        say(f"note: {len(without):,} files of {source.given} have no documents: {_some(without)}")
     if malformed:
         say(f"note: {malformed:,} malformed documents of {source.given} were skipped, the first:")
         say("\n".join(f"  {place}" for place in counts.first_malformed[places:]))
 
 
 def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iterator[tuple]:
-    """Yield (name, records, and how their text is made: names, pattern) of every file, or of the one data set."""
+    """Yield (name, records, field names, pattern) of every file, or of the data set; see ``parse_text_field``."""
+    if not text_field:
+        text_field = detect_text_field(source)
     if source.hub_id is not None:
         from common.corpus.hub_dataset import hub_records
 
-        names, pattern = parse_text_field(text_field or detect_text_field(source))
+        names, pattern = parse_text_field(text_field)
         yield source.given, hub_records(source.hub_id, names), names, pattern
         return
-    text_field = text_field or detect_text_field(source)
     bytes_before = counts.file_bytes
 
     def count_bytes(read: int) -> None:
@@ -96,7 +103,8 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
         names, pattern = parse_text_field("text" if format_of(path.name) == ".txt" else text_field)
         yield str(path), file_records(str(path), partial(CountedFile, path, count_bytes), names), names, pattern
         bytes_before += path.stat().st_size
-        counts.file_bytes = bytes_before  # a table's other columns are not read, the start of a .json file twice
+        # The bytes read may be fewer (columns that are not needed) or more (the start of a .json file is read twice).
+        counts.file_bytes = bytes_before
 
 
 def _documents(
@@ -109,7 +117,7 @@ def _documents(
         except ValueError as error:
             reason = "not valid Unicode or not UTF-8" if isinstance(error, UnicodeEncodeError) else error
             if not skip_malformed:
-                advice = "Repair it, or count and skip such documents with --skip_malformed."
+                advice = "Repair it, or skip and count such documents with --skip_malformed."
                 raise InputError(f"{where}: {reason}. {advice}") from None
             counts.malformed += 1
             if len(counts.first_malformed) < most_places:
@@ -124,10 +132,10 @@ def _documents(
 
 
 def parse_text_field(text_field: str) -> tuple[list[str], str]:
-    """Return the names of the fields that make a document's text, and the pattern with one %s for each.
+    """Return the names of the fields that make up a document's text, and a pattern with one %s for each of them.
 
     Raises:
-        InputError: braces that do not match, or nothing or something else than a field's name in them.
+        InputError: the braces do not match, or do not contain exactly the name of a field.
     """
     if "{" not in text_field:
         return [text_field], "%s"
@@ -135,16 +143,17 @@ def parse_text_field(text_field: str) -> tuple[list[str], str]:
         parsed = list(string.Formatter().parse(text_field.replace("\\n", "\n").replace("\\t", "\t")))
         names = [name for _, name, _, _ in parsed if name is not None]
         if not all(names) or any(spec or conversion for _, _, spec, conversion in parsed):
-            raise ValueError("between braces stands the name of a field alone")
+            raise ValueError("braces must contain the name of a field and nothing else")
         if not names:
-            raise ValueError("it names no field")
+            raise ValueError("it does not name a field")
     except ValueError as error:
         raise InputError(f"--text_field {text_field!r}: {error}. An example: '{{title}}\\n\\n{{text}}'.") from None
-    return names, "".join(literal.replace("%", "%%") + ("" if name is None else "%s") for literal, name, _, _ in parsed)
+    pattern = "".join(literal.replace("%", "%%") + ("" if name is None else "%s") for literal, name, _, _ in parsed)
+    return names, pattern
 
 
 def text_of(record: object, names: list[str], pattern: str) -> str:
-    """Return the text of a record, "" if all the fields in it are blank; raise ValueError saying what is wrong."""
+    """Return the text of a record, "" if all its fields are blank; raise ValueError if it is malformed."""
     if isinstance(record, ValueError):
         raise record
     if not isinstance(record, dict):
@@ -155,7 +164,8 @@ def text_of(record: object, names: list[str], pattern: str) -> str:
 
 def _value(record: dict, name: str) -> str:
     value: object = record
-    for part in [name] if name in record else name.split("."):
+    parts = [name] if name in record else name.split(".")
+    for part in parts:
         if value is None:
             break
         if not isinstance(value, dict) or part not in value:
@@ -172,26 +182,29 @@ def _value(record: dict, name: str) -> str:
 
 
 def detect_text_field(source: Source) -> str:
-    """Return the field of a document's text, judged by the first records; say which it is.
+    """Return the field that holds the text of documents, judging by the first records; print its name.
 
-    That is the first record alone where it has one usual field, which holds text. Otherwise another field may be null
-    there and the text behind it.
+    If the first record has exactly one field with a usual name and it holds text, this record decides. Otherwise up to
+    RECORDS_JUDGED records are read, because the field may be null in the first ones.
 
     Raises:
-        InputError: several fields may hold it, or none; or a file cannot be read.
+        InputError: several fields may hold the text, or none; or a file cannot be read.
     """
     _check_text(source)
-    first, usual, holding = None, {}, {}  # dicts for sets in order
+    first = None
+    usual = {}  # fields with a usual name; a dict as an ordered set
+    holding = {}  # those of them that hold text in some record
     objects = ((where, record) for where, record in _records_with_fields(source) if isinstance(record, dict))
     for where, record in islice(objects, RECORDS_JUDGED):
-        first = first or (where, record)
+        if first is None:
+            first = (where, record)
         found = {name: None for name in record if name.lower() in TEXT_FIELDS}
         usual |= found
         holding |= {name: None for name in found if isinstance(record[name], str | bytes)}
         if len(usual) == len(holding) == 1:
             break
     if first is None:
-        return TEXT_FIELDS[0]  # for reading on: why there is no record is said there
+        return TEXT_FIELDS[0]  # any name will do: reading will say why there are no records
     names = list(holding or usual)
     if len(names) != 1:
         reason = f"may be in any of {names}" if names else f"is in none of the usual fields ({', '.join(TEXT_FIELDS)})"
@@ -204,7 +217,7 @@ def detect_text_field(source: Source) -> str:
 
 def _check_text(source: Source) -> None:
     if source.token_store is not None:
-        raise InputError(f"{source.given}: holds tokens, not text. Give the text they were made from.")
+        raise InputError(f"{source.given}: holds tokens, not text. Give the text that they were made from.")
 
 
 def _records_with_fields(source: Source) -> Records:

@@ -31,10 +31,18 @@ PADDLENLP = "https://bj.bcebos.com/paddlenlp/models/transformers/llama/data/"
 
 @dataclass(frozen=True)
 class Corpus:
-    about: str  # what is not marked otherwise is by the account of those who published or used it, not measured here
+    """A corpus with a name of its own.
+
+    Attributes:
+        about: what it is, as its publishers or users describe it; not measured here.
+        identifier: the data set id on the hubs.
+        urls: where its files are, if it is not on a hub.
+    """
+
+    about: str
     licence: str
-    identifier: str = ""  # on the hubs, as in common/corpus/hub_dataset.py
-    urls: tuple[str, ...] = ()  # or anywhere else
+    identifier: str = ""
+    urls: tuple[str, ...] = ()
 
 
 CORPORA = {
@@ -49,7 +57,7 @@ CORPORA = {
         identifier="Skylion007/openwebtext",
     ),
     "openwebtext-100k": Corpus(
-        "100,000 documents of OpenWebText2 as PaddleNLP's token files: ids of LLaMA's tokenizer, and of no other",
+        "100,000 documents of OpenWebText2 as PaddleNLP's token files, with the ids of LLaMA's tokenizer",
         "none stated by PaddleNLP (https://github.com/PaddlePaddle/PaddleNLP, llm/README.md)",
         urls=(PADDLENLP + "llama_openwebtext_100k.bin", PADDLENLP + "llama_openwebtext_100k.idx"),
     ),
@@ -62,52 +70,66 @@ CORPORA = {
 
 
 def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
-    """Fetch a corpus of CORPORA, or the train split of a data set (``owner/name[:subset]``), and return its files.
+    """Download a corpus of CORPORA, or the train split of a data set (``owner/name[:subset]``); return its files.
 
-    The one file of a corpus of CORPORA goes into ``folder`` itself, anything else into a folder of its own in it. An
-    interrupted download is continued. Beside every FILE lies FILE.sha256, which ``sha256sum -c`` reads. A file that is
-    there already is read and compared with it, and fetched again if it was altered; ``verify=False`` takes it as it is,
-    whoever put it there. An archive is unpacked, and its files are returned; it may be deleted then. Once all files are
-    here they are listed, and no hub is asked again until one is missing.
+    A corpus of CORPORA that is one file goes into ``folder`` itself. Everything else gets its own folder in ``folder``.
+    An interrupted download is continued. Beside every FILE is FILE.sha256, which ``sha256sum -c`` can check. An archive
+    is unpacked and its files are returned; the archive may then be deleted. When all files are there, they are listed,
+    and no hub is asked again until one is missing.
+
+    Args:
+        verify: compare the files that are already there with FILE.sha256, and download those that were altered again.
+            False takes them as they are, whoever put them there.
 
     Raises:
-        InputError: unknown name, no hub has it, the disk is too small, or what comes is not what the hub announces.
+        InputError: the name is unknown, no hub has it, the disk is too small, or a file is not the announced one.
     """
-    if name not in CORPORA and not DATA_SET_ID.fullmatch(name):
+    if name in CORPORA:
+        corpus = CORPORA[name]
+    elif DATA_SET_ID.fullmatch(name):
+        corpus = Corpus("a data set of the hubs", "see its page there", identifier=name)
+    else:
         raise InputError(f"{name}: not one of {', '.join(CORPORA)}, nor a data set id like owner/name.")
-    corpus = CORPORA.get(name) or Corpus("a data set of the hubs", "see its page there", identifier=name)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     home = _home(corpus, name, folder)
-    with _only_one(folder):
-        if here := _already_here(corpus, home, _list_of(home, name), verify):
+    with _one_at_a_time(folder):
+        here = _already_here(corpus, home, _list_of(home, name), verify)
+        if here:
             return here
         say(f"{name}: {corpus.about}. Licence: {corpus.licence}.")
         place, files = _at_urls(corpus.urls) if corpus.urls else find_files(corpus.identifier)
         targets = _targets(home, [file.path for file in files])
-        missing = [(f, t) for f, t in zip(files, targets, strict=True) if not is_here(t, f.sha256, verify)]
+        missing = [
+            (file, target)
+            for file, target in zip(files, targets, strict=True)
+            if not is_here(target, file.sha256, verify)
+        ]
         say(f"{name}: {len(files)} files from {place}, {len(files) - len(missing)} of them already here")
         check_disk(folder, sum(max(0, file.size_bytes - size_of(part_of(target))) for file, target in missing))
         for file, target in missing:
             fetch_file(file, target)
-        paths = [path for t in targets for path in (unpack(t) if t.name.endswith(ARCHIVES) else [t])]
+        paths = []
+        for target in targets:
+            paths += unpack(target) if target.name.endswith(ARCHIVES) else [target]
         _write_list(_list_of(home, name), paths)
         return paths
 
 
 def unpack(archive: Path) -> list[Path]:
-    """Unpack the files of a tar archive beside it, each under its bare name: no path in it can lead elsewhere.
+    """Unpack the files of a tar archive into the archive's own folder; return them.
 
-    Links, devices and hidden files are left out, which is said. All streams of a compressed one are read.
+    Every file gets its bare name, so that no path in the archive can lead elsewhere. Links, devices and hidden files
+    are left out, and a message names them. All streams of a compressed archive are read.
 
     Raises:
-        InputError: the archive is damaged or cut off, two files have one name, or the disk is too small.
+        InputError: the archive is damaged or cut off, two of its files have one name, or the disk is too small.
     """
     say(f"{archive}: unpacking")
     unpacked = []
     try:
         name = re.sub("tgz$", "tar.gz", archive.name)
-        # Not tarfile's own "r|*", which reads the first stream of a compressed archive and takes it for all.
+        # tarfile's own mode "r|*" would stop after the first stream of a compressed archive.
         with open_decompressed(name, partial(archive.open, "rb")) as raw, tarfile.open(fileobj=raw, mode="r|") as tar:
             for member in tar:
                 target = archive.parent / PurePosixPath(member.name.replace("\\", "/")).name
@@ -131,19 +153,22 @@ def unpack(archive: Path) -> list[Path]:
 
 
 def _check_end(tar: tarfile.TarFile) -> None:
-    """Raise ReadError unless zeros follow the block at which tarfile stopped, to the end: it takes damage for one."""
-    behind = 0
+    """Raise ReadError unless only zeros follow, up to the end of the archive.
+
+    An archive ends with two blocks of zeros. tarfile also stops, without an error, at a damaged header.
+    """
+    zeros = 0
     while chunk := tar.fileobj.read(tarfile.RECORDSIZE):
         if chunk.strip(b"\0"):
             raise tarfile.ReadError("its files end at a damaged header, or another archive follows")
-        behind += len(chunk)
-    if not behind:
-        raise tarfile.ReadError("it is cut off: the two blocks that end an archive are not there")
+        zeros += len(chunk)
+    if not zeros:
+        raise tarfile.ReadError("it is cut off: the two blocks that end an archive are missing")
 
 
 @contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Let one of the processes and machines that share ``folder`` download into it at a time."""
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let only one of the processes and machines that share ``folder`` download into it at a time."""
     lock = FileLock(folder / ".download.lock")
     try:
         lock.acquire(timeout=0)
@@ -157,56 +182,76 @@ def _only_one(folder: Path) -> Iterator[None]:
 
 
 def _home(corpus: Corpus, name: str, folder: Path) -> Path:
-    """Return the folder of a corpus: one of its own, as names like train.jsonl are not of one data set only."""
-    alone = name in CORPORA and ":" in corpus.identifier  # has a name like no other, and has always been in `folder`
-    return folder if alone else folder / re.sub("[/:]", "--", name)
+    """Return the folder of a corpus. It is its own folder because many data sets have a file such as train.jsonl."""
+    is_one_named_file = name in CORPORA and ":" in corpus.identifier  # its name is unique, so `folder` itself will do
+    return folder if is_one_named_file else folder / re.sub("[/:]", "--", name)
 
 
 def _list_of(home: Path, name: str) -> Path:
-    """Return where the files of a corpus are listed, one a line, once all are here."""
+    """Return the file that lists the files of a corpus, one a line; it is written when all are there."""
     return home / f".{re.sub('[/:]', '--', name)}.files"
 
 
-def _write_list(listed: Path, paths: list[Path]) -> None:
-    lines = "\n".join(path.relative_to(listed.parent).as_posix() for path in paths)
-    part_of(listed).write_bytes(lines.encode())
-    part_of(listed).replace(listed)
+def _write_list(list_file: Path, paths: list[Path]) -> None:
+    lines = "\n".join(path.relative_to(list_file.parent).as_posix() for path in paths)
+    part_of(list_file).write_bytes(lines.encode())
+    part_of(list_file).replace(list_file)
 
 
-def _already_here(corpus: Corpus, home: Path, listed: Path, verify: bool) -> list[Path]:
-    """Return the files of a corpus if their names are known and all are here as they were fetched: no hub is asked."""
-    names = listed.read_bytes().decode().split("\n") if listed.exists() else _names_without_list(corpus, home)
+def _already_here(corpus: Corpus, home: Path, list_file: Path, verify: bool) -> list[Path]:
+    """Return the files of a corpus if all are there, unaltered if ``verify``; otherwise []. No hub is asked."""
+    names = _listed_names(list_file) if list_file.exists() else _names_without_list(corpus, home)
     targets = _targets(home, names)
-    known = all(target.is_file() and (sidecar_of(target).exists() or not verify) for target in targets)
-    if not targets or not known or (verify and not all(is_here(target, None) for target in targets)):
+    for target in targets:
+        if not target.is_file() or (verify and not sidecar_of(target).exists()):
+            return []
+    if not targets or (verify and not all(is_here(target, None) for target in targets)):
         return []
     say(f"{', '.join(map(str, targets[:5]))}{', ...' * (len(targets) > 5)}: already here")
     return targets
 
 
-def _names_without_list(corpus: Corpus, home: Path) -> list[str]:
-    """Return the names that are known of a corpus which was put here by other means, or before lists were written.
+def _listed_names(list_file: Path) -> list[str]:
+    return list_file.read_bytes().decode().split("\n")
 
-    Of an archive that was unpacked and deleted, this is the file that it is named after.
+
+def _names_without_list(corpus: Corpus, home: Path) -> list[str]:
+    """Return the names of a corpus's files as far as they are known without a list.
+
+    There is no list if somebody put the files there, or if they were downloaded before lists were written. For an
+    archive that was unpacked and deleted, the name is that of the archive without its suffix.
     """
-    file = corpus.identifier.partition(":")[2]
-    names = [PurePosixPath(urlsplit(url).path).name for url in corpus.urls] or ([file] if file else [])
+    names = [_name_at(url) for url in corpus.urls]
+    _, _, file = corpus.identifier.partition(":")
+    if file:
+        names.append(file)
     if any((home / name).exists() for name in names if name.endswith(ARCHIVES)):
         return []
-    suffixes = [next((suffix for suffix in ARCHIVES if name.endswith(suffix)), "") for name in names]
-    return [name.removesuffix(suffix) for name, suffix in zip(names, suffixes, strict=True)]
+    return [_without_suffix(name) for name in names]
+
+
+def _without_suffix(name: str) -> str:
+    for suffix in ARCHIVES:
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def _name_at(url: str) -> str:
+    return PurePosixPath(urlsplit(url).path).name
 
 
 def _at_urls(urls: tuple[str, ...]) -> tuple[str, list[HubFile]]:
+    """Return the host of ``urls``, and their files with the sizes that it states."""
     files = []
     for url in urls:
         with RemoteFile(url) as remote:
-            files.append(HubFile(PurePosixPath(urlsplit(url).path).name, remote.size_bytes, url))
+            files.append(HubFile(_name_at(url), remote.size_bytes, url))
     return urlsplit(urls[0]).hostname, files
 
 
 def _targets(home: Path, paths: list[str]) -> list[Path]:
-    """Return where the files of ``paths`` go."""
+    """Return where the files ``paths`` of a repository go."""
     for path in paths:
         if home.resolve() not in (home / path).resolve().parents:
             raise InputError(f"{path!r} would lie outside {home}. Such a data set is not downloaded.")
@@ -214,16 +259,20 @@ def _targets(home: Path, paths: list[str]) -> list[Path]:
 
 
 CHUNK_BYTES = 1 << 20
-SPARE_DISK_BYTES = 1 << 28  # left free beside what is written
+SPARE_DISK_BYTES = 1 << 28  # stays free after everything is written
 
 
 def is_here(target: Path, announced: str | None, verify: bool = True) -> bool:
-    """Whether ``target`` has the sha256 ``announced``, or lies there as it was written (by its TARGET.sha256).
+    """Return whether ``target`` has the sha256 ``announced``, or the one that TARGET.sha256 says it was written with.
 
-    ``verify=False``: a file with a TARGET.sha256 is not read. False also for one that was altered since, which is said.
+    A file that was altered since it was written counts as missing, and a message says so.
+
+    Args:
+        announced: what the hub says; None if it says nothing.
+        verify: False does not read a file that has a TARGET.sha256.
 
     Raises:
-        InputError: a file of somebody else's making is there.
+        InputError: there is such a file, but it was not written by this command and is not the announced one.
     """
     if not target.exists():
         return False
@@ -237,67 +286,83 @@ def is_here(target: Path, announced: str | None, verify: bool = True) -> bool:
         _write_sidecar(target, found)
     elif recorded is None:
         raise InputError(
-            f"{target}: a file of this name is there and was not fetched by this command (sha256 {found}, announced is "
-            f"{announced or 'none'}). Give it with --data as it is, or move it away and run this again."
+            f"{target}: a file of this name exists and was not downloaded by this command (its sha256 is {found}, "
+            f"announced is {announced or 'none'}). Give it with --data as it is, or move it away and run this again."
         )
     elif found != recorded:
-        say(f"{target}: was altered since it was fetched (sha256 {found}, not {recorded})")
+        say(f"{target}: was altered after it was downloaded (its sha256 is {found}, not {recorded})")
     elif announced is not None:
-        say(f"{target}: the hub has another version by now (sha256 {announced}). Delete this one to fetch that.")
+        say(f"{target}: the hub now has another version (sha256 {announced}). Delete this file to get it.")
     return found in (announced, recorded)
 
 
 def fetch_file(file: HubFile, target: Path) -> None:
-    """Write ``target`` and TARGET.sha256, going on from the TARGET.part that an interrupted download left.
+    """Write ``target`` and TARGET.sha256; continue from the TARGET.part that an interrupted download left.
 
-    A file that a cache holds is copied.
+    A file that is in a cache is copied.
 
     Raises:
-        InputError: the server stays away (what has come is kept), or two downloads do not have the announced sha256.
+        InputError: the server does not come back (what has arrived is kept), the disk cannot be written, or two
+            downloads in a row do not have the announced sha256.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    for once_more in (True, False):
+    for is_last_attempt in (False, True):
         try:
             digest = _fetch_rest(file, target)
         except FileChanged as error:
             problem = str(error)
-        except OSError as error:  # of the disk: what goes wrong on the network ends in InputError
-            raise InputError(f"{part_of(target)}: cannot be written ({error}). Run this again to go on.") from None
+        except OSError as error:  # from the disk: network errors have become InputError
+            raise InputError(
+                f"{part_of(target)}: cannot be written ({error}). Run this again to continue from there."
+            ) from None
         else:
             if file.sha256 in (None, digest.hexdigest()):
-                return finish(target, digest)
+                finish(target, digest)
+                return
             problem = f"{file.url}: its sha256 is {digest.hexdigest()}, announced is {file.sha256}."
         part_of(target).unlink()
-        if not once_more:
+        if is_last_attempt:
             raise InputError(f"{problem} Nothing was kept. Try again later, or through another network.")
-        say(f"{problem} Fetching it from the start.")
+        say(f"{problem} Downloading it again from the start.")
 
 
 def _fetch_rest(file: HubFile, target: Path):
-    """Append to the part of ``target`` what is missing of it (all, from a cache); return the digest of the whole."""
-    part, version = part_of(target), target.with_name(target.name + ".part.version")
+    """Append what is missing to the part of ``target``; return the sha256 of the whole. A cached file is copied."""
+    part = part_of(target)
+    version_file = target.with_name(target.name + ".part.version")
     if file.local is not None:
         with file.open() as cached, part.open("wb") as out:
             return copy(cached, out, "copying", target, file.size_bytes)
-    begun = None
-    if file.sha256 is None and size_of(part) and version.exists():  # the server's word is all there is to compare
-        begun = version.read_text(encoding="utf-8") or None
-    if size_of(part) > file.size_bytes or (file.sha256 is None and begun is None):
+    version = None
+    if file.sha256 is None:  # no checksum will be compared: a part is continued only if the server's version is known
+        if size_of(part) and version_file.exists():
+            version = version_file.read_text(encoding="utf-8") or None
+        if version is None:
+            part.unlink(missing_ok=True)
+    if size_of(part) > file.size_bytes:
         part.unlink(missing_ok=True)
-    with part.open("a+b") as out, RemoteFile(file.url, file.size_bytes, file.headers, begun) as remote:
+    with part.open("a+b") as out, RemoteFile(file.url, file.size_bytes, file.headers, version) as remote:
         if file.sha256 is None:
-            version.write_text(remote.version or "", encoding="utf-8")
+            version_file.write_text(remote.version or "", encoding="utf-8")
         out.seek(0)
-        digest = copy(out, None, "going on with", target, size_of(part)) if size_of(part) else hashlib.sha256()
+        digest = copy(out, None, "continuing", target, size_of(part)) if size_of(part) else hashlib.sha256()
         remote.seek(size_of(part))
-        copy(remote, out, "fetching", target, file.size_bytes, digest)
-    version.unlink(missing_ok=True)
+        copy(remote, out, "downloading", target, file.size_bytes, digest)
+    version_file.unlink(missing_ok=True)
     return digest
 
 
 def copy(source, out, what: str, target: Path, total_bytes: int, digest=None):
-    """Copy ``source`` to ``out`` (None: nowhere) with a bar up to ``total_bytes``; return the sha256, or add to it."""
-    digest = digest or hashlib.sha256()
+    """Copy ``source`` to ``out`` with a progress bar; return the sha256.
+
+    Args:
+        out: None only reads ``source``.
+        what: what the bar says is being done with ``target``.
+        total_bytes: the end of the bar.
+        digest: the sha256 of what was copied before; None starts a new one.
+    """
+    if digest is None:
+        digest = hashlib.sha256()
     with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=not is_main_process()) as bar:
         bar.set_description(f"{what} {target.name}")
         bar.update(source.tell() if out is not None else 0)
@@ -310,14 +375,14 @@ def copy(source, out, what: str, target: Path, total_bytes: int, digest=None):
 
 
 def finish(target: Path, digest) -> None:
-    """Turn the part of ``target`` into ``target``, with its sha256 beside it."""
-    _write_sidecar(target, digest.hexdigest())  # first: a file without one would not be taken for ours
+    """Rename the part of ``target`` to ``target``, and write its sha256 beside it."""
+    _write_sidecar(target, digest.hexdigest())  # first: a file without one would not be recognized as downloaded
     part_of(target).replace(target)
     say(f"{target}: {size_of(target):,} bytes, sha256 {digest.hexdigest()}")
 
 
 def _write_sidecar(target: Path, sha256: str) -> None:
-    sidecar_of(target).write_bytes(f"{sha256}  {target.name}\n".encode())  # the form of sha256sum
+    sidecar_of(target).write_bytes(f"{sha256}  {target.name}\n".encode())  # the format of sha256sum
 
 
 def sidecar_of(target: Path) -> Path:
@@ -329,12 +394,14 @@ def part_of(target: Path) -> Path:
 
 
 def size_of(path: Path) -> int:
+    """Return the size of a file in bytes; 0 if it does not exist."""
     return path.stat().st_size if path.exists() else 0
 
 
 def check_disk(folder: Path, needed_bytes: int) -> None:
     """Raise InputError if ``needed_bytes`` more do not fit on the disk of ``folder``."""
-    free, needed = shutil.disk_usage(folder).free, needed_bytes + SPARE_DISK_BYTES
+    free = shutil.disk_usage(folder).free
+    needed = needed_bytes + SPARE_DISK_BYTES
     if free < needed:
         raise InputError(
             f"{folder}: {free / 1e9:.2f} GB free, {needed / 1e9:.2f} needed. Make room, or choose another disk."

@@ -1,8 +1,8 @@
-"""A file -> its records, streamed: memory does not grow with the file.
+"""A file -> its records, streamed: memory does not grow with the size of the file.
 
 Every reader yields (where, record) pairs. ``where`` names the file and the line, item or row, for error messages.
-``record`` is a dict, or a ValueError in the place of a record that cannot be read while the records after it can. What
-ends a file for good (it is cut off, its syntax is broken) is an InputError.
+``record`` is a dict. If a record cannot be read but the records after it can, it is a ValueError instead. If nothing
+after an error can be read (the file is cut off, its syntax is broken), InputError is raised.
 """
 
 import codecs
@@ -27,24 +27,25 @@ from common.corpus.formats import (
     open_decompressed,
 )
 
-# The field of a document's text, by the names that are usual in published corpora.
+# The names that published corpora usually give to the field with a document's text.
 TEXT_FIELDS = ("text", "content", "contents", "raw_content", "body", "document", "article", "story", "passage")
 
 Records = Iterator[tuple[str, object]]
 
 
 def file_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str] | None = None) -> Records:
-    """Yield (where, record) of every record of a file, in order; ``name`` says by its suffixes how it is read.
+    """Yield (where, record) of every record of a file, in order; the suffixes of ``name`` say how it is read.
 
-    A ``.txt`` file holds documents separated by blank lines, each a record with the one field "text". JSON is an array,
-    one object a line, or (``.json`` only) one object that holds the records in an array, such as {"data": [...]}.
+    A ``.txt`` file holds documents separated by blank lines; each is a record with the one field "text". JSON is an
+    array, one object a line, or (``.json`` only) one object with the records in an array, such as {"data": [...]}.
 
     Args:
-        open_raw: opens the file for reading bytes; seekable for ``.parquet``. May be called twice.
-        fields: those that are needed; None for all. A table without one of them is an InputError at once.
+        open_raw: opens the file for reading bytes; seekable for ``.parquet``. It may be called twice.
+        fields: the fields that are needed; None for all. If a table lacks one of them, InputError is raised at once.
 
     Raises:
-        InputError: an unknown format; a damaged or cut-off file; broken syntax that hides where the next record is.
+        InputError: the format is unknown, the file is damaged or cut off, or its syntax is broken so that the next
+            record cannot be found.
     """
     kind = format_of(name)
     if kind is None:
@@ -65,11 +66,11 @@ def file_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str] 
             else:
                 yield from _line_records(name, stream)
     except DAMAGE as error:
-        raise InputError(f"{name}: damaged or cut off, it cannot be read to its end ({error}).") from None
+        raise InputError(f"{name}: damaged or cut off; it cannot be read to its end ({error}).") from None
 
 
 def _is_one_object(name: str, open_raw: Callable[[], BinaryIO], fields: Iterable[str]) -> bool:
-    """Whether the first object is no record itself, but holds records that have one of ``fields`` in an array."""
+    """Whether the first object is not a record, but holds an array of records that have one of ``fields``."""
     wanted = {field.split(".")[0] for field in fields}
     with open_decompressed(name, open_raw) as stream:
         scanner = JsonScanner(stream, LARGEST_DOCUMENT_BYTES)
@@ -82,7 +83,7 @@ def _is_one_object(name: str, open_raw: Callable[[], BinaryIO], fields: Iterable
                     if number == 0 and isinstance(item, dict) and wanted & set(item):
                         return True
         except ValueError:
-            pass  # it is malformed, which is said when it is read
+            pass  # malformed: reading it will raise the error
     return False
 
 
@@ -106,15 +107,16 @@ def _line_records(name: str, stream: BufferedReader) -> Records:
 
 
 def _paragraph_records(name: str, stream: BufferedReader) -> Records:
-    lines, size = [], 0
-    for number, line in enumerate(chain(_lines(name, stream), [b""]), start=1):
+    lines = []
+    size_bytes = 0
+    for number, line in enumerate(chain(_lines(name, stream), [b""]), start=1):  # a blank line ends the last document
         if line.strip():
             lines.append(line)
-            size += len(line)
-            if size > LARGEST_DOCUMENT_BYTES:
+            size_bytes += len(line)
+            if size_bytes > LARGEST_DOCUMENT_BYTES:
                 raise InputError(
-                    f"{name}, line {number - len(lines) + 1}: no blank line in {size:,} bytes. Documents of a .txt "
-                    "file are separated by blank lines; put them in, or give a .jsonl file with one document a line."
+                    f"{name}, line {number - len(lines) + 1}: no blank line in {size_bytes:,} bytes. Documents of a "
+                    ".txt file are separated by blank lines. Add them, or give a .jsonl file with one document a line."
                 )
         elif lines:
             try:
@@ -122,7 +124,8 @@ def _paragraph_records(name: str, stream: BufferedReader) -> Records:
             except UnicodeDecodeError as error:
                 record = not_utf8(error)
             yield f"{name}, line {number - len(lines)}", record
-            lines, size = [], 0
+            lines = []
+            size_bytes = 0
 
 
 def _array_records(name: str, stream: BufferedReader) -> Records:
@@ -133,13 +136,16 @@ def _array_records(name: str, stream: BufferedReader) -> Records:
             yield f"{name}, item {number}", record
         if scanner.peek():
             raise ValueError("something follows its end")
-    except ValueError as error:  # what follows cannot be found again, so this is never skipped
+    except ValueError as error:  # never skipped, because the next record cannot be found
         raise InputError(f"{name}: the array is malformed after item {number} ({error}). Repair the file.") from None
 
 
 def _object_records(name: str, stream: BufferedReader) -> Records:
-    """The documents are the items of the one array of objects in the file's one object."""
-    scanner, found, others, number = JsonScanner(stream, LARGEST_DOCUMENT_BYTES), None, [], 0
+    """Yield the items of the only array of objects in the file's only object."""
+    scanner = JsonScanner(stream, LARGEST_DOCUMENT_BYTES)
+    found = None  # the field with that array
+    others = []
+    number = 0
     try:
         for field in scanner.names():
             if scanner.peek() != "[":
@@ -150,7 +156,7 @@ def _object_records(name: str, stream: BufferedReader) -> Records:
             first = next(items, None)
             if not isinstance(first, dict):
                 others.append(field)
-                deque(items, maxlen=0)
+                deque(items, maxlen=0)  # read to the end of the array
                 continue
             if found is not None:
                 raise ValueError(f"the documents may be in {found!r} or in {field!r}")
@@ -161,26 +167,27 @@ def _object_records(name: str, stream: BufferedReader) -> Records:
             raise ValueError("no array of objects in it" if found is None else "something follows its end")
     except ValueError as error:
         raise InputError(
-            f"{name}: is read as one object that holds the documents in an array, and {error}, after item {number}. If "
-            "it holds one document a line, call it .jsonl; otherwise make it an array."
+            f"{name}: is read as one object that holds the documents in an array, but {error}, after item {number}. If "
+            "it holds one document a line, rename it to .jsonl; otherwise make it an array."
         ) from None
-    say(f"{name}: the documents are in {found!r}" + (f"; not read are {', '.join(others)}" if others else ""))
+    left_out = f"; not read are {', '.join(others)}" if others else ""
+    say(f"{name}: the documents are in {found!r}{left_out}")
 
 
 READ_BYTES = 1 << 20
-WHITE_SPACE = " \t\r\n"  # JSON's, less than Python's
+WHITE_SPACE = " \t\r\n"  # in JSON; fewer characters than in Python
 SPACES = re.compile(f"[{WHITE_SPACE}]*")
-# How far from the end of what was read a value may seem wrong, or whole, only because it goes on:
-LONGEST_LITERAL = 12  # characters of \uXXXX\uXXXX
-LONGEST_EXPONENT = 2  # characters of e- in 1e-5, which is a whole 1 before the 5 is read
+# Near the end of what was read so far, a value may only seem wrong or complete. "Near" is, in characters:
+LONGEST_LITERAL = 12  # \uXXXX\uXXXX seems wrong until it is read to its end
+LONGEST_EXPONENT = 2  # 1e-5 seems to be a complete 1 until the 5 is read
 
 
 class JsonScanner:
-    """Reads the values of a JSON text one after the other, keeping only the one at hand in memory.
+    """Read the values of a JSON text one after the other, with only the current value in memory.
 
-    Each value is parsed by the standard library, so an array's items are exactly what ``json.loads`` makes of them.
-    (ijson's fast backend, measured with ijson 3.6, turns a lone surrogate such as ``"\\ud800"`` into ``"?"``.) Bytes
-    that are not UTF-8 become lone surrogates (``surrogateescape``), which no text may hold.
+    Each value is parsed by the standard library, so the items of an array are exactly those of ``json.loads``. (ijson
+    3.6 with its fast backend turned a lone surrogate such as ``"\\ud800"`` into ``"?"``.) Bytes that are not UTF-8
+    become lone surrogates (``surrogateescape``), which valid text never contains.
     """
 
     def __init__(self, stream, largest_value_bytes: int):
@@ -188,12 +195,12 @@ class JsonScanner:
         self._decode = codecs.getincrementaldecoder("utf-8")("surrogateescape").decode
         self._parse = json.JSONDecoder().raw_decode
         self._largest_value_bytes = largest_value_bytes
-        self._text = ""  # decoded, and not yet used from _at on
+        self._text = ""  # decoded; the part from _at on is not used yet
         self._at = 0
-        self._ended = False  # the stream; what was read of it may still be in _text
+        self._ended = False  # whether the stream is at its end; _text may still hold unused text
 
     def items(self) -> Iterator[object]:
-        """Yield the items of the array that comes next; raise ValueError where it is malformed or cut off."""
+        """Yield the items of the array that comes next; raise ValueError if it is malformed or cut off."""
         separator = self.take("[")
         if self.peek() == "]":
             separator = self.take("]")
@@ -202,20 +209,20 @@ class JsonScanner:
             separator = self.take(",]")
 
     def names(self) -> Iterator[str]:
-        """Yield the names in the object that comes next; the caller takes each value before the next name."""
+        """Yield the names in the object that comes next; the caller must take each value before the next name."""
         separator = self.take("{")
         if self.peek() == "}":
             separator = self.take("}")
         while separator != "}":
             name = self.value()
             if not isinstance(name, str):
-                raise ValueError(f"{name!r} is no name of a field")
+                raise ValueError(f"{name!r} is not the name of a field")
             self.take(":")
             yield name
             separator = self.take(",}")
 
     def value(self) -> object:
-        """Return the value that comes next; raise ValueError if there is none, or it is cut off or too large."""
+        """Return the value that comes next; raise ValueError if it is missing, malformed, cut off or too large."""
         self.peek()
         while True:
             try:
@@ -229,15 +236,16 @@ class JsonScanner:
                 cut = error.msg.startswith("Unterminated string") or error.pos >= len(self._text) - LONGEST_LITERAL
                 if self._ended or not cut:
                     raise ValueError(error.msg) from None
-            self._read_on()
+            self._read_more()
 
     def peek(self) -> str:
         """Return the next character that is not white space, without taking it; "" at the end."""
         while True:
-            if (character := self._text[self._at : self._at + 1]) and character not in WHITE_SPACE:
+            character = self._text[self._at : self._at + 1]
+            if character and character not in WHITE_SPACE:
                 return character
             self._at = SPACES.match(self._text, self._at).end()
-            if self._at == len(self._text) and not self._read_on():
+            if self._at == len(self._text) and not self._read_more():
                 return ""
 
     def take(self, expected: str) -> str:
@@ -250,8 +258,11 @@ class JsonScanner:
         self._at += 1
         return found
 
-    def _read_on(self) -> bool:
-        """Read more, at least as much as is unused, so that a long value costs linear time; False at the end."""
+    def _read_more(self) -> bool:
+        """Read more text; return False at the end of the stream.
+
+        At least as much is read as is still unused, so that reading a long value takes linear time.
+        """
         unused = len(self._text) - self._at
         if unused > self._largest_value_bytes:
             raise ValueError(f"a value of more than {self._largest_value_bytes:,} characters")
@@ -262,20 +273,21 @@ class JsonScanner:
         return not self._ended
 
 
-BATCH_BYTES = 1 << 24  # of a .parquet file decoded at once
+BATCH_BYTES = 1 << 24  # of a .parquet file, decoded at once
 
 
 def table_records(name: str, stream: io.BufferedReader, delimiter: str, fields: list[str] | None) -> Records:
-    """Yield (where, record) of every row; the first row names the fields. "NA", "1" and "" stay the text they are.
+    """Yield (where, record) of every row; the first row names the fields.
 
-    Quoting is that of RFC 4180, line breaks within quotes included, in .tsv too. Empty lines are no rows.
+    All values are text: "NA", "1" and "" are not converted. Quoting follows RFC 4180, also in .tsv: a line break may
+    stand within quotes. Empty lines are dropped.
 
     Raises:
-        InputError: the header lacks one of ``fields`` or repeats a name; quotes that do not end, or end within a field:
-            where the next row starts cannot be known then.
+        InputError: the header lacks one of ``fields`` or repeats a name, or the quoting is broken so that the next row
+            cannot be found.
     """
-    csv.field_size_limit(LARGEST_DOCUMENT_BYTES)  # its default of 128 KiB is that of the whole process
-    # What is not UTF-8 becomes lone surrogates, which no text may hold: so the error names the row, not the buffer.
+    csv.field_size_limit(LARGEST_DOCUMENT_BYTES)  # a setting of the whole process; the default is 128 KiB
+    # Bytes that are not UTF-8 become lone surrogates, so that the error for them can name the row.
     text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
@@ -296,17 +308,18 @@ def table_records(name: str, stream: io.BufferedReader, delimiter: str, fields: 
 
 
 def parquet_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str] | None) -> Records:
-    """Yield (where, record) of every row, a batch of at most BATCH_BYTES in memory; only ``fields`` are read.
+    """Yield (where, record) of every row, with a batch of about BATCH_BYTES in memory; only ``fields`` are read.
 
     Raises:
-        InputError: a column that ``fields`` names is missing, or the file is damaged or cut off.
+        InputError: one of ``fields`` is missing, or the file is damaged or cut off.
     """
     import pyarrow
     import pyarrow.parquet
 
-    # A column is read bit by bit, not the whole of a row group at once; pages with a checksum are checked.
+    # Read columns in small parts, not a whole row group at once. Check the pages that have a checksum.
     how = dict(buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-    row = group = 0
+    row = 0
+    group = 0
     try:
         with open_raw() as raw, pyarrow.parquet.ParquetFile(raw, **how) as file:
             schema = file.metadata.schema
@@ -318,11 +331,11 @@ def parquet_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[st
                         row += 1
                         yield f"{name}, row {row} (row group {group})", record
     except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{name}: cannot be read behind row {row}, in row group {group} ({error}).") from None
+        raise InputError(f"{name}: cannot be read after row {row}, in row group {group} ({error}).") from None
 
 
 def check_fields(name: str, fields: list[str] | None, columns: list[str]) -> None:
-    """Raise InputError unless every one of ``fields`` is a column, or holds some ("meta" holds "meta.text")."""
+    """Raise InputError unless each of ``fields`` is a column, or contains columns ("meta" contains "meta.text")."""
     missing = [field for field in fields or () if not any(_is_within(column, field) for column in columns)]
     if missing:
         shown = [column[:60] for column in columns[:40]]
@@ -335,13 +348,14 @@ def _is_within(column: str, field: str) -> bool:
 
 def _rows_of_a_batch(row_group, fields: list[str] | None) -> int:
     columns = [row_group.column(i) for i in range(row_group.num_columns)]
-    needed = [c for c in columns if fields is None or any(_is_within(c.path_in_schema, field) for field in fields)]
-    row_bytes = sum(column.total_uncompressed_size for column in needed) / max(row_group.num_rows, 1)
+    if fields is not None:
+        columns = [column for column in columns if any(_is_within(column.path_in_schema, field) for field in fields)]
+    row_bytes = sum(column.total_uncompressed_size for column in columns) / max(row_group.num_rows, 1)
     return max(1, int(BATCH_BYTES / max(row_bytes, 1024)))
 
 
 def _rows(batch) -> list:
-    """Return the rows as dicts, a ValueError in place of one with text that is not UTF-8."""
+    """Return the rows as dicts, with a ValueError in place of each row that has text that is not UTF-8."""
     try:
         return batch.to_pylist()
     except UnicodeDecodeError as error:

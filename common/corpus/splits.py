@@ -1,4 +1,4 @@
-"""Which documents train, which are held out, which repeat an earlier one: bool masks over the documents of stores."""
+"""Which documents train, which are held out, and which repeat an earlier one: bool masks over documents."""
 
 import hashlib
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from common.console import InputError
 
 @dataclass
 class Split:
-    """One mask for each use of a document, shape (documents,) each; every document is in exactly one.
+    """One bool mask for each use of a document, each of shape (documents,); every document is in exactly one.
 
-    ``test`` is empty unless the split was asked for as three shares in order.
+    ``test`` is empty unless the split is by order and has three shares.
     """
 
     train: np.ndarray
@@ -22,9 +22,10 @@ class Split:
 
 
 def content_hash(content: bytes) -> int:
-    """Return a uniform 64-bit hash, by which documents are held out and duplicates found.
+    """Return a uniform 64-bit hash. It decides which documents are held out and which are duplicates.
 
-    Two different documents share a hash with a probability of 3e-6 among 10 million documents, 3% among a billion.
+    The probability that any two different documents have the same hash is 3e-6 among 10 million documents, and 3% among
+    a billion.
     """
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "little")
 
@@ -32,8 +33,11 @@ def content_hash(content: bytes) -> int:
 def held_out_below(fraction: float) -> int:
     """Return the limit of ``content_hash`` below which a document is held out, so that ``fraction`` of them are.
 
-    The choice depends on a document's text alone: it survives appended data and another tokenizer, and two copies of
-    a document are on the same side.
+    The choice depends only on the text of a document. It stays the same when data is appended or another tokenizer is
+    used, and two copies of a document are on the same side.
+
+    Raises:
+        InputError: ``fraction`` is not between 0 and 1.
     """
     if not 0 < fraction < 1:
         raise InputError(f"--held_out_fraction {fraction}: must lie between 0 and 1, for example 0.005.")
@@ -43,11 +47,15 @@ def held_out_below(fraction: float) -> int:
 def split_by_hash(hashes: np.ndarray, fraction: float, keep_duplicates: bool = False) -> Split:
     """Hold out the documents whose hash is below ``held_out_below(fraction)``.
 
-    At least one document is held out, and at least one is not: where the rule says otherwise, on few documents,
-    that with the lowest hash is, or that with the highest is not.
+    At least one document is held out, and at least one is not. If there are so few documents that the rule holds out
+    none, the one with the lowest hash is held out; if it holds out all, the one with the highest hash is not.
 
     Args:
-        hashes: uint64, shape (documents,), of all sources together: a text that stands in two of them is one document.
+        hashes: uint64, shape (documents,), of all sources together, so that a text in two of them is a duplicate.
+        keep_duplicates: do not mark any document as a duplicate.
+
+    Raises:
+        InputError: there are fewer than two distinct documents, or ``fraction`` is not between 0 and 1.
     """
     limit = np.uint64(held_out_below(fraction))
     if len(hashes) == 0 or hashes.min() == hashes.max():
@@ -62,39 +70,47 @@ def split_by_hash(hashes: np.ndarray, fraction: float, keep_duplicates: bool = F
 
 
 def split_in_order(documents: list[int], hashes: np.ndarray, shares: str, keep_duplicates: bool = False) -> Split:
-    """Split each source by ``shares`` such as "949,50,1": the first documents train, the next are held out, the
-    last are for a test after training.
+    """Split each source by ``shares`` such as "949,50,1": training, held-out, and test documents, in this order.
 
-    Where a share ends is rounded as Megatron and PaddleNLP do, so that their splits are had again; duplicates leave
-    their share, but do not move its ends. A copy that is kept may lie on the other side.
+    The ends of the shares are rounded as in Megatron and PaddleNLP, so that the splits are the same as theirs.
+    Duplicates are taken out of their share, but do not move its ends. The copy that is kept may be in another share.
 
     Args:
-        documents: of each source, in the order of ``hashes``, shape (all documents,).
+        documents: the number of documents of each source.
+        hashes: uint64, shape (all documents,), source after source.
+        keep_duplicates: do not mark any document as a duplicate.
+
+    Raises:
+        InputError: ``shares`` are not two or three numbers, or one of the first two is 0.
 
     Source: ``get_train_valid_test_split_`` in
         https://github.com/PaddlePaddle/PaddleNLP/blob/develop/paddlenlp/data/causal_dataset.py
     """
     ends = [_ends_in_order(count, shares) for count in documents]
-    # 0, 1 or 2: the share a document falls into.
-    which = [np.searchsorted(two, np.arange(count), side="right") for two, count in zip(ends, documents, strict=True)]
-    which = np.concatenate(which)
-    duplicate = np.zeros(len(which), dtype=bool) if keep_duplicates else repeated(hashes)
-    return Split(*((which == part) & ~duplicate for part in range(3)), duplicate)
+    # Each document's share: 0, 1 or 2. With ends at 3 and 5, seven documents: [0, 0, 0, 1, 1, 2, 2]
+    shares_of_sources = [
+        np.searchsorted(two_ends, np.arange(count), side="right")
+        for two_ends, count in zip(ends, documents, strict=True)
+    ]
+    share = np.concatenate(shares_of_sources)  # (all documents,)
+    duplicate = np.zeros(len(share), dtype=bool) if keep_duplicates else repeated(hashes)
+    train, held_out, test = ((share == number) & ~duplicate for number in range(3))
+    return Split(train, held_out, test, duplicate)
 
 
 def training_documents(documents: int, shares: str) -> int:
-    """Return how many documents of a source, the first ones, train where it is split by ``shares`` in order."""
+    """Return how many documents of a source, from its first, train if it is split by ``shares`` in order."""
     return max(0, _ends_in_order(documents, shares)[0])
 
 
 def _ends_in_order(documents: int, shares: str) -> tuple[int, int]:
-    """Return where the documents for training and the held-out ones of a source end."""
+    """Return where the training documents of a source end, and where its held-out documents end."""
     try:
         parts = [float(share) for share in shares.split(",")]
     except ValueError:
         parts = []
     if len(parts) not in (2, 3) or not all(0 <= part < np.inf for part in parts) or not parts[0] * parts[1]:
-        raise InputError(f"--split {shares!r}: give two or three shares such as 949,50,1; the first two above 0.")
+        raise InputError(f"--split {shares!r}: give two or three shares such as 949,50,1, with the first two above 0.")
     ends = [0]
     for part in [*parts, 0.0][:3]:
         ends.append(ends[-1] + int(round(part / sum(parts) * documents)))
@@ -103,9 +119,9 @@ def _ends_in_order(documents: int, shares: str) -> tuple[int, int]:
 
 
 def repeated(hashes: np.ndarray) -> np.ndarray:
-    """Return a bool mask of the documents whose hash an earlier document has, shape (documents,)."""
+    """Return a bool mask of the documents that have the hash of an earlier one, shape (documents,)."""
     mask = np.zeros(len(hashes), dtype=bool)
-    ordered = np.sort(hashes)  # much faster than argsort, and most corpora end here
+    ordered = np.sort(hashes)  # much faster than argsort, and enough for a corpus without duplicates
     if (ordered[1:] == ordered[:-1]).any():
         order = np.argsort(hashes, kind="stable")
         mask[order[1:]] = hashes[order[1:]] == hashes[order[:-1]]
@@ -113,16 +129,16 @@ def repeated(hashes: np.ndarray) -> np.ndarray:
 
 
 class SeenHashes:
-    """A set of hashes that grows by batches, at 8 bytes a hash (a Python set takes about 100).
+    """A set of hashes that grows in batches and takes 8 bytes a hash (a Python set takes about 100).
 
-    Sorted arrays, each at least twice as long as the next, so that adding n hashes takes O(n log n) in all.
+    It consists of sorted arrays, each at least twice as long as the next, so that adding n hashes takes O(n log n).
     """
 
     def __init__(self):
         self.arrays: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add ``hashes`` (uint64) and return which of them were not there before: bool mask of the same shape."""
+        """Add ``hashes`` (uint64); return a bool mask, of the same shape, of those that were not in the set before."""
         new = ~repeated(hashes)
         for array in self.arrays:
             places = np.minimum(np.searchsorted(array, hashes), len(array) - 1)

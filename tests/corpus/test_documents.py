@@ -298,7 +298,7 @@ def test_a_document_of_50_mb(read, name):
     ],
 )
 def test_a_source_without_documents(read, name, content, reason):
-    with pytest.raises(InputError, match=f"^{name}: no document in it .{reason}"):
+    with pytest.raises(InputError, match=f"^{name}: it has no documents .{reason}"):
         read(name, {name: content}, "text", skip_malformed=True)
 
 
@@ -306,7 +306,7 @@ def test_a_file_without_documents_in_a_folder_is_said(read, capsys):
     files = {"d/a.jsonl": b"", "d/b.jsonl": lines({"text": "x"}), "d/c.jsonl": lines({"text": ""}), "d/d.json": b"[]"}
     assert read("d", files, "text")[0] == ["x"]
     names = ", ".join(os.path.join("d", name) for name in ("a.jsonl", "c.jsonl", "d.json"))
-    assert capsys.readouterr().out.endswith(f"\nnote: no document in 3 files of d: {names}\n")
+    assert capsys.readouterr().out.endswith(f"\nnote: 3 files of d have no documents: {names}\n")
 
 
 def test_counts_of_several_sources_add_up(read):
@@ -317,7 +317,7 @@ def test_counts_of_several_sources_add_up(read):
         list(read_documents(resolve_source(name), None, False, counts))
     assert (counts.documents, counts.text_bytes, counts.empty) == (2, 8, 1)
     assert counts.file_bytes == len(files["a.jsonl"]) + len(files["c.jsonl"])
-    with pytest.raises(InputError, match="^b.jsonl: no document in it"):
+    with pytest.raises(InputError, match="^b.jsonl: it has no documents"):
         list(read_documents(resolve_source("b.jsonl"), None, False, counts))
 
 
@@ -329,7 +329,7 @@ def test_what_is_said_of_a_source_is_of_it_alone(read, capsys):
     said = capsys.readouterr().out.partition("note: ")[2]
     assert said.startswith("2 malformed documents of b.jsonl were skipped, the first:\n  b.jsonl, line 2: ")
     assert "  b.jsonl, line 3: " in said and "a.jsonl" not in said and counts.malformed == 22
-    with pytest.raises(InputError, match=r"^c.jsonl: no document in it \(1 empty, 1 malformed\)"):
+    with pytest.raises(InputError, match=r"^c.jsonl: it has no documents \(1 empty, 1 malformed\)"):
         list(read_documents(resolve_source("c.jsonl"), None, True, counts))
 
 

@@ -227,7 +227,7 @@ def test_a_file_of_the_users_own(hub, tmp_path):
     asked = len(hub.asked)
     assert download("owner/name:wiki.json", tmp_path, verify=False) == [mine]  # as recipes call it
     assert len(hub.asked) == asked
-    with pytest.raises(InputError, match="was not fetched by this command"):
+    with pytest.raises(InputError, match="was not downloaded by this command"):
         download("owner/name:wiki.json", tmp_path)
     assert mine.read_bytes() == b"mine"
     mine.write_bytes(CONTENT)  # fetched by other means: the same bytes are welcome

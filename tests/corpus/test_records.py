@@ -186,11 +186,11 @@ def test_a_value_without_end_is_not_gathered_in_memory(monkeypatch):
         (b'{"a": [{"text": "x"}], "b": 1', "cut off, after item 1"),
         (b'{"a": [{"text": "x"}]}\n{', "something follows its end, after item 1"),
         (b'{"a": [{"text": "x"}] "b"', "expected , or }, found '\"', after item 1"),
-        (b'{"a": [{"text": "x"}], 3: 4}', "3 is no name of a field, after item 1"),
+        (b'{"a": [{"text": "x"}], 3: 4}', "3 is not the name of a field, after item 1"),
     ],
 )
 def test_one_object_that_is_not_clear(content, reason):
-    refused("a.json", content, f": is read as one object that holds .* in an array, and {re.escape(reason)}")
+    refused("a.json", content, f": is read as one object that holds .* in an array, but {re.escape(reason)}")
 
 
 def test_one_line_that_is_a_record_is_read_as_one():
@@ -335,12 +335,12 @@ def test_parquet_that_is_damaged():
     table = pyarrow.table({"text": [os.urandom(500).hex() for _ in range(1000)]})
     pyarrow.parquet.write_table(table, sink, row_group_size=100, write_page_checksum=True)
     content = sink.getvalue()
-    refused("a.parquet", content[:-1], ": cannot be read behind row 0, in row group 0")
+    refused("a.parquet", content[:-1], ": cannot be read after row 0, in row group 0")
     refused("a.parquet", b"PAR1 no parquet PAR1", ": cannot be read")
     refused("a.parquet", b"", ": cannot be read")
     middle = len(content) // 2
     broken = content[:middle] + bytes(2000) + content[middle + 2000 :]
-    refused("a.parquet", broken, r": cannot be read behind row [45]00, in row group [45]")
+    refused("a.parquet", broken, r": cannot be read after row [45]00, in row group [45]")
 
 
 def test_parquet_text_that_is_not_utf8_spoils_one_row_only():

@@ -117,7 +117,7 @@ def test_a_file_that_changes_meanwhile(server, size):
     remote = RemoteFile(server.url)
     assert remote.read(1000) == CONTENT[:1000]
     server.files["a.bin"] = b"x" * size
-    with pytest.raises(FileChanged, match="another file"):
+    with pytest.raises(FileChanged, match="has changed since the download began"):
         remote.read(1000)
     with pytest.raises(FileChanged):
         RemoteFile(server.url, version='"begun with"')
