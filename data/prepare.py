@@ -1,4 +1,4 @@
-"""Documents -> token store, on the command line; recipes call the same functions by themselves.
+"""Documents -> token store, on the command line. Recipes call the same functions themselves.
 
     python data/prepare.py tokenize --input corpus.jsonl.gz more/ --tokenizer DIR --output tokens/corpus
     python data/prepare.py inspect tokens/corpus --tokenizer DIR
@@ -6,7 +6,8 @@
     python data/prepare.py train-tokenizer --input corpus.jsonl --vocabulary_size 16000 --output my-tokenizer
     python data/prepare.py download wiki-zh --output data
 
-``--data tokens/corpus.bin`` trains on the result. For corpora that outgrow one machine: data/prepare_distributed.py.
+Train on the result with ``--data tokens/corpus.bin``. For corpora too large for one machine, see
+data/prepare_distributed.py.
 """
 
 import argparse
@@ -28,12 +29,12 @@ from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
 from common.tokens.train_tokenizer import SAMPLE_BYTES, sample_of, tokenizer_report, train_tokenizer
 from common.tokens.writer import FILES, origin_of, write_token_store
 
-HELD_OUT_FRACTION = 0.005  # of the documents: what a recipe holds out by default, train-tokenizer reports on
-REPORT_BYTES = 20_000_000  # of held-out text at most
+HELD_OUT_FRACTION = 0.005  # of the documents: a recipe's default, so train-tokenizer reports on the same documents
+REPORT_BYTES = 20_000_000  # of held-out text, at most
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
-    """Write the pair, and as the last line what is in it as JSON."""
+    """Write a token store; the last line of output has its counts as JSON."""
     began = time.perf_counter()
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_token)
     sources = resolve_sources(arguments.input)
@@ -43,59 +44,72 @@ def tokenize(arguments: argparse.Namespace) -> None:
     counts = CorpusCounts()
     documents = documents_of(sources, arguments, counts)
     if arguments.near_duplicates is not None:
-        documents = without_alike(documents, arguments, counts)
+        documents = drop_near_duplicates(documents, arguments, counts)
     size_bytes = sum(source.size_bytes for source in sources)
     drop_duplicates = not arguments.keep_duplicates
     store = write_token_store(
         documents, counts, tokenizer, arguments.output, origin, size_bytes, arguments.workers, drop_duplicates
     )
-    said = store.sidecar
+    sidecar = store.sidecar
     line = {
-        "documents": said["documents"],
-        "tokens": said["tokens"] - said["end_tokens"],  # of text; the .bin holds one end token a document besides
-        "end_tokens": said["end_tokens"],
-        "bytes": said["text_bytes"],
+        "documents": sidecar["documents"],
+        "tokens": sidecar["tokens"] - sidecar["end_tokens"],  # of text; the .bin also has one end token a document
+        "end_tokens": sidecar["end_tokens"],
+        "bytes": sidecar["text_bytes"],
         "seconds": round(time.perf_counter() - began, 2),
     }
-    print(json.dumps(line | {name: said[name] for name in ("duplicates", "near_duplicates", "empty", "malformed")}))
+    for name in ("duplicates", "near_duplicates", "empty", "malformed"):
+        line[name] = sidecar[name]
+    print(json.dumps(line))
 
 
-def without_alike(documents: Iterator[str], arguments: argparse.Namespace, counts: CorpusCounts) -> Iterator[str]:
-    """Yield ``documents`` less near-duplicates, which OUTPUT.near_duplicates.jsonl lists and ``counts`` count."""
-    met, report = NearDuplicateCounts(), Path(f"{arguments.output}.near_duplicates.jsonl")
-    yield from without_near_duplicates(documents, arguments.near_duplicates, report, met)
-    counts.near_duplicates = met.removed
+def drop_near_duplicates(
+    documents: Iterator[str], arguments: argparse.Namespace, counts: CorpusCounts
+) -> Iterator[str]:
+    """Yield ``documents`` without near-duplicates; list these in OUTPUT.near_duplicates.jsonl and add to ``counts``."""
+    found = NearDuplicateCounts()
+    report = Path(f"{arguments.output}.near_duplicates.jsonl")
+    yield from without_near_duplicates(documents, arguments.near_duplicates, report, found)
+    counts.near_duplicates = found.removed
 
 
 def check_output(output: str, origin: dict) -> None:
-    """Raise InputError if another token store is at ``output``. One of the same origin is found, and not made again."""
+    """Raise InputError if there is another token store at ``output``.
+
+    A token store of the same origin is accepted: it will be found and not made again.
+    """
     existing = [name for name in FILES if Path(f"{output}{name}").exists()]
-    interrupted = Path(f"{output}.lock").exists()  # ours, cut off between the renaming of two files
+    interrupted = Path(f"{output}.lock").exists()  # we were stopped between the renaming of two files
     if existing and len(existing) < len(FILES) and not interrupted:
         raise InputError(
-            f"{output}{existing[0]}: is there already, and not of a token store of ours. Choose another --output."
+            f"{output}{existing[0]}: exists already, but not as part of our token store. Choose another --output."
         )
     if len(existing) < len(FILES):
         return
-    there = TokenStore(output).sidecar
-    different = [name for name, value in json.loads(json.dumps(origin)).items() if there.get(name) != value]
+    sidecar = TokenStore(output).sidecar
+    wanted = json.loads(json.dumps(origin))  # with the types that the sidecar has
+    different = [name for name, value in wanted.items() if sidecar.get(name) != value]
     if different:
         raise InputError(
-            f"{output}.bin: is there already, made otherwise ({', '.join(different)}: see {output}.json). "
+            f"{output}.bin: exists already, and differs in {', '.join(different)} (see {output}.json). "
             "Choose another --output, or remove its files."
         )
 
 
 def documents_of(sources: list[Source], arguments: argparse.Namespace, counts: CorpusCounts) -> Iterator[str]:
+    """Yield the documents of all sources, one source after the other, and add to ``counts``."""
     for source in sources:
         yield from read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
 
 
 def inspect(arguments: argparse.Namespace) -> None:
-    """Print counts, what the sidecar says, and the first documents, decoded if a tokenizer is given."""
+    """Print counts, the sidecar, and the first documents (as text if a tokenizer is given)."""
     store = TokenStore(arguments.store)
     print(f"{store.documents:,} documents, {len(store.tokens):,} tokens of {store.tokens.dtype} in {arguments.store}")
-    print(json.dumps(store.sidecar, indent=1, ensure_ascii=False) if store.sidecar else "no sidecar: not made by us")
+    if store.sidecar:
+        print(json.dumps(store.sidecar, indent=1, ensure_ascii=False))
+    else:
+        print("no sidecar: made by another program")
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     if tokenizer is not None:
         store.check_tokenizer(tokenizer_fingerprint(tokenizer), len(tokenizer))
@@ -107,33 +121,35 @@ def inspect(arguments: argparse.Namespace) -> None:
 
 
 def merge(arguments: argparse.Namespace) -> None:
-    """Write several stores as one, or one in the other format."""
+    """Join token stores into one, or write one in the other format."""
     store = merge_token_stores([TokenStore(path) for path in arguments.input], arguments.output, arguments.legacy)
     print(json.dumps({"documents": store.documents, "tokens": len(store.tokens)}))
 
 
 def train(arguments: argparse.Namespace) -> None:
-    """Train a tokenizer on a sample of the documents that a recipe would not hold out; report on those it would."""
-    sources, limit = resolve_sources(arguments.input), held_out_below(HELD_OUT_FRACTION)
+    """Train a tokenizer on a sample of the training documents; report on the documents that a recipe holds out."""
+    sources = resolve_sources(arguments.input)
+    limit = held_out_below(HELD_OUT_FRACTION)
     held_out: list[str] = []
-    room = REPORT_BYTES
+    left_bytes = REPORT_BYTES
 
     def training_documents() -> Iterator[str]:
-        nonlocal room
+        """Yield the documents that are not held out; keep the others in ``held_out``, up to REPORT_BYTES."""
+        nonlocal left_bytes
         for text in documents_of(sources, arguments, CorpusCounts()):
             if content_hash(text.encode()) >= limit:
                 yield text
-            elif len(text.encode()) <= room:
+            elif len(text.encode()) <= left_bytes:
                 held_out.append(text)
-                room -= len(text.encode())
+                left_bytes -= len(text.encode())
 
     sample, counts = sample_of(training_documents(), int(arguments.sample_mb * 1e6))
-    if not held_out:  # few documents: a recipe holds out that of the lowest hash then
+    if not held_out:  # few documents: then a recipe holds out the one with the lowest hash
         held_out.append(sample.pop(0))
         counts["sampled_documents"] -= 1
         counts["sampled_bytes"] -= len(held_out[0].encode())
     if not sample:
-        raise InputError("the corpus has 1 distinct document; give more: one is held out, to judge the tokenizer by.")
+        raise InputError("the corpus has 1 distinct document; give more: one is held out to judge the tokenizer.")
     tokenizer = train_tokenizer(sample, arguments.vocabulary_size)
     tokenizer.save_pretrained(arguments.output)
     reference = None if arguments.reference is None else load_tokenizer(arguments.reference)
@@ -142,25 +158,25 @@ def train(arguments: argparse.Namespace) -> None:
 
 
 def fetch(arguments: argparse.Namespace) -> None:
-    """Download a corpus (wiki-zh, openwebtext, seq-monkey) or any data set id, resumed and checked."""
+    """Download a corpus (such as wiki-zh) or any data set id; continue an interrupted download and check the files."""
     for path in download(arguments.name, Path(arguments.output)):
         print(path)
 
 
 def at_least_one(text: str) -> int:
-    """Return the number that ``text`` is, for argparse."""
+    """Return ``text`` as a number; for argparse."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be a whole number of at least 1")
     return int(text)
 
 
 def store_prefix(text: str) -> str:
-    """Return the prefix of the token store that ``text`` names, itself or by one of its files, for argparse."""
+    """Return the prefix of the token store that ``text`` names, by the prefix or by one of its files; for argparse."""
     suffix = next((suffix for suffix in PAIR_SUFFIXES if text.endswith(suffix)), "")
     prefix = text.removesuffix(suffix)
     if os.path.basename(prefix) in ("", ".", ".."):
         raise argparse.ArgumentTypeError(
-            f"{text}: names a folder; give the beginning of the files' names too, such as "
+            f"{text}: names a folder. Give the beginning of the file names too, such as "
             f"{os.path.join(os.path.dirname(prefix), 'corpus')}"
         )
     return prefix
@@ -182,34 +198,34 @@ def main(argv: list[str] | None = None) -> None:
     def add_source_flags(sub: argparse.ArgumentParser) -> None:
         sub.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")
         sub.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
-        sub.add_argument("--skip_malformed", action="store_true", help="Count malformed documents and go on.")
+        sub.add_argument("--skip_malformed", action="store_true", help="Skip and count malformed documents.")
 
     sub = command("tokenize", tokenize, "Prefix of the .bin and .idx.", store_prefix)
     add_source_flags(sub)
     sub.add_argument("--tokenizer", required=True, help="A folder, or a ModelScope or Hugging Face id.")
     sub.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
-    sub.add_argument("--workers", type=at_least_one, help="Threads that tokenize; one for each core if left out.")
+    sub.add_argument("--workers", type=at_least_one, help="Threads that tokenize (one for each core).")
     sub.add_argument("--keep_duplicates", action="store_true", help="Keep exact copies of a document.")
-    sub.add_argument("--near_duplicates", type=float, metavar="SIMILARITY", help="Remove documents this alike: 0.8.")
+    sub.add_argument("--near_duplicates", type=float, metavar="SIMILARITY", help="Remove documents this similar: 0.8.")
 
     sub = command("inspect", inspect, None)
     sub.add_argument("store", help="Prefix, .bin file, or a folder of token stores.")
-    sub.add_argument("--tokenizer", help="Decode with this one, and check that it made the store.")
+    sub.add_argument("--tokenizer", help="Decode the documents with it, and check that it made the store.")
     sub.add_argument("--documents", type=int, default=3, help="How many documents to show (3).")
-    sub.add_argument("--tokens", type=int, default=60, help="Of each, how many tokens (60).")
+    sub.add_argument("--tokens", type=int, default=60, help="How many tokens of each (60).")
 
     sub = command("merge", merge, "Prefix of the result.", store_prefix)
     sub.add_argument("--input", nargs="+", required=True, help="Token stores, in the order of the result.")
     sub.add_argument("--legacy", action="store_true", help="Write the older _ids.npy and _idx.npz.")
 
-    sub = command("train-tokenizer", train, "The tokenizer's folder.")
+    sub = command("train-tokenizer", train, "Folder of the tokenizer.")
     add_source_flags(sub)
     sub.add_argument("--vocabulary_size", type=int, default=32_000, help="Tokens (32000).")
     sub.add_argument(
         "--sample_mb", type=float, default=SAMPLE_BYTES / 1e6, help="Text to train on, in MB (%(default)s)."
     )
     sub.add_argument("--reference", help="A tokenizer to compare with, such as Qwen/Qwen2-0.5B.")
-    sub.add_argument("--hidden_size", type=int, default=512, help="For which the embedding is counted (512).")
+    sub.add_argument("--hidden_size", type=int, default=512, help="To count the embedding's parameters (512).")
 
     sub = command("download", fetch, "Folder.")
     sub.add_argument("name", help=f"{', '.join(CORPORA)}, or a data set id like owner/name.")

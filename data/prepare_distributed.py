@@ -1,21 +1,21 @@
-"""Documents -> token stores, by many tasks on one machine or many: for corpora that outgrow one.
+"""Documents -> token stores, by many tasks on one or many machines: for corpora too large for one machine.
 
     python data/prepare_distributed.py --input corpus/ --tokenizer DIR --output tokens/corpus --tasks 4
     python data/prepare_distributed.py --input corpus/ --tokenizer DIR --output tokens/corpus --tasks 256 \
         --executor slurm --partition cpu --time 04:00:00 --cpus_per_task 4
     python data/prepare_distributed.py --input corpus/ --tokenizer DIR --output tokens/corpus --tasks 64 --executor ray
 
-Every task writes one shard into the output folder; ``--data tokens/corpus`` trains on all of them as one store. The
-tasks are run by datatrove (pip install 'datatrove>=0.10,<0.11', and ray for that executor; the folder has to be on a
-file system that all machines share). Launch again after an interruption: finished tasks are not run again. At the end
-the shards are checked against each other, and the last line is JSON as that of data/prepare.py.
+Every task writes one shard into the output folder. Train on all of them as one store with ``--data tokens/corpus``. The
+tasks are run by datatrove (pip install 'datatrove>=0.10,<0.11'; the executor ray also needs ray). The folder must be on
+a file system that all machines share. After an interruption, launch again: finished tasks are not repeated. At the end
+the shards are checked against each other, and the last line of output is JSON, as in data/prepare.py.
 
-Files are dealt out whole, so that each is read once and the order of the documents is kept. Where files are few or one
-of them is very large, every task reads them all and takes every n-th document: simple and right for every format, but
-worth it for some dozen tasks only; for more, split the file (split -n l/256). We read with common.corpus, not with
-datatrove's readers: those skip what they cannot parse and empty documents, and do not say how many.
+Each task gets whole files, so that every file is read once and the order of documents is kept. If there are few files,
+or one is very large, every task reads all files and takes every n-th document. This works for every format, but pays
+off only up to some dozen tasks; for more, split the file first (split -n l/256). The files are read with common.corpus,
+not with datatrove's readers, which skip empty and malformed documents without counting them.
 
-Differences to data/prepare.py: exact copies stay in the shards (a recipe leaves them out, and says how many).
+One thing differs from data/prepare.py: exact copies stay in the shards. A recipe leaves them out and counts them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ INSTALL = "pip install 'datatrove>=0.10,<0.11'"
 def local_executor(arguments: argparse.Namespace, step: partial, logs: str):
     from datatrove.executor import LocalPipelineExecutor
 
-    # spawn: the only way to start a process that Windows and macOS have, too
+    # spawn is the only way of starting processes that also works on Windows and macOS
     return LocalPipelineExecutor([step], arguments.tasks, arguments.workers, logs, start_method="spawn")
 
 
@@ -56,7 +56,7 @@ def ray_executor(arguments: argparse.Namespace, step: partial, logs: str):
 
 
 def slurm_executors(arguments: argparse.Namespace, step: partial, folder: str, logs: str):
-    """Return the executor of the last step; it starts that of the tasks, which it waits for."""
+    """Return the executor of the last step, the check; it first submits the tasks, and waits for them."""
     from datatrove.executor import SlurmPipelineExecutor
 
     if not arguments.partition:
@@ -67,7 +67,7 @@ def slurm_executors(arguments: argparse.Namespace, step: partial, folder: str, l
         cpus_per_task=arguments.cpus_per_task,
         mem_per_cpu_gb=arguments.memory_per_cpu_gb,
         qos=None,
-        env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',  # the commands of this environment
+        env_command=f'export PATH="{Path(sys.executable).parent}:$PATH"',  # the commands of this Python environment
         sbatch_args=dict(pair.split("=", 1) for pair in arguments.sbatch),
     )
     tasks = SlurmPipelineExecutor(
@@ -91,7 +91,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         import datatrove  # noqa: F401
     except ImportError:
-        raise InputError(f"the tasks are run by datatrove, which is not installed: {INSTALL}") from None
+        raise InputError(f"running the tasks needs datatrove, which is not installed: {INSTALL}") from None
     folder = os.path.abspath(arguments.output)
     plan_shards(
         folder,
@@ -112,11 +112,12 @@ def main(argv: list[str] | None = None) -> None:
         slurm_executors(arguments, step, folder, logs).run()
         say(f"submitted. The last job checks the shards and prints their counts; the logs are in {logs}*/slurm_logs")
         return
-    executor = (local_executor if arguments.executor == "local" else ray_executor)(arguments, step, logs)
+    make_executor = local_executor if arguments.executor == "local" else ray_executor
+    executor = make_executor(arguments, step, logs)
     try:
         executor.run()
     except RuntimeError as error:
-        raise InputError(f"{error}\nA task failed, its log is in {logs}/logs. Repair that and launch again.") from None
+        raise InputError(f"{error}\nA task failed; its log is in {logs}/logs. Fix this and launch again.") from None
     report_shards(None, 0, 1, folder, began)
 
 
@@ -129,24 +130,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", required=True, help="Folder of the shards.")
     parser.add_argument("--tasks", type=int, required=True, help="How many shards.")
     parser.add_argument(
-        "--executor", choices=["local", "slurm", "ray"], default="local", help="What runs them (local)."
+        "--executor", choices=["local", "slurm", "ray"], default="local", help="What runs the tasks (local)."
     )
-    parser.add_argument("--workers", type=int, default=-1, help="Tasks at a time: the cores if local, else all.")
+    parser.add_argument("--workers", type=int, default=-1, help="Tasks at a time (local: one for each core; else all).")
     parser.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
-    parser.add_argument("--skip_malformed", action="store_true", help="Count malformed documents and go on.")
+    parser.add_argument("--skip_malformed", action="store_true", help="Skip and count malformed documents.")
     parser.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
     parser.add_argument("--cpus_per_task", type=int, default=1, help="On Slurm and Ray (1).")
     parser.add_argument("--memory_per_cpu_gb", type=int, default=4, help="On Slurm and Ray (4).")
-    parser.add_argument("--partition", help="Of Slurm.")
-    parser.add_argument("--time", default="24:00:00", help="Limit of a Slurm task (24:00:00).")
+    parser.add_argument("--partition", help="Partition of Slurm.")
+    parser.add_argument("--time", default="24:00:00", help="Time limit of a Slurm task (24:00:00).")
     parser.add_argument(
-        "--sbatch", nargs="*", default=[], metavar="NAME=VALUE", help="More for Slurm: account=x qos=y."
+        "--sbatch", nargs="*", default=[], metavar="NAME=VALUE", help="More settings for Slurm: account=x qos=y."
     )
     arguments = parser.parse_args(argv)
     if arguments.workers != -1 and arguments.workers < 1:
-        parser.error(f"--workers {arguments.workers}: at least 1")
+        parser.error(f"--workers {arguments.workers}: must be at least 1")
     if any("=" not in pair for pair in arguments.sbatch):
-        parser.error(f"--sbatch {' '.join(arguments.sbatch)}: NAME=VALUE, without dashes")
+        parser.error(f"--sbatch {' '.join(arguments.sbatch)}: must be NAME=VALUE, without dashes")
     return arguments
 
 

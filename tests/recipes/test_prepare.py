@@ -55,11 +55,11 @@ def test_run_again_it_finds_its_result_and_refuses_anothers(tokenizer, tmp_path,
     again = last_line(capsys)
     assert again | {"seconds": 0} == first | {"seconds": 0}
     assert (tmp_path / "a.bin").stat().st_mtime_ns == written
-    with pytest.raises(InputError, match=r"a\.bin: is there already, made otherwise \(sources"):
+    with pytest.raises(InputError, match=r"a\.bin: exists already, and differs in sources"):
         prepare.main([*flags, str(ROOT / "data" / "sample_en.jsonl")])
     (tmp_path / "b.json").write_text("{}", encoding="utf-8")
     flags[4] = str(tmp_path / "b")
-    with pytest.raises(InputError, match=r"b\.json: is there already, and not of a token store of ours"):
+    with pytest.raises(InputError, match=r"b\.json: exists already, but not as part of our token store"):
         prepare.main([*flags, str(SAMPLE)])
     (tmp_path / "b.json").unlink()
     (tmp_path / "b.lock").touch()  # as an interrupted run leaves it
@@ -74,7 +74,7 @@ def test_an_output_is_the_same_by_its_prefix_and_by_its_files(tokenizer, tmp_pat
     prepare.main([*flags, zh])
     assert last_line(capsys)["documents"] == TokenStore(tmp_path / "a").documents
     flags[4] = str(tmp_path / "a.idx")
-    with pytest.raises(InputError, match=r"a\.bin: is there already, made otherwise \(sources"):
+    with pytest.raises(InputError, match=r"a\.bin: exists already, and differs in sources"):
         prepare.main([*flags, en])
     prepare.main(["merge", "--input", str(tmp_path / "a"), "--output", str(tmp_path / "m.bin")])
     assert {path.name for path in tmp_path.glob("m*")} == {"m.bin", "m.idx", "m.json", "m.hashes.npy"}
