@@ -1,4 +1,4 @@
-"""A hub on this machine: what is asked of ModelScope, of Hugging Face and of plain servers, and their faults."""
+"""A hub on this machine: it answers like ModelScope, Hugging Face or a plain server, with the faults a test sets."""
 
 import json
 import re
@@ -15,10 +15,10 @@ NAME = "owner/name"
 
 
 class Hub(ThreadingHTTPServer):
-    """Serves ``files`` of the data set owner/name; a file's ``faults`` are met by its next requests, one each.
+    """Serve ``files`` of the data set owner/name. Each of the next requests for a file meets one of its ``faults``.
 
     Faults: "cut N" (N bytes, then the connection ends), "drip" (a byte every 0.05 s), "silent" (headers, then nothing),
-    "altered" (right size, other bytes), "gone on" (no ranges: always from the start), an HTTP status, "redirect".
+    "altered" (right size, other bytes), "no ranges" (the whole file from its start), an HTTP status, "redirect".
     """
 
     daemon_threads = True
@@ -36,7 +36,7 @@ class Hub(ThreadingHTTPServer):
         return unquote(next(filter(None, found.groups()))) if found else None
 
     def answer(self, path: str, query: dict):
-        """Return what a question about the data set is answered with."""
+        """Return the answer to a question about the data set."""
         if path == "/":
             return {}
         if self.kind == "Hugging Face" and path in {f"/api/datasets/{NAME}", f"/api/datasets/{NAME}/revision/main"}:
@@ -92,7 +92,7 @@ class Handler(BaseHTTPRequestHandler):
     def send_file(self, content: bytes, fault: str) -> None:
         tag = f'"{sha1(content).hexdigest()}"'
         asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
-        start = int(asked[1]) if asked and self.headers.get("If-Range", tag) == tag and fault != "gone on" else None
+        start = int(asked[1]) if asked and self.headers.get("If-Range", tag) == tag and fault != "no ranges" else None
         if start is not None and start >= len(content):
             return self.reply(416, b"")
         headers = {"ETag": tag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
@@ -166,7 +166,7 @@ def use_hubs(monkeypatch, modelscope: str | None = None, hugging_face: str | Non
 
 
 def be_impatient(monkeypatch) -> None:
-    """Make waiting short: what takes minutes in life takes seconds."""
+    """Make waiting short: seconds instead of minutes."""
     from common.corpus import transfer as remote_file
 
     monkeypatch.setattr(remote_file, "LONGEST_PAUSE_SECONDS", 0.01)

@@ -29,7 +29,7 @@ FILES = {
 
 
 class HuggingFace(BaseHTTPRequestHandler):
-    """What huggingface_hub asks for owner/small, as a model and as a data set."""
+    """Answers what huggingface_hub asks about owner/small, as a model and as a data set."""
 
     protocol_version = "HTTP/1.1"
 
@@ -64,7 +64,7 @@ class HuggingFace(BaseHTTPRequestHandler):
 
 
 class ModelScope(HuggingFace):
-    """What modelscope asks for owner/small."""
+    """Answers what modelscope asks about owner/small."""
 
     def answer(self, path, query):
         if path == "/":
@@ -81,7 +81,7 @@ class ModelScope(HuggingFace):
 
 
 class Stalling(HuggingFace):
-    """Answers whether it is there, and then no question about a model."""
+    """Answers that it is there, but no question about a model."""
 
     def answer(self, path, query):
         if path.startswith("/api/models/"):
@@ -110,7 +110,7 @@ def closed_port() -> int:
 
 
 def fetch(call: str, port: int, caches, **more: str) -> subprocess.CompletedProcess:
-    """Call in a process of its own (the endpoints are read at import), where every hub but ``port`` is closed."""
+    """Run ``call`` in another process (the endpoints are read at import), where every hub but ``port`` is closed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "RANK"))}
     environment |= dict(
         HF_ENDPOINT=f"http://127.0.0.1:{port}",
@@ -126,7 +126,7 @@ def fetch(call: str, port: int, caches, **more: str) -> subprocess.CompletedProc
 
 
 def files_in(folder) -> dict[str, bytes]:
-    """The files below a folder, hidden ones aside."""
+    """Return the files below a folder, without the hidden ones."""
     paths = {str(path.relative_to(folder)): path for path in folder.rglob("*") if path.is_file()}
     return {name: path.read_bytes() for name, path in paths.items() if not name.startswith(".")}
 
@@ -153,8 +153,8 @@ INDEX = json.dumps({"weight_map": dict(zip("abc", SHARDS, strict=True))}).encode
 
 @pytest.mark.parametrize("hub", [ModelScope], indirect=True)
 @pytest.mark.parametrize("call", ["fetch_model('owner/small', True)", "fetch_tokenizer('owner/small')"])
-def test_a_part_in_modelscopes_cache_is_completed(hub, tmp_path, monkeypatch, call):
-    """Its library takes what a killed download left for the whole; Hugging Face's does not."""
+def test_an_incomplete_cache_of_modelscope_is_completed(hub, tmp_path, monkeypatch, call):
+    """ModelScope's library takes the files of a killed download for all files; Hugging Face's does not."""
     weights = dict.fromkeys(SHARDS, b"weights") | {"model.safetensors.index.json": INDEX}
     files = {"config.json": b"{}", "vocab.json": b"{}", "merges.txt": b"", **FILES} | weights
     del files["model.safetensors"]
@@ -173,7 +173,7 @@ def test_a_part_in_modelscopes_cache_is_completed(hub, tmp_path, monkeypatch, ca
     offline = fetch(call, hub.server_port, tmp_path, HF_HUB_OFFLINE="1")
     if "model" in call:
         assert offline.returncode == 1 and "cannot fetch model owner/small" in offline.stderr
-    else:  # could be all that there is
+    else:  # these could be all files of the repository
         assert path_in(offline) == folder and "may be incomplete" in offline.stdout
 
 

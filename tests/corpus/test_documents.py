@@ -32,7 +32,7 @@ def parquet(**columns) -> bytes:
 
 @pytest.fixture
 def read(tmp_path, monkeypatch):
-    """Return what writes files and reads a source: the documents, and what was counted."""
+    """Return a function that writes files and reads a source; it returns the documents and the counts."""
     monkeypatch.chdir(tmp_path)
 
     def read(given: str, files: dict[str, bytes], text_field=None, skip_malformed=False):
@@ -113,7 +113,7 @@ def test_a_field_that_is_not_clear(read, records, reason):
         read("a.jsonl", {"a.jsonl": lines(*records)})
 
 
-def test_the_field_is_found_behind_documents_that_have_none(read):
+def test_the_field_is_found_after_documents_without_text(read):
     records = [{"text": None}, {"text": None, "body": None}, {"text": "one", "body": None}]
     documents, counts = read("a.jsonl", {"a.jsonl": lines(*records)})
     assert (documents, counts.empty, counts.malformed) == (["one"], 2, 0)
@@ -121,7 +121,7 @@ def test_the_field_is_found_behind_documents_that_have_none(read):
     assert (documents, counts.empty, counts.malformed) == (["one"], 1, 0)
 
 
-def test_the_field_is_found_behind_what_what_is_malformed(read):
+def test_the_field_is_found_after_malformed_records(read):
     content = b"nonsense\n[1]\n" + lines({"content": "one"})
     assert read("a.jsonl", {"a.jsonl": content}, skip_malformed=True)[0] == ["one"]
     with pytest.raises(InputError, match="^a.jsonl, line 1: malformed line"):
@@ -136,7 +136,7 @@ def test_the_field_is_found_behind_what_what_is_malformed(read):
         ("meta.deep.er", "d"),
         ("dotted.name", "n"),
         ("{title}\n\n{body}", "t\n\nb"),
-        (r"{title}\n\n{body}", "t\n\nb"),  # as bash hands it over
+        (r"{title}\n\n{body}", "t\n\nb"),  # as bash passes it on
         (r"{title}\t{meta.text}", "t\tm"),
         ("100% of {title}: {{{dotted.name}}} %s", "100% of t: {n} %s"),
         ("{percent}", "%s %%"),
@@ -153,7 +153,7 @@ def test_fields_and_templates(read, text_field, text):
 
 
 @pytest.mark.parametrize("text_field", ["{}", "{title", "title}{", "{title!r}", "{title:>9}", "{{title}}", "{title}{}"])
-def test_a_template_that_is_none(read, text_field):
+def test_a_template_that_is_not_valid(read, text_field):
     with pytest.raises(InputError, match=rf"^--text_field '{re.escape(text_field)}': .*An example: '\{{title}}\\n"):
         read("a.jsonl", {"a.jsonl": lines({"title": "x"})}, text_field)
 
@@ -256,7 +256,7 @@ def test_a_document_of_null_is_counted_as_empty(read, text_field):
 
 
 def test_every_white_space_or_control_character_is_blank(read):
-    """By Python's own tables: what ``isspace`` calls white space, and the control characters of Latin-1."""
+    """Truth from Python's tables: what ``isspace`` calls white space, and the control characters of Latin-1."""
     blank = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace() or c < 32 or 127 <= c < 160]
     texts = [{"text": character} for character in blank] + [{"text": "."}]
     assert read("a.jsonl", {"a.jsonl": lines(*texts)})[1].empty == len(blank)
@@ -302,7 +302,7 @@ def test_a_source_without_documents(read, name, content, reason):
         read(name, {name: content}, "text", skip_malformed=True)
 
 
-def test_a_file_without_documents_in_a_folder_is_said(read, capsys):
+def test_files_without_documents_in_a_folder_are_named(read, capsys):
     files = {"d/a.jsonl": b"", "d/b.jsonl": lines({"text": "x"}), "d/c.jsonl": lines({"text": ""}), "d/d.json": b"[]"}
     assert read("d", files, "text")[0] == ["x"]
     names = ", ".join(os.path.join("d", name) for name in ("a.jsonl", "c.jsonl", "d.json"))
@@ -321,7 +321,7 @@ def test_counts_of_several_sources_add_up(read):
         list(read_documents(resolve_source("b.jsonl"), None, False, counts))
 
 
-def test_what_is_said_of_a_source_is_of_it_alone(read, capsys):
+def test_messages_about_a_source_do_not_include_other_sources(read, capsys):
     files = {"a.jsonl": lines({"text": "x"}, {"text": ""}, *range(20)), "b.jsonl": lines({"text": "x"}, 1, 2)}
     counts = read("a.jsonl", files | {"c.jsonl": lines({"text": ""}, 1)}, skip_malformed=True)[1]
     capsys.readouterr()
@@ -349,7 +349,7 @@ def test_a_token_store_is_not_text(read):
 
 
 def test_a_data_set_of_a_hub(read, monkeypatch, capsys):
-    """Found by its own module; its fields are found and asked for here."""
+    """hub_dataset finds its files; read_documents finds the text field and asks for the fields it needs."""
     asked = []
 
     def hub_records(identifier, fields=None):

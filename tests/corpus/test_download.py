@@ -46,7 +46,7 @@ def hub(request, monkeypatch):
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Files behind plain URLs, as the corpus "tokens"."""
+    """Files at plain URLs, as the corpus "tokens"."""
     be_impatient(monkeypatch)
     with running("plain", {"t.bin": CONTENT, "t.idx": b"index"}) as server:
         urls = tuple(f"{server.url}/plain/{name}" for name in server.files)
@@ -59,7 +59,7 @@ def recorded(path: Path) -> list[str]:
 
 
 def names_in(folder: Path) -> set[str]:
-    """The files below a folder, the lock and the list of a download aside, which are hidden."""
+    """Return the files below a folder without the lock and the list of a download, which are hidden."""
     paths = (p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
     return {p.relative_to(folder).as_posix() for p in paths}
 
@@ -74,7 +74,7 @@ def test_a_file_of_a_data_set(hub, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["owner/name:wiki.json", "owner/name", "whole"])
 def test_found_again_without_a_hub(hub, tmp_path, monkeypatch, capsys, name):
-    """Named or not, of CORPORA or not, and as recipes ask for it: a node without network goes on with its files."""
+    """A node without network uses the files it has, in every way in which a corpus can be named."""
     monkeypatch.setitem(CORPORA, "whole", Corpus("like openwebtext", "none", identifier="owner/name"))
     if name != "owner/name:wiki.json":
         del hub.files["wiki.json"]
@@ -97,7 +97,7 @@ def test_found_again_without_a_hub(hub, tmp_path, monkeypatch, capsys, name):
             download(name, tmp_path / "node", verify=False)
 
 
-def test_a_part_of_the_files_is_not_taken_for_all(hub, tmp_path):
+def test_some_of_the_files_are_not_taken_for_all(hub, tmp_path):
     """The list is written last."""
     del hub.files["wiki.json"]
     last = "data/train-00001-of-00002.jsonl"
@@ -118,9 +118,9 @@ def test_the_train_split_and_nothing_else(hub, tmp_path):
     assert {name for name, _ in hub.asked[asked:]} <= {"README.md", "data/train-00001-of-00002.jsonl"}  # none twice
 
 
-@pytest.mark.parametrize("lfs", [True, False])  # False: without a checksum that would tell
+@pytest.mark.parametrize("lfs", [True, False])  # False: there is no checksum that would tell them apart
 def test_two_data_sets_with_one_file_name(monkeypatch, tmp_path, lfs):
-    """The second is not answered with the file of the first, whether its file is named or not."""
+    """The second download does not return the file of the first, whether its file is named or not."""
     first, second = {"train.jsonl": b'{"text": "one"}\n'}, {"train.jsonl": b'{"text": "two"}\n'}
     for name in ("owner/name:train.jsonl", "owner/name"):
         folder = tmp_path / name.replace("/", "-")
@@ -135,7 +135,7 @@ def test_two_data_sets_with_one_file_name(monkeypatch, tmp_path, lfs):
 
 
 def test_the_file_of_a_named_corpus_lies_in_the_folder_itself(hub, monkeypatch, tmp_path):
-    """Where it has always been, and where a user may have put it."""
+    """It has always been there, and a user may have put it there."""
     monkeypatch.setitem(CORPORA, "wiki", Corpus("articles", "none", identifier="owner/name:wiki.json"))
     assert download("wiki", tmp_path) == [tmp_path / "wiki.json"]
     assert CORPORA["wiki-zh"].identifier.endswith(":wikipedia-zh-cn-20240820.json")  # as the documents say
@@ -144,8 +144,8 @@ def test_the_file_of_a_named_corpus_lies_in_the_folder_itself(hub, monkeypatch, 
 
 
 @pytest.mark.parametrize("faults", [["cut 1000000", "cut 0", 429, 500], ["redirect"], ["silent"], ["altered"]])
-def test_faults_on_the_way(hub, tmp_path, faults):
-    """Altered bytes are fetched once more; anything else is gone on from."""
+def test_faults_of_the_server(hub, tmp_path, faults):
+    """After altered bytes the file is downloaded again; after every other fault the download continues."""
     hub.faults["wiki.json"].extend(faults)
     (path,) = download("owner/name:wiki.json", tmp_path)
     assert path.read_bytes() == CONTENT and recorded(path)[0] == sha256(CONTENT).hexdigest()
@@ -165,7 +165,7 @@ def test_an_interrupted_download_is_continued(hub, tmp_path):
 
 
 def test_a_killed_download_is_continued(plain, tmp_path):
-    """SIGKILL, in the middle of a file: what a person does with a terminal window."""
+    """SIGKILL in the middle of a file, as when a person closes the terminal window."""
     plain.faults["t.bin"].extend(["", "cut 1500000"] + [503] * 10_000)
     code = (
         "from common.corpus import download; from pathlib import Path; import sys\n"
@@ -211,11 +211,11 @@ def test_a_hub_that_sends_something_else_twice(hub, tmp_path):
     assert names_in(tmp_path) == set()
 
 
-def test_an_altered_file_is_fetched_again(hub, tmp_path, capsys):
+def test_an_altered_file_is_downloaded_again(hub, tmp_path, capsys):
     (path,) = download("owner/name:wiki.json", tmp_path)
     path.write_bytes(CONTENT[:-1])
     assert download("owner/name:wiki.json", tmp_path, verify=False) == [path]
-    assert path.read_bytes() == CONTENT[:-1]  # not read, as asked
+    assert path.read_bytes() == CONTENT[:-1]  # verify=False does not read it
     assert download("owner/name:wiki.json", tmp_path)[0].read_bytes() == CONTENT
     assert "was altered" in capsys.readouterr().out
 
@@ -230,7 +230,7 @@ def test_a_file_of_the_users_own(hub, tmp_path):
     with pytest.raises(InputError, match="was not downloaded by this command"):
         download("owner/name:wiki.json", tmp_path)
     assert mine.read_bytes() == b"mine"
-    mine.write_bytes(CONTENT)  # fetched by other means: the same bytes are welcome
+    mine.write_bytes(CONTENT)  # downloaded by other means: the same bytes are accepted
     asked = len(hub.asked)
     download("owner/name:wiki.json", tmp_path)
     assert len(hub.asked) == asked and recorded(mine)[0] == sha256(CONTENT).hexdigest()
@@ -259,7 +259,7 @@ def test_a_hub_without_checksums(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("place", ["Hugging Face's cache", "ModelScope's cache"])
 def test_a_data_set_that_only_a_cache_holds(monkeypatch, tmp_path, capsys, place):
-    """Offline: it is copied from there, afresh after an interruption."""
+    """Offline, it is copied from the cache; after an interruption, from the start."""
     be_impatient(monkeypatch)
     cache = tmp_path / "cache"
     for name, content in FILES.items():
@@ -302,7 +302,7 @@ def test_no_hub_has_it(hub, tmp_path):
 
 
 def test_paths_that_lead_elsewhere(hub, tmp_path):
-    """A hub's file names are not ours: they never write outside the folder."""
+    """The hub chooses the file names, but nothing is ever written outside the folder."""
     hub.files |= {"../evil.jsonl": b"{}", "/evil.jsonl": b"{}"}
     del hub.files["wiki.json"]
     download("owner/name", tmp_path / "here")
@@ -315,7 +315,7 @@ def test_paths_that_lead_elsewhere(hub, tmp_path):
             download(f"owner/name:{path}", tmp_path / "here", verify=False)
 
 
-def test_two_processes_fetch_a_file_once(hub, tmp_path):
+def test_several_processes_download_a_file_once(hub, tmp_path):
     hub.faults["wiki.json"].append("cut 100000")
     found = []
     threads = [Thread(target=lambda: found.extend(download("owner/name:wiki.json", tmp_path))) for _ in range(3)]
@@ -325,11 +325,11 @@ def test_two_processes_fetch_a_file_once(hub, tmp_path):
         thread.join(timeout=30)
     assert found == [tmp_path / OWN / "wiki.json"] * 3
     assert found[0].read_bytes() == CONTENT
-    assert [name for name, part in hub.asked].count("wiki.json") == 2  # one, and its continuation
+    assert [name for name, part in hub.asked].count("wiki.json") == 2  # the download and its continuation
 
 
 def archive_of(members: dict[str, bytes | None], mode: str) -> bytes:
-    """A tar archive; None makes a symbolic link to /etc/passwd."""
+    """Return a tar archive; None as content makes a symbolic link to /etc/passwd."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode=mode) as tar:
         for name, content in members.items():
@@ -407,7 +407,7 @@ def test_a_damaged_archive(tmp_path, mode):
 @pytest.mark.parametrize("suffix", ["tar.gz", "tgz", "tar.bz2", "tar.xz"])
 @pytest.mark.parametrize("at", [512, 3 * 512, 3 * 512 + 100, 10_000])
 def test_an_archive_of_several_streams(tmp_path, suffix, at):
-    """As pbzip2 and pigz write them, and ``cat``; cut between two blocks of the archive, and in one."""
+    """As written by pbzip2, pigz and ``cat``; cut between two blocks of the archive, and within one."""
     compress = {"tar.gz": gzip.compress, "tgz": gzip.compress, "tar.bz2": bz2.compress, "tar.xz": lzma.compress}[suffix]
     content = archive_of({"a.jsonl": b"1" * 600, "b.jsonl": b"2" * 600, "c.jsonl": b"3"}, "w:")
     archive = tmp_path / f"x.{suffix}"
@@ -417,7 +417,7 @@ def test_an_archive_of_several_streams(tmp_path, suffix, at):
 
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 def test_an_archive_that_tarfile_takes_for_whole(tmp_path, suffix):
-    """Cut off between two files; a header overwritten; a second archive behind the first."""
+    """Cut off between two files; a header overwritten; a second archive after the first."""
     content = archive_of({"a.jsonl": b"1", "b.jsonl": b"2"}, "w:")
     damaged = bytearray(content)
     damaged[1024:1034] = b"x" * 10
@@ -429,7 +429,7 @@ def test_an_archive_that_tarfile_takes_for_whole(tmp_path, suffix):
 
 
 def test_a_cut_off_archive_is_refused_again(hub, tmp_path):
-    """What was unpacked of it is not taken for all of it at the next call, recipes' included."""
+    """The files that were unpacked from it are not taken for all of its files at the next call."""
     hub.files["corpus.jsonl.tar"] = archive_of({"corpus.jsonl": b"1", "more.jsonl": b"2"}, "w:")[:1024]
     for verify in (True, False):
         with pytest.raises(InputError, match="cut off"):

@@ -109,7 +109,7 @@ def test_a_stream_that_breaks_is_continued(hub, name):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_stream_that_ends_early_is_an_error_and_not_the_end(hub, name):
-    """The half that came may be yielded; what must not happen is a quiet end."""
+    """The first half may be yielded, but the end must be an error."""
     hub.files = {name: FORMATS[name](TEXTS)}
     hub.faults[name].extend([f"cut {len(hub.files[name]) // 2}"] + ["cut 0"] * 99)
     begin, found = time.monotonic(), []
@@ -132,7 +132,7 @@ def test_a_stream_that_ends_early_is_an_error_and_not_the_end(hub, name):
     ],
 )
 def test_the_records_are_those_that_datasets_loads(hub, tmp_path, files, identifier, subset):
-    """`datasets` reads the same repository from disk, not streamed: an independent reader and choice of files."""
+    """`datasets` reads the same repository from disk: an independent reader, and an independent choice of files."""
     hub.files = files
     for name, content in files.items():
         (tmp_path / "r" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -167,7 +167,7 @@ def test_what_a_hub_does_not_have(hub, files, identifier, reason):
     message = str(caught.value)
     assert re.search(rf"{hub.kind}[^\n]*({reason})", message), message
     assert message.count("does not answer") == 2 and "Three ways to continue" in message
-    assert "/tmp" not in message  # no folder of ours that the reader has never heard of
+    assert "/tmp" not in message  # not our temporary folder, which means nothing to the user
 
 
 def test_modelscope_comes_first_and_the_next_hub_follows(monkeypatch):
@@ -178,7 +178,7 @@ def test_modelscope_comes_first_and_the_next_hub_follows(monkeypatch):
         assert texts_of() == ["from here"] and first.asked and not second.asked
         first.files.clear()
         assert texts_of() == ["from here"] and second.asked
-        first.answer = lambda path, query: None  # it answers, and knows no such data set
+        first.answer = lambda path, query: None  # it answers, but has no such data set
         assert texts_of() == ["from here"]
 
 
@@ -221,20 +221,20 @@ def test_a_hub_that_stalls_at_the_question(hub, monkeypatch):
 
 
 @pytest.mark.parametrize("identifier", ["name", "a/b/c", "../x", "owner/", "owner/name:"])
-def test_what_is_no_identifier(identifier):
+def test_an_invalid_identifier(identifier):
     with pytest.raises(InputError, match="not a hub id like owner/name"):
         texts_of(identifier)
 
 
-def test_what_a_cache_holds_is_said_and_a_hub_that_answers_knows_better(hub, tmp_path, monkeypatch, capsys):
-    """Of files without numbers, nothing in ModelScope's cache shows that others are missing."""
+def test_a_note_names_the_files_of_a_cache_and_a_hub_is_asked_first(hub, tmp_path, monkeypatch, capsys):
+    """If the files have no numbers, ModelScope's cache cannot show that others are missing."""
     from common.corpus import hub_dataset as hub_data
 
     monkeypatch.setattr(hub_data, "modelscope_snapshot", lambda _: str(tmp_path))
     (tmp_path / "part1.jsonl").write_bytes(jsonl(["one"]))
     hub.files = {"part1.jsonl": jsonl(["one"]), "part2.jsonl": jsonl(["two"])}
     assert texts_of() == ["one", "two"] and "note:" not in capsys.readouterr().out
-    hub.answer = lambda path, query: None  # it answers, and nothing of use
+    hub.answer = lambda path, query: None  # it answers, but has no such data set
     assert texts_of() == ["one"]
     said = capsys.readouterr().out
     assert "ModelScope's cache may be incomplete; it has 1 file: part1.jsonl\n" in said and f"  {hub.kind}" in said
@@ -247,7 +247,7 @@ def test_what_a_cache_holds_is_said_and_a_hub_that_answers_knows_better(hub, tmp
 
 
 def in_process(code: str, home, **environment) -> subprocess.CompletedProcess:
-    """Run in a process of its own, for the libraries read at import where their caches are."""
+    """Run in another process, because the libraries read at import where their caches are."""
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "MODELSCOPE_", "RANK"))}
     caches = {"HF_HOME": str(home / "hf"), "MODELSCOPE_CACHE": str(home / "modelscope"), "NO_PROXY": "127.0.0.1"}
     return subprocess.run(
@@ -266,7 +266,7 @@ FETCH = {
 @pytest.mark.parametrize(
     ("kind", "offline"), [("ModelScope", "HF_DATASETS_OFFLINE"), ("Hugging Face", "HF_HUB_OFFLINE")]
 )
-def test_offline_a_cache_is_read_but_a_part_is_not_taken_for_the_whole(kind, offline, tmp_path):
+def test_offline_a_cache_is_read_but_not_if_it_is_incomplete(kind, offline, tmp_path):
     """The hub's own library fills its cache; then there is no network."""
     with running(kind, dict(SHARDS)) as server:
         hubs = {"HF_ENDPOINT": server.url, "MODELSCOPE_ENDPOINT": server.url}

@@ -1,4 +1,4 @@
-"""Near-duplicates, against the exact Jaccard similarity of sets of shingles made here by other means."""
+"""Near-duplicates, against the exact Jaccard similarity of sets of shingles that are made here in another way."""
 
 import json
 import random
@@ -34,7 +34,7 @@ def exact_similarity(one: str, other: str) -> float:
 
 
 def edited(text: str, every: int, seed: int) -> str:
-    """Exchange two neighbouring characters of ``text`` about every so many characters."""
+    """Exchange two neighbouring characters of ``text`` about once in ``every`` characters."""
     characters, generator = list(text), random.Random(seed)
     for _ in range(len(text) // every):
         i = generator.randrange(len(text) - 1)
@@ -50,7 +50,7 @@ def run(documents, tmp_path, threshold=0.8):
 
 
 @pytest.mark.parametrize("name", ["sample_zh.jsonl", "sample_en.jsonl"])
-def test_planted_near_duplicates_go_and_the_rest_stays_in_order(tmp_path, name):
+def test_planted_near_duplicates_are_dropped_and_the_rest_stays_in_order(tmp_path, name):
     originals = bundled(name)[:80]
     every = 300 if "zh" in name else 900
     planted = {20: edited(originals[3], every, 1), 50: originals[40], 70: edited(originals[69], every, 2)}
@@ -71,7 +71,7 @@ def test_planted_near_duplicates_go_and_the_rest_stays_in_order(tmp_path, name):
 
 
 def test_all_pairs_against_exact_similarity(tmp_path):
-    """Edited more and more: those well above the threshold go, those well below stay."""
+    """Of documents edited more and more, those well above the threshold are dropped, those well below are kept."""
     generator = random.Random(0)
     originals = bundled("sample_zh.jsonl")[:60]
     documents = originals + [edited(text, generator.choice([20, 60, 200, 800]), i) for i, text in enumerate(originals)]
@@ -106,7 +106,7 @@ def test_shingles_are_those_of_the_definition(text):
     others = ["一篇别的文章。", "another one", ""]
     alone, among = shingle_hashes([text])[0], shingle_hashes([others[0], text, *others[1:]])[1]
     assert len(set(alone.tolist())) == len(exact_shingles(text))
-    np.testing.assert_array_equal(alone, among)  # what stands beside a text does not change its shingles
+    np.testing.assert_array_equal(alone, among)  # the other texts do not change the shingles of a text
 
 
 def test_shingles_depend_on_words_their_order_and_their_letters_only():
@@ -139,7 +139,7 @@ def test_candidates_are_those_of_datasketch_lsh():
     generator = np.random.default_rng(0)
     base = generator.integers(0, 2**32, 128, dtype=np.uint32)
     found = 0
-    for position in range(300):  # all alike to a degree: several documents share a band
+    for position in range(300):  # all are somewhat similar: several documents share a band
         changed = generator.random(128) < generator.uniform(0.2, 0.9)
         signature = np.where(changed, generator.integers(0, 2**32, 128, dtype=np.uint32), base)
         minhash = datasketch.MinHash(hashvalues=signature, scheme="affine32")

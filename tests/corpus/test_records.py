@@ -1,4 +1,4 @@
-"""Files -> records: every layout gives the same ones, and whatever is wrong with a file is one clear error."""
+"""Files -> records: every layout gives the same records, and every fault of a file is one clear error."""
 
 import bz2
 import gzip
@@ -105,7 +105,7 @@ def test_where_a_record_is():
     assert [where for where, _ in rows] == [f"a.parquet, row {n} (row group {g})" for n, g in ((1, 0), (2, 0), (3, 1))]
 
 
-# What a JSON text may hold, cut into reads of any size: the scanner has to give what json.loads gives.
+# Any JSON text, in reads of any size: the scanner must return what json.loads returns.
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec=None)),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
@@ -114,7 +114,7 @@ VALUES = st.recursive(
 
 
 class Dripping(io.RawIOBase):
-    """Gives a few bytes a read, so that every border falls everywhere."""
+    """Returns a few bytes a read, so that the end of a read falls on every place of the text."""
 
     def __init__(self, content: bytes, size: int):
         self._stream, self._size = io.BytesIO(content), size
@@ -142,7 +142,7 @@ def test_an_array_that_is_cut_off_is_never_a_shorter_one(items, size, data):
 
 
 def test_lone_surrogates_are_kept_to_be_refused():
-    """ijson's C backend makes "?" of them."""
+    """ijson's C backend turns them into "?"."""
     content = rb'[{"text": "a\ud800b"}, {"text": "\udc00\ud83d"}, {"text": "\ud83d\ude00"}]'
     assert [record["text"] for _, record in read("a.json", content)] == ["a\ud800b", "\udc00\ud83d", "😀"]
     content = b'[{"text": "a\xffb"}, {"text": "c"}]'
@@ -169,7 +169,7 @@ def test_a_malformed_array(content, after):
     refused("a.json", content, f": the array is malformed after item {after} ")
 
 
-def test_a_value_without_end_is_not_gathered_in_memory(monkeypatch):
+def test_a_value_without_end_is_not_collected_in_memory(monkeypatch):
     monkeypatch.setattr("common.corpus.records.LARGEST_DOCUMENT_BYTES", 1 << 21)
     content = b'["' + b"x" * (1 << 23)
     refused("a.json", content, ": the array is malformed after item 0 .a value of more than 2,097,152")
@@ -223,14 +223,14 @@ def test_several_members_frames_or_streams(suffix):
     assert [record for _, record in read("a.jsonl" + suffix, with_empty_ones)] == RECORDS
     with_one_inside = compress(JSONL[:7]) + compress(b"") * 2 + compress(JSONL[7:])
     assert [record for _, record in read("a.jsonl" + suffix, with_one_inside)] == RECORDS
-    # Cut off between two of them: a whole file, as far as anyone can see.
+    # If it is cut off between two of them, nothing shows that it is not complete.
     assert len(read("a.jsonl" + suffix, compress(JSONL))) == 3
 
 
 @pytest.mark.parametrize("suffix", COMPRESS)
 @pytest.mark.parametrize("kind", [".jsonl", ".json", ".txt", ".csv"])
 def test_a_compressed_file_that_is_cut_off_or_damaged(kind, suffix):
-    """Cut off anywhere, even after the last document or where a line ends: never a shorter file."""
+    """A file cut off anywhere, even after its last document or at the end of a line, is never read as a shorter one."""
     content = {".jsonl": JSONL * 3, ".json": ARRAY, ".txt": b"one\n\ntwo\n", ".csv": b"text\none\ntwo\n"}[kind]
     whole, damage = COMPRESS[suffix](content), ": (damaged or cut off|the array is malformed)"
     for end in (1, 3, 10, len(whole) // 2, len(whole) - 1):
@@ -391,7 +391,7 @@ def test_memory_stays_flat_over_a_row_group(tmp_path):
 
 
 def test_an_error_of_the_file_is_not_taken_for_damage():
-    """What a file behind a URL says when it gives up goes through unchanged, decompressors and parquet included."""
+    """The error of a file at a URL that gives up passes unchanged through decompressors and the parquet reader."""
 
     class Broken(io.RawIOBase):
         def readable(self):

@@ -1,4 +1,4 @@
-"""What the user gave -> a source: files, folders, globs, token stores, hub ids; never a file twice or none."""
+"""What the user gave -> a source: files, folders, globs, token stores, hub ids. No file occurs twice."""
 
 import json
 import os
@@ -16,7 +16,7 @@ links = pytest.mark.skipif(sys.platform == "win32", reason="links need rights on
 
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """Return what makes files below the folder the test runs in."""
+    """Return a function that makes files below the folder in which the test runs."""
     monkeypatch.chdir(tmp_path)
 
     def make(*names: str) -> None:
@@ -76,12 +76,12 @@ def test_a_folder_without_documents(files):
 
 
 def test_caches_are_left_alone(files):
-    """The tag is that of https://bford.info/cachedir/, its first line fixed there."""
+    """The tag is specified in https://bford.info/cachedir/, including its first line."""
     files("d/a.jsonl", "d/cache/x/tokens.json", "d/cache/x/tokens.bin", "d/cache/CACHEDIR.TAG")
     assert found("d") == ["d/a.jsonl"]
 
 
-def test_what_lies_beside_a_token_store_is_no_document(files, capsys):
+def test_files_beside_a_token_store_are_not_documents(files, capsys):
     files("d/a.jsonl", "d/x/tokens.json", "d/x/tokens.bin", "d/x/tokens.idx", "d/x/tokens.near_duplicates.jsonl")
     assert found("d") == ["d/a.jsonl"]
     assert "2 other files are not read: d/x/tokens.bin, d/x/tokens.idx" in capsys.readouterr().out
@@ -118,7 +118,7 @@ def test_token_stores(files):
     assert (source.token_store, source.name) == ("t", "t")
     assert source.files == tuple(map(Path, ("t/a.bin", "t/a.idx", "t/b.bin", "t/b.idx")))
     assert resolve_source("l").token_store == "l"
-    # Half a pair is still named as one: what is missing is said where it is opened.
+    # Half a pair is still a source: opening it will say which file is missing.
     assert resolve_source("other/one.bin").files == (Path("other/one.bin"),)
 
 
@@ -153,7 +153,7 @@ def test_no_such_file(files, given):
     refused(given, f"^{re.escape(given)}: no such file")
 
 
-def test_names_that_cannot_be_meant(files):
+def test_names_that_are_refused(files):
     files("a.docx", "b")
     refused("a.docx", r"^a\.docx: unknown format\. Known are \.csv .* \.zst")
     refused("b", r"^b: unknown format")
@@ -196,7 +196,7 @@ def test_a_file_twice(files, tmp_path):
 
 @links
 def test_links(files):
-    """A linked folder is read, as large data is often kept elsewhere; a circle of links ends."""
+    """A linked folder is read, because large data is often elsewhere. A circle of links ends."""
     files("elsewhere/a.jsonl", "d/b.jsonl")
     Path("d/part").symlink_to("../elsewhere", target_is_directory=True)
     Path("elsewhere/circle").symlink_to("../d", target_is_directory=True)

@@ -95,6 +95,6 @@ def test_each_source_is_split_in_order_and_duplicates_leave_their_share():
 
 
 @pytest.mark.parametrize("shares", ["", "1", "a,b", "0,1", "1,0", "1,2,3,4", "1,-1", "nan,1"])
-def test_shares_that_cannot_be_are_refused(shares):
+def test_impossible_shares_are_refused(shares):
     with pytest.raises(InputError, match="such as 949,50,1"):
         split_in_order([4], np.arange(4, dtype=np.uint64), shares)

@@ -1,4 +1,4 @@
-"""Reading behind a URL: every fault of a server, and the bytes that come in spite of it."""
+"""Reading a file at a URL: every fault of a server, and the right bytes in spite of it."""
 
 import io
 import random
@@ -38,10 +38,10 @@ def bounded(call, seconds: float):
         ["cut 0", "cut 300000", "cut 1", "cut 400000"],
         [429, 500, 503, "cut 5", 502],
         ["silent", "drip"],
-        ["cut 500000", "gone on"],
+        ["cut 500000", "no ranges"],
         ["cut 500000", "redirect"],
         ["cut 100"] * (ATTEMPTS - 1),
-        ["cut 70000", 500, 500, 500, 500, 500] * 3,  # progress in between: these faults do not add up
+        ["cut 70000", 500, 500, 500, 500, 500] * 3,  # progress in between, so these faults do not add up
     ],
 )
 def test_every_byte_comes_once_and_in_order(server, faults):
@@ -49,10 +49,10 @@ def test_every_byte_comes_once_and_in_order(server, faults):
     with RemoteFile(server.url) as remote:
         assert remote.size_bytes == len(CONTENT)
         assert bounded(remote.readall, 40) == CONTENT
-    assert not server.faults["a.bin"]  # every one was met
+    assert not server.faults["a.bin"]  # every fault was met
 
 
-def test_it_goes_on_where_it_broke_off(server):
+def test_it_continues_where_it_broke_off(server):
     server.faults["a.bin"].append("cut 300000")
     with RemoteFile(server.url) as remote:
         remote.readall()
@@ -82,7 +82,7 @@ def test_reading_anywhere(server):
         (["drip"] * 99, "bytes in"),
     ],
 )
-def test_a_server_that_stays_away_ends_in_an_error(server, faults, reason):
+def test_a_server_that_does_not_come_back_ends_in_an_error(server, faults, reason):
     server.faults["a.bin"].extend(faults)
     with pytest.raises(InputError, match=rf"(?s)given up at byte .*after {ATTEMPTS} attempts.*({reason})"):
         bounded(lambda: RemoteFile(server.url, len(CONTENT)).readall(), 40)
@@ -99,7 +99,7 @@ def test_a_final_answer_is_not_asked_for_again(server, status, text):
 
 
 @pytest.mark.parametrize("url", ["data/a.bin", "ftp://127.0.0.1/a.bin", "http://", "http://*bad/a.bin"])
-def test_what_is_no_url_is_not_asked_for_again(url, monkeypatch, capsys):
+def test_an_invalid_url_is_not_asked_for_again(url, monkeypatch, capsys):
     be_impatient(monkeypatch)
     with pytest.raises(InputError, match=f"{re.escape(url)}: cannot be asked for"):
         bounded(lambda: RemoteFile(url), 2)

@@ -47,7 +47,7 @@ def test_tokenize_counts_and_closes_every_document(tokenizer, tmp_path, capsys):
     assert written.tolist() == [token for document in ids for token in document]
 
 
-def test_run_again_it_finds_its_result_and_refuses_anothers(tokenizer, tmp_path, capsys):
+def test_a_second_run_finds_its_result_and_refuses_that_of_another(tokenizer, tmp_path, capsys):
     flags = ["tokenize", "--tokenizer", tokenizer, "--output", str(tmp_path / "a"), "--input"]
     prepare.main([*flags, str(SAMPLE)])
     first, written = last_line(capsys), (tmp_path / "a.bin").stat().st_mtime_ns
@@ -108,7 +108,7 @@ def test_near_duplicates_are_removed_and_reported(tokenizer, tmp_path, capsys):
     texts = [text, text + "完。", "完全不同的另一篇文章，讲的是别的事情，和上面没有关系。"]
     data.write_text("".join(json.dumps({"text": each}) + "\n" for each in texts), encoding="utf-8")
     flags = ["tokenize", "--input", str(data), "--tokenizer", tokenizer, "--output", str(tmp_path / "a")]
-    for _ in range(2):  # found again, and said again
+    for _ in range(2):  # the second time it is found, with the same counts
         prepare.main([*flags, "--near_duplicates", "0.8"])
         line = last_line(capsys)
         assert (line["documents"], line["near_duplicates"]) == (2, 1)
@@ -142,7 +142,7 @@ def test_a_trained_tokenizer_is_judged_on_held_out_text(tokenizer, tmp_path, cap
 
 
 def test_a_tokenizer_of_few_documents_is_judged_on_the_one_that_a_recipe_holds_out(tmp_path, capsys):
-    texts = [f" {word}" * 50 for word in ("ab", "cd", "ef", "gh", "ij")]  # each a token if it is trained on
+    texts = [f" {word}" * 50 for word in ("ab", "cd", "ef", "gh", "ij")]  # each becomes a token if it is trained on
     hashes = np.array([content_hash(text.encode()) for text in texts], np.uint64)
     held_out = split_by_hash(hashes, 0.005).held_out.tolist()
     data, output = tmp_path / "a.jsonl", str(tmp_path / "t")

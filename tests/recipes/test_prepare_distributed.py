@@ -1,4 +1,4 @@
-"""Shards written by several tasks hold what one pass over the corpus gives, whoever runs the tasks."""
+"""Shards written by several tasks hold what one pass over the corpus gives, with every executor."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ def tokenizer(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def encoder(monkeypatch):
-    """The tokenizer as it is: choosing and trying an engine takes a second, and there are many shards here."""
+    """Use the plain tokenizer: choosing an engine takes a second, and there are many shards here."""
 
     def encoder_of(tokenizer) -> Encoder:
         return Encoder("plain", "", lambda texts: [np.array(tokenizer.encode(text), np.uint32) for text in texts])
@@ -111,7 +111,7 @@ def test_whole_files_give_the_documents_in_order(many_files, tmp_path, tokenizer
 
 
 @pytest.mark.parametrize("tasks", [1, 4, 7])
-def test_one_file_is_dealt_out_and_everything_is_counted_once(one_file, tmp_path, tokenizer, tasks):
+def test_one_file_is_divided_and_everything_is_counted_once(one_file, tmp_path, tokenizer, tasks):
     path, texts = one_file
     folder = written(path, tmp_path / "out", tokenizer, tasks)
     in_turn = [text for rank in range(tasks) for text in texts[rank::tasks]]
@@ -191,8 +191,8 @@ def test_all_tasks_read_the_same_field(tmp_path, tokenizer):
     assert check_shards(folder)["malformed"] == 1
 
 
-def test_a_plan_is_gone_on_with_without_looking_for_the_field_again(one_file, tmp_path, tokenizer, monkeypatch):
-    """A data set's hub may be away by then. Plans from before the field was in them are completed."""
+def test_a_plan_is_continued_without_looking_for_the_field_again(one_file, tmp_path, tokenizer, monkeypatch):
+    """The hub of a data set may not answer any more. An older plan without the field is completed."""
     asked = [str(tmp_path / "out"), resolve_sources([str(one_file[0])]), tokenizer.folder, None, None, True, 2]
     plan_shards(*asked)
     [path] = (tmp_path / "out").rglob("plan.json")
@@ -246,7 +246,7 @@ def test_missing_shard_is_named_and_written_by_the_next_launch(many_files, tmp_p
 
 
 def test_a_lost_document_is_noticed(one_file, tmp_path, tokenizer):
-    """A shard that lacks a document, but is right in itself, is caught by the sums."""
+    """The sums show that a shard lacks a document, even if the shard itself is valid."""
     path, texts = one_file
     folder = written(path, tmp_path / "out", tokenizer)
     shorter = tmp_path / "shorter.jsonl"
@@ -299,7 +299,7 @@ def test_a_folder_of_something_else_is_refused(many_files, one_file, tmp_path, t
 
 
 def test_bad_input_fails_the_task_with_the_message_and_no_exit(one_file, tmp_path, tokenizer):
-    """An exit would end a worker of the pool, which would wait for it for ever."""
+    """An exit would end a worker of the pool, which would wait for it forever."""
     folder = str(tmp_path / "out")
     plan_shards(folder, resolve_sources([str(one_file[0])]), tokenizer.folder, None, None, False, TASKS)
     with pytest.raises(RuntimeError, match=r"one\.jsonl, line 32"):
@@ -330,7 +330,7 @@ def test_local_run_interrupted_and_launched_again(one_file, tmp_path, tokenizer)
         **dict(documents=len(texts), tokens=tokens - len(texts), end_tokens=len(texts), duplicates=1, empty=1),
         **dict(malformed=1, bytes=sum(len(text.encode()) for text in texts), shards=4, seconds=0),
     }
-    # As after an interruption: task 2 did not finish, and left a part of its file.
+    # As after an interruption: task 2 did not finish, and left part of its file.
     completions = output / ".tasks" / "tokenize" / "completions"
     (completions / "00002").unlink()
     for file in output.glob("shard-00002*"):
