@@ -1,8 +1,7 @@
-"""Fetch a corpus into a folder: resumable, and compared with the checksum that its hub publishes.
+"""Download a corpus into a folder: resumable, and compared with the checksum that its hub publishes.
 
-Both hubs' own downloaders resume, too. This one is used for all of them because it treats plain URLs the same way,
-compares sha256 (huggingface_hub compares the size only), goes through hf-mirror.com without Xet storage, and has no
-limit of an hour a file (modelscope 1.40 has).
+The downloaders of huggingface_hub, modelscope and fsspec are not used. docs/libraries.md says which of our promises
+each of them breaks, and how this was measured.
 """
 
 import hashlib
