@@ -182,6 +182,12 @@ def store_prefix(text: str) -> str:
     return prefix
 
 
+def add_source_flags(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")
+    sub.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
+    sub.add_argument("--skip_malformed", action="store_true", help="Skip and count malformed documents.")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
@@ -194,11 +200,6 @@ def main(argv: list[str] | None = None) -> None:
         if output is not None:
             sub.add_argument("--output", required=True, type=kind, help=output)
         return sub
-
-    def add_source_flags(sub: argparse.ArgumentParser) -> None:
-        sub.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")
-        sub.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
-        sub.add_argument("--skip_malformed", action="store_true", help="Skip and count malformed documents.")
 
     sub = command("tokenize", tokenize, "Prefix of the .bin and .idx.", store_prefix)
     add_source_flags(sub)
