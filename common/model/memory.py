@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel
 
+from common.distributed.strategy import SINGLE, Strategy
 from common.model.counts import numbers_of, shape_of_parameter
 from common.model.from_config import hands_on_bf16
 from common.model.linear_cross_entropy import CHUNK_BYTES
@@ -36,7 +37,7 @@ class Setting:
 
     rows: int  # of a micro-batch
     context_length: int
-    strategy: str = "single"  # single, ddp, zero1, zero2, zero3, fsdp2
+    strategy: Strategy = SINGLE
     processes: int = 1
     precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
