@@ -1,4 +1,4 @@
-"""What a launch decided, and in which precision sums are made under it."""
+"""What follows from a strategy: what a process holds of it, in which precision sums are made, how ZeRO-3 gathers."""
 
 from types import SimpleNamespace
 
@@ -8,8 +8,45 @@ from accelerate.utils.other import compile_regions_deepspeed
 from test_fused_loss import assert_same_gradients, batch, gradients, tiny_model
 from torch._dynamo import lookup_backend
 
-from common.distributed.strategy import gather_layers_whole, reduce_in_fp32
+from common.distributed.launch import Launch
+from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO1, ZERO2, ZERO3
+from common.distributed.workarounds import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
 from common.model.fused_loss import use_fused_loss
+
+
+@pytest.mark.parametrize(
+    ("strategy", "states", "gradients", "parameters"),
+    [  # whether each is sharded: the ZeRO paper, figure 1, https://arxiv.org/abs/1910.02054; FSDP is as stage 3
+        (SINGLE, False, False, False),
+        (DDP, False, False, False),
+        (ZERO1, True, False, False),
+        (ZERO2, True, True, False),
+        (ZERO3, True, True, True),
+        (FSDP2, True, True, True),
+    ],
+)
+def test_a_process_holds_its_share_of_what_the_strategy_shards(strategy, states, gradients, parameters):
+    assert (strategy.shards_states, strategy.shards_gradients, strategy.shards_parameters) == (
+        states,
+        gradients,
+        parameters,
+    )
+
+
+def test_micro_batches_are_added_up_in_fp32():
+    """DeepSpeed is told so unless its JSON has its own data types; FSDP2 synchronizes each micro-batch."""
+    plugin = SimpleNamespace(deepspeed_config={})
+    training = SimpleNamespace(deepspeed_plugin=plugin, accelerator_config=SimpleNamespace())
+    add_up_in_fp32(Launch(strategy=ZERO2), training)
+    assert plugin.deepspeed_config == {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert not vars(training.accelerator_config)
+    plugin.deepspeed_config = {"data_types": {"grad_accum_dtype": "bf16"}}
+    add_up_in_fp32(Launch(strategy=ZERO2), training)
+    assert plugin.deepspeed_config == {"data_types": {"grad_accum_dtype": "bf16"}}
+    for strategy, settings in ((DDP, {}), (FSDP2, {"gradient_accumulation_kwargs": {"sync_each_batch": True}})):
+        training = SimpleNamespace(deepspeed_plugin=None, accelerator_config=SimpleNamespace())
+        add_up_in_fp32(Launch(strategy=strategy), training)
+        assert vars(training.accelerator_config) == settings
 
 
 @pytest.mark.parametrize(("precision", "computed"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", None)])
@@ -25,9 +62,8 @@ def test_fsdp2_adds_up_in_fp32_and_returns_the_loss_as_it_is(precision, computed
 
 
 @pytest.fixture(autouse=True)
-def views(monkeypatch):
-    """torch's own setting, before and after a test that changes it; nothing is compiled."""
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
+def views():
+    """torch's own setting, before and after a test that changes it."""
     with torch._functorch.config.patch(recompute_views=False):
         yield lambda: torch._functorch.config.recompute_views
 
@@ -36,20 +72,19 @@ def zero_plugin(stage: int, **zero) -> SimpleNamespace:
     return SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
 
 
-@pytest.mark.parametrize("compiler", ["no", "inductor"])
-def test_zero3_gathers_whole_layers(monkeypatch, views, compiler):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero3_gathers_whole_layers(views, compiled):
     """Compiled, DeepSpeed's linear layer is left out, whoever asked for it: torch 2.11 has wrong gradients then.
 
     No run here can show that: it takes that release.
     """
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", compiler)
-    gather_layers_whole(None, tiny_model())
-    gather_layers_whole(two := zero_plugin(2), tiny_model())
+    gather_layers_whole(None, tiny_model(), compiled)
+    gather_layers_whole(two := zero_plugin(2), tiny_model(), compiled)
     assert two == zero_plugin(2) and not views()
-    gather_layers_whole(three := zero_plugin(3, memory_efficient_linear=True), model := tiny_model())
+    gather_layers_whole(three := zero_plugin(3, memory_efficient_linear=True), model := tiny_model(), compiled)
     zero = three.deepspeed_config["zero_optimization"]
     assert zero["leaf_module"] == {"classes": [type(model.model.layers[0]).__name__]}
-    assert (zero["memory_efficient_linear"], views()) == ((True, False) if compiler == "no" else (False, True))
+    assert (zero["memory_efficient_linear"], views()) == ((False, True) if compiled else (True, False))
 
 
 def shared_linear(model) -> None:
@@ -74,11 +109,10 @@ def no_names(model) -> None:
         (lambda model: None, {"leaf_module": {"classes": ["Mine"]}}, "own leaf_module"),
     ],
 )
-def test_what_zero3_does_not_gather_whole_is_not_compiled(monkeypatch, views, capsys, change, own, why):
+def test_what_zero3_does_not_gather_whole_is_not_compiled(views, capsys, change, own, why):
     """DeepSpeed reduces a layer's gradients at once: what another layer adds to a shared one would be lost."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
     change(model := tiny_model())
-    gather_layers_whole(plugin := zero_plugin(3, **own), model)
+    gather_layers_whole(plugin := zero_plugin(3, **own), model, compiled=True)
     assert plugin == zero_plugin(3, **own) and not views()
     assert "not compiled: " in (printed := capsys.readouterr().out) and why in printed
     compile_regions_deepspeed(model, backend="aot_eager", dynamic=False)
@@ -90,18 +124,17 @@ def test_the_first_layers_hooks_come_in_time_behind_a_frozen_embedding():
     """Seen: without a gradient for the layer's input, DeepSpeed lets its parameters go before backward is done."""
     model = tiny_model()
     model.get_input_embeddings().weight.requires_grad_(False)
-    gather_layers_whole(zero_plugin(3), model)
+    gather_layers_whole(zero_plugin(3), model, compiled=False)
     assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad
 
 
 @pytest.mark.parametrize("regional", [True, False])
-def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, regional):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(regional):
     plain, compiled, graphs, seen = tiny_model(), tiny_model(), [], []
     for model in (plain, compiled):
         use_fused_loss(model)
         model.config.use_cache = False  # as Trainer
-    gather_layers_whole(zero_plugin(3), compiled)
+    gather_layers_whole(zero_plugin(3), compiled, compiled=True)
     for layer in compiled.model.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
 
