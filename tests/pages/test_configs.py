@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
 from accelerate.utils.launch import (
     prepare_deepspeed_cmd_env,
     prepare_multi_gpu_env,
@@ -20,7 +20,7 @@ from transformers import TrainingArguments
 
 from common.console import InputError
 from common.distributed.launch import read_launch
-from common.distributed.workarounds import RECOMPUTE_TAKEN_OVER, take_over_recompute
+from common.distributed.workarounds import COMPILE_SETTINGS, RECOMPUTE_TAKEN_OVER, take_over_recompute
 from common.model.memory import Setting
 from common.train.plan import setting_of_yaml
 
@@ -129,14 +129,20 @@ def test_the_header_says_when_and_how(path):
     assert any(page.startswith("benchmarks/") for page in pages) and all((ROOT / page).exists() for page in pages)
 
 
-def environment_of(arguments) -> dict[str, str]:
-    """Return what accelerate's launcher adds to the environment of the processes that it starts."""
-    if arguments.use_deepspeed:
-        environment = prepare_deepspeed_cmd_env(arguments)[1]
-    elif arguments.use_fsdp or arguments.multi_gpu:
-        environment = prepare_multi_gpu_env(arguments)
-    else:
-        environment = prepare_simple_launcher_cmd_env(arguments)[1]
+def environment_by(monkeypatch, path) -> dict[str, str]:
+    """Return what ``accelerate launch`` adds to the environment of the processes that it starts for a YAML."""
+    made = []
+    for launcher, prepare in (
+        ("simple_launcher", lambda arguments: prepare_simple_launcher_cmd_env(arguments)[1]),
+        ("multi_gpu_launcher", prepare_multi_gpu_env),
+        ("deepspeed_launcher", lambda arguments: prepare_deepspeed_cmd_env(arguments)[1]),
+    ):
+        monkeypatch.setattr(
+            f"accelerate.commands.launch.{launcher}", lambda arguments, how=prepare: made.append(how(arguments))
+        )
+    monkeypatch.setattr("accelerate.utils.launch.is_fp8_available", lambda: True)  # torchao need not be here
+    launch_command(launch_command_parser().parse_args(["--config_file", str(path), "recipe.py"]))
+    [environment] = made
     return {name: value for name, value in environment.items() if os.environ.get(name) != value}
 
 
@@ -145,22 +151,23 @@ STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_a_launch_is_what_its_yaml_says(path, tmp_path, monkeypatch):
+def test_a_launch_is_what_its_yaml_says(path, monkeypatch):
     """Read from the environment that accelerate's launcher makes; the planner reads the YAML itself, and agrees."""
     strategy = STRATEGY_OF_OTHERS.get(path.stem, path.stem.split("_")[0])
     processes = 1 if strategy == "single" else 8
     monkeypatch.setattr("common.distributed.workarounds.launcher_flags", lambda: ["--config_file", str(path), "x.py"])
-    for name in ("BACKEND", "MODE", "USE_FULLGRAPH", "USE_DYNAMIC", "USE_REGIONAL_COMPILATION"):
-        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", "")  # for monkeypatch to take back
-        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name}")
-    for name, value in (environment_of(launched(read(path), tmp_path)) | {"WORLD_SIZE": str(processes)}).items():
+    for name in COMPILE_SETTINGS:
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name.upper()}", "")  # for monkeypatch to take back
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name.upper()}")
+    for name, value in (environment_by(monkeypatch, path) | {"WORLD_SIZE": str(processes)}).items():
         monkeypatch.setenv(name, value)
     launch = read_launch()
     assert launch.launched and launch.strategy == strategy
     planned = setting_of_yaml(str(path), Setting(rows=1, context_length=4096), processes)
     names = "strategy processes precision compiled offload_optimizer offload_parameters".split()
     assert {name: getattr(launch, name) for name in names} == {name: getattr(planned, name) for name in names}
-    assert (launch.recompute is not None) == planned.recompute == ("recompute" in path.stem or path.stem == "zero3_offload")
+    recomputes = path.stem.endswith("recompute") or path.stem == "zero3_offload"
+    assert (launch.recompute is not None) == planned.recompute == recomputes
     assert launch.offloads == path.stem.endswith("offload")
     assert launch.context_parallel == 4096 // planned.context_length
     assert launch.row_readers == processes // launch.context_parallel
