@@ -11,8 +11,8 @@ from common.dataset.mixture import CHUNK_POSITIONS, IGNORED_ROW, TrainingOrder, 
 
 def order_of(rows, seed=1, weights=None, real=0, total=None):
     order = TrainingOrder(rows, seed, weights)
-    order.real, order.total = real, real if total is None else total
-    order.length = order.total
+    order.rows_in_run = real
+    order.positions_in_run = real if total is None else total
     return order
 
 
@@ -28,8 +28,8 @@ def test_the_order_visits_every_row_once_a_pass_and_seeks(sources, real, ignored
         assert len(set(visited)) == len(visited)
         if len(visited) == rows:
             assert sorted(visited) == list(range(rows))
-    order.start = data.draw(st.integers(0, real + ignored))
-    assert list(order) == positions[order.start :]
+    order.first_position = data.draw(st.integers(0, real + ignored))
+    assert list(order) == positions[order.first_position :]
 
 
 def test_passes_and_seeds_are_shuffled_differently():
@@ -58,9 +58,9 @@ def test_a_mixture_is_exact_to_a_row_at_every_moment(sources, real, data):
         for first in range(0, len(own), rows[source]):  # each source goes through its rows pass by pass
             visited = own[first : first + rows[source]]
             assert len(set(visited.tolist())) == len(visited)
-    assert order.counts(real) == np.bincount(which, minlength=len(rows)).tolist()
-    order.start = data.draw(st.integers(0, real))
-    assert list(order) == positions[order.start :].tolist()
+    assert order.rows_by_source(real) == np.bincount(which, minlength=len(rows)).tolist()
+    order.first_position = data.draw(st.integers(0, real))
+    assert list(order) == positions[order.first_position :].tolist()
 
 
 def test_sources_without_weights_are_counted_too():
@@ -69,7 +69,7 @@ def test_sources_without_weights_are_counted_too():
     for position in (0, 1, 46, 47, 48, 120):
         taken = list(order)[:position]
         expected = np.bincount(np.searchsorted(ends, taken, side="right"), minlength=3).tolist() if taken else [0, 0, 0]
-        assert order.counts(position) == expected
+        assert order.rows_by_source(position) == expected
 
 
 def test_a_long_order_crosses_its_chunks():

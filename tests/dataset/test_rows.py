@@ -14,7 +14,7 @@ from common.corpus.sources import resolve_sources
 from common.corpus.splits import Split
 from common.dataset.ledger import Ledger
 from common.dataset.packing import PackedRows
-from common.dataset.rows import split_rows
+from common.dataset.rows import build_rows
 from common.tokens.merge import merge_token_stores
 from common.tokens.store import TokenStore
 from common.tokens.writer import tokenize
@@ -36,7 +36,7 @@ def test_the_ledgers_add_up(tmp_path_factory, sources, fraction, context_length,
         held_out_fraction=fraction, context_length=context_length, keep_duplicates=keep_duplicates, split=split
     )
     try:
-        train, held_out, test, ledgers = split_rows(stores, arguments)
+        built = build_rows(stores, arguments)
     except InputError:
         assume(False)  # a split shorter than a row
     seen, read, duplicate_tokens = set(), 0, 0
@@ -45,12 +45,16 @@ def test_the_ledgers_add_up(tmp_path_factory, sources, fraction, context_length,
             read += len(document) + 1
             duplicate_tokens += len(document) + 1 if str(document) in seen and not keep_duplicates else 0
             seen.add(str(document))
-    total = sum(ledgers.values(), Ledger())
+    total = sum(built.ledgers.values(), Ledger())
     assert total.tokens_read == read
     assert total.tokens_duplicate == duplicate_tokens
     assert total.documents == sum(map(len, sources))
     # The rows themselves, token by token.
-    for rows, tokens in ((train, total.tokens_train), (held_out, total.tokens_held_out), (test, total.tokens_test)):
+    for rows, tokens in (
+        (built.train, total.tokens_train),
+        (built.held_out, total.tokens_held_out),
+        (built.test, total.tokens_test),
+    ):
         laid = 0 if rows is None else sum(len(row["shift_labels"]) for row in map(rows.__getitem__, range(len(rows))))
         first_tokens = 0 if rows is None else sum(len(part) > 0 for part in rows.sources)
         assert laid + first_tokens == tokens
@@ -86,8 +90,7 @@ def test_the_ledger_notices_what_is_lost(tmp_path, lost):
 def test_what_the_sidecar_counted_is_in_the_ledger(tmp_path):
     store = store_of_tokens(tmp_path, [[1, 2, 3], [4, 5, 6]])
     store.sidecar = {"text_bytes": 40, "empty": 2, "malformed": 1, "duplicates": 3, "duplicate_tokens": 30}
-    _, _, _, ledgers = split_rows({"it": store}, SharedArguments(held_out_fraction=0.5, context_length=2))
-    ledger = ledgers["it"]
+    ledger = build_rows({"it": store}, SharedArguments(held_out_fraction=0.5, context_length=2)).ledgers["it"]
     assert (ledger.documents, ledger.documents_duplicate, ledger.documents_empty) == (5, 3, 2)
     assert (ledger.tokens_read, ledger.tokens_duplicate, ledger.bytes_read) == (38, 30, 40)
     assert "3 duplicates left out, 2 empty, 1 malformed skipped" in str(ledger)
@@ -101,7 +104,7 @@ def test_a_copy_in_another_source_is_a_duplicate(tmp_path):
         "b": store_of_tokens(tmp_path / "b", [[7, 8, 9], [1, 2, 3]]),
     }
     arguments = SharedArguments(split="1,1", context_length=2)
-    _, _, _, ledgers = split_rows(stores, arguments)
+    ledgers = build_rows(stores, arguments).ledgers
     assert [ledger.documents_duplicate for ledger in ledgers.values()] == [0, 1]
 
 
@@ -119,10 +122,10 @@ def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
         merge_token_stores(list(stores.values()), tmp_path / "merged")
         stores = {"merged": TokenStore(tmp_path / "merged")}
         assert stores["merged"].sidecar["hashes"] == "tokens"
-    train, held_out, _, ledgers = split_rows(stores, arguments)
-    assert sum(ledgers.values(), Ledger()).documents_duplicate == 80
+    built = build_rows(stores, arguments)
+    assert sum(built.ledgers.values(), Ledger()).documents_duplicate == 80
     sides = []
-    for rows in (train, held_out):
+    for rows in (built.train, built.held_out):
         chosen = [
             store.tokens[store.document_starts[i] : store.document_starts[i + 1]].tolist()
             for store, part in zip(stores.values(), rows.sources, strict=True)
@@ -145,12 +148,12 @@ def test_what_is_trained_on_is_known_in_a_retained_token_file(tmp_path):
     ours = TokenStore(write_pair(tmp_path / "a", documents, sidecar={"hashes": "text"}, hashes=hashes))
     foreign = TokenStore(write_pair(tmp_path / "b", documents))
     arguments = SharedArguments(held_out_fraction=0.5, context_length=2)
-    train, _, _, ledgers = split_rows({"a": ours}, arguments)
-    _, counts = retained_rows({"b": foreign}, {"a": ours}, train, arguments)
-    assert counts["retain_documents_trained_on"] == ledgers["a"].documents_train == 16
+    built = build_rows({"a": ours}, arguments)
+    retained = retained_rows({"b": foreign}, {"a": ours}, built.train, arguments)
+    assert retained.counts["retain_documents_trained_on"] == built.ledgers["a"].documents_train == 16
 
 
 def test_a_corpus_shorter_than_a_row_is_refused(tmp_path):
     arguments = SharedArguments(held_out_fraction=0.5, context_length=64)
     with pytest.raises(InputError, match=r"hold \d+ tokens, less than one row of 64 \+ 1"):
-        split_rows({"it": store_of_tokens(tmp_path, [[1, 2], [3, 4]])}, arguments)
+        build_rows({"it": store_of_tokens(tmp_path, [[1, 2], [3, 4]])}, arguments)

@@ -14,38 +14,37 @@ import common.distributed.hardware as hardware
 import common.distributed.launch as launch
 from common.console import InputError
 from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
-from common.distributed.launch import check_launch, launch_defaults
-from common.distributed.strategy import precision_of
+from common.distributed.launch import Launch, check_launch, precision_of, read_launch
+from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3
 from common.distributed.workarounds import compile_settings, launcher_flags, take_over_compile
 from common.train.batch import set_batch
-from common.train.preflight import choose_optimizer
+from common.train.plan import choose_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
 
-def batch_of(per_device=16, processes=1, accumulation=0):
-    return SimpleNamespace(
-        per_device_train_batch_size=per_device, world_size=processes, gradient_accumulation_steps=accumulation
-    )
+def batch_of(per_device=16, accumulation=0):
+    return SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 16), (2, 8), (16, 1)])
 def test_accumulation_is_derived_from_the_tokens_a_step(processes, accumulation):
-    training = batch_of(processes=processes)
-    assert set_batch(training, 131_072, 512) == 256
+    training = batch_of()
+    assert set_batch(Launch(processes=processes), training, 131_072, 512) == 256
     assert training.gradient_accumulation_steps == accumulation
 
 
 def test_an_explicit_accumulation_wins_and_is_said(capsys):
     training = batch_of(per_device=1, accumulation=3)
-    assert set_batch(training, 131_072, 512) == 3
+    assert set_batch(Launch(), training, 131_072, 512) == 3
     assert "1,536 tokens a step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("processes", "micro_batch", "accumulation"), [(8, 16, 2), (32, 8, 1), (3, 16, 5)])
 def test_a_process_with_fewer_rows_than_a_micro_batch_takes_them_at_once(processes, micro_batch, accumulation):
-    training = batch_of(per_device=16 if processes != 3 else 17, processes=processes)
-    assert set_batch(training, 8 * 16 * 2 * 512 if processes != 3 else 3 * 80 * 512, 512) % processes == 0
+    training = batch_of(per_device=16 if processes != 3 else 17)
+    tokens_per_step = 8 * 16 * 2 * 512 if processes != 3 else 3 * 80 * 512
+    assert set_batch(Launch(processes=processes), training, tokens_per_step, 512) % processes == 0
     assert training.per_device_train_batch_size == micro_batch
     assert training.gradient_accumulation_steps == accumulation
 
@@ -53,36 +52,37 @@ def test_a_process_with_fewer_rows_than_a_micro_batch_takes_them_at_once(process
 @pytest.mark.parametrize("tokens_per_step", [131_073, 17 * 512, 0, -512])
 def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
     with pytest.raises(InputError, match=r"cannot be divided among 1 processes into micro-batches of about") as error:
-        set_batch(batch_of(), tokens_per_step, 512)
+        set_batch(Launch(), batch_of(), tokens_per_step, 512)
     suggested = int(str(error.value).split("Use --tokens_per_step ")[1].split(",")[0])
-    set_batch(batch_of(), suggested, 512)
+    set_batch(Launch(), batch_of(), suggested, 512)
 
 
-def optimizing(zero=None, optim="adamw_torch_fused"):
-    state = SimpleNamespace(distributed_type="NO")
-    return SimpleNamespace(deepspeed_plugin=zero, optim=optim, distributed_state=state, world_size=1)
+FUSED, OFFLOADED = "adamw_torch_fused", Launch(strategy=FSDP2, offload_parameters=True)
 
 
 @pytest.mark.parametrize(
-    ("wanted", "training", "chosen", "said"),
+    ("wanted", "launched", "optim", "chosen", "said"),
     [
-        ("auto", optimizing(), "muon", ""),
-        ("muon", optimizing(optim=OptimizerNames.ADAMW_TORCH), "muon", ""),
-        ("adamw", optimizing(), "adamw", ""),
-        ("auto", optimizing(zero={}), "adamw", "not Muon: DeepSpeed's ZeRO cuts up the matrices"),
-        ("auto", optimizing(optim="adamw_8bit"), "adamw", "not Muon: --optim adamw_8bit names another one"),
+        ("auto", Launch(), FUSED, "muon", ""),
+        ("muon", Launch(strategy=FSDP2), OptimizerNames.ADAMW_TORCH, "muon", ""),
+        ("adamw", Launch(), FUSED, "adamw", ""),
+        ("auto", Launch(strategy=ZERO2), FUSED, "adamw", "not Muon: DeepSpeed's ZeRO cuts up the matrices"),
+        ("auto", OFFLOADED, FUSED, "adamw", "not Muon: its matrix products would run on the CPU"),
+        ("auto", Launch(), "adamw_8bit", "adamw", "not Muon: --optim adamw_8bit names another one"),
     ],
 )
-def test_the_optimizer_is_muon_where_it_can_be(wanted, training, chosen, said, capsys):
-    assert choose_optimizer(wanted, training) == chosen
+def test_the_optimizer_is_muon_where_it_can_be(wanted, launched, optim, chosen, said, capsys):
+    assert choose_optimizer(wanted, launched, SimpleNamespace(optim=optim)) == chosen
     printed = capsys.readouterr().out
     assert said in printed and bool(said) == bool(printed)
 
 
-@pytest.mark.parametrize("training", [optimizing(zero={}), optimizing(optim="paged_adamw_8bit")])
-def test_muon_where_it_cannot_be_is_refused(training):
+@pytest.mark.parametrize(
+    ("launched", "optim"), [(Launch(strategy=ZERO2), FUSED), (OFFLOADED, FUSED), (Launch(), "paged_adamw_8bit")]
+)
+def test_muon_where_it_cannot_be_is_refused(launched, optim):
     with pytest.raises(InputError, match=r"--optimizer muon: .* Use --optimizer adamw"):
-        choose_optimizer("muon", training)
+        choose_optimizer("muon", launched, SimpleNamespace(optim=optim))
 
 
 @pytest.mark.parametrize(("device", "missing"), [("cpu", "C\\+\\+ compiler"), ("cuda", "Triton")])
@@ -97,13 +97,14 @@ def test_compiling_without_a_compiler_is_refused_with_the_flag_that_works(monkey
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])
 def test_the_yaml_owns_the_precision(monkeypatch, precision):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
-    defaults = launch_defaults()
+    defaults = read_launch().defaults()
     assert (defaults["bf16"], defaults["fp16"]) == (precision == "bf16", precision == "fp16")
     assert defaults["use_cpu"]  # there is no accelerator in the tests
 
 
 def arguments(**changes):
     defaults = dict(world_size=1, n_gpu=0, use_cpu=True, bf16=False, fp16=False, device=torch.device("cpu"))
+    defaults["mixed_precision"] = "no"
     defaults |= dict(
         label_smoothing_factor=0,
         auto_find_batch_size=False,
@@ -123,26 +124,28 @@ def arguments(**changes):
 
 def test_processes_that_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = read_launch()
+    assert (launched.processes, launched.strategy) == (2, DDP)
     with pytest.raises(InputError, match="2 independent models"):
-        check_launch(arguments())
-    check_launch(arguments(world_size=2))
+        check_launch(launched, arguments())
+    check_launch(launched, arguments(world_size=2))
 
 
 def test_fsdp_on_a_cpu_is_refused(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="FSDP needs an accelerator"):
-        check_launch(arguments())
+        check_launch(read_launch(), arguments())
 
 
 def test_data_parallel_is_refused():
     with pytest.raises(InputError, match="--num_processes 2"):
-        check_launch(arguments(n_gpu=2))
+        check_launch(Launch(), arguments(n_gpu=2))
 
 
 def test_a_flag_against_the_yaml_is_refused_naming_both(monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     with pytest.raises(InputError, match="says mixed_precision no, the recipe's flags say bf16"):
-        check_launch(arguments(bf16=True))
+        check_launch(read_launch(), arguments(bf16=True))
 
 
 ARCHITECTURES = ["sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"]  # torch's CUDA 13 wheels
@@ -168,7 +171,7 @@ def test_idle_devices_are_mentioned(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ARCHITECTURES)
-    launch.check_launch(arguments(device=torch.device("cuda"), n_gpu=1, use_cpu=False))
+    check_launch(Launch(), arguments(device=torch.device("cuda"), n_gpu=1, use_cpu=False))
     assert "--num_processes 4" in capsys.readouterr().out
 
 
@@ -221,39 +224,42 @@ FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GA
 
 
 @pytest.mark.parametrize(
-    ("capability", "environment", "message"),
+    ("strategy", "capability", "environment", "message"),
     [
-        ((9, 0), FP8, None),
-        ((9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag says it
-        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "ao"}, None),  # likewise
-        ((8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
-        ((9, 0), FP8 | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fp8 under fsdp2: .*bf16 with this YAML"),
-        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
-        ((9, 0), {"ACCELERATE_FP8_BACKEND": "AO"}, "accelerate's default: .*never trained. Use fp8.yaml"),
+        (SINGLE, (9, 0), FP8, None),
+        (DDP, (9, 0), FP8, None),
+        (SINGLE, (9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag
+        (SINGLE, (9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "ao"}, None),  # likewise
+        (SINGLE, (8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
+        (FSDP2, (9, 0), FP8, "fp8 under fsdp2: .*bf16 with this YAML"),
+        (ZERO3, (9, 0), FP8, "fp8 under zero3: .*bf16 with this YAML"),
+        (SINGLE, (9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
+        (SINGLE, (9, 0), {"ACCELERATE_FP8_BACKEND": "AO"}, "accelerate's default: .*never trained. Use fp8.yaml"),
     ],
 )
-def test_fp8_is_for_cards_that_have_it_and_settings_that_train(capability, environment, message, monkeypatch):
-    for name in (*FP8, "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+def test_fp8_is_for_cards_that_have_it_and_settings_that_train(strategy, capability, environment, message, monkeypatch):
+    for name in FP8:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    training = SimpleNamespace(device=torch.device("cuda"), deepspeed_plugin=None, world_size=1)
+    training = SimpleNamespace(device=torch.device("cuda"))
     if message is None:
-        check_fp8(training)
+        check_fp8(strategy, training)
         assert FP8BackendType(os.environ["ACCELERATE_FP8_BACKEND"]) == FP8BackendType.AO
         return
     with pytest.raises(InputError, match=message):
-        check_fp8(training)
+        check_fp8(strategy, training)
 
 
 def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch, tmp_path):
     """TrainingArguments have no flag for it: everything but the layers' products is bf16."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    monkeypatch.setattr(launch, "check_fp8", lambda training: None)
-    training = TrainingArguments(output_dir=str(tmp_path), **launch_defaults())
+    monkeypatch.setattr(launch, "check_fp8", lambda strategy, training: None)
+    launched = read_launch()
+    training = TrainingArguments(output_dir=str(tmp_path), **launched.defaults())
     assert training.bf16 and training.mixed_precision == "bf16"
-    check_launch(training)
+    check_launch(launched, training)
     assert precision_of(training) == "fp8"
 
     class Found(Exception):
@@ -265,3 +271,79 @@ def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch
     monkeypatch.setattr("transformers.trainer.Accelerator", accelerator)
     with pytest.raises(Found, match="fp8"):
         Trainer(torch.nn.Linear(2, 2), training)
+
+
+# The environment that the launcher leaves -> strategy, offloading of states and parameters, recompute.
+ENVIRONMENTS = [
+    ({}, SINGLE, (False, False), None),
+    ({"WORLD_SIZE": "4"}, DDP, (False, False), None),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ZERO2, (False, False), None),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, FSDP2, (False, False), None),
+    ({"ACCELERATE_USE_FSDP": "true"}, "fsdp1", (False, False), None),
+    (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+        FSDP2,
+        (True, True),
+        None,
+    ),
+    (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        FSDP2,
+        (False, False),
+        "fsdp_activation_checkpointing in the YAML's fsdp_config",
+    ),
+    (
+        {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{ROOT}/accelerate_configs/zero3_offload.json",
+        },
+        ZERO3,
+        (True, True),
+        f"activation_checkpointing in {ROOT}/accelerate_configs/zero3_offload.json",
+    ),
+    (
+        {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{ROOT}/accelerate_configs/zero2_recompute.json",
+        },
+        ZERO2,
+        (False, False),
+        f"activation_checkpointing in {ROOT}/accelerate_configs/zero2_recompute.json",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "strategy", "offloaded", "recompute"), ENVIRONMENTS)
+def test_what_the_launcher_decided_is_read(monkeypatch, environment, strategy, offloaded, recompute):
+    monkeypatch.setattr(launch, "remove_dead_locks", lambda: None)
+    monkeypatch.setattr(launch, "take_over_compile", lambda: None)
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = read_launch()
+    assert found.strategy == strategy
+    assert (found.offload_optimizer, found.offload_parameters) == offloaded
+    assert found.recompute == recompute
+
+
+@pytest.mark.parametrize(
+    ("strategy", "states", "gradients", "parameters", "stage"),
+    [
+        (SINGLE, False, False, False, 0),
+        (DDP, False, False, False, 0),
+        ("zero1", True, False, False, 1),
+        (ZERO2, True, True, False, 2),
+        (ZERO3, True, True, True, 3),
+        (FSDP2, True, True, True, 0),
+    ],
+)
+def test_what_a_strategy_shards(strategy, states, gradients, parameters, stage):
+    """As https://arxiv.org/abs/1910.02054, figure 1, has it."""
+    strategy = launch.Strategy(strategy)
+    assert (strategy.shards_states, strategy.shards_gradients, strategy.shards_parameters) == (
+        states,
+        gradients,
+        parameters,
+    )
+    assert strategy.zero_stage == stage and strategy.is_deepspeed == (stage > 0)

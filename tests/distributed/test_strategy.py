@@ -8,7 +8,7 @@ from accelerate.utils.other import compile_regions_deepspeed
 from test_fused_loss import assert_same_gradients, batch, gradients, tiny_model
 from torch._dynamo import lookup_backend
 
-from common.distributed.strategy import gather_layers_whole, reduce_in_fp32
+from common.distributed.workarounds import gather_layers_whole, reduce_in_fp32
 from common.model.fused_loss import use_fused_loss
 
 
@@ -25,9 +25,8 @@ def test_fsdp2_adds_up_in_fp32_and_returns_the_loss_as_it_is(precision, computed
 
 
 @pytest.fixture(autouse=True)
-def views(monkeypatch):
+def views():
     """torch's own setting, before and after a test that changes it; nothing is compiled."""
-    monkeypatch.delenv("ACCELERATE_DYNAMO_BACKEND", raising=False)
     with torch._functorch.config.patch(recompute_views=False):
         yield lambda: torch._functorch.config.recompute_views
 
@@ -36,20 +35,20 @@ def zero_plugin(stage: int, **zero) -> SimpleNamespace:
     return SimpleNamespace(zero_stage=stage, deepspeed_config={"zero_optimization": zero})
 
 
-@pytest.mark.parametrize("compiler", ["no", "inductor"])
-def test_zero3_gathers_whole_layers(monkeypatch, views, compiler):
+@pytest.mark.parametrize("compiled", [False, True])
+def test_zero3_gathers_whole_layers(views, compiled):
     """Compiled, DeepSpeed's linear layer is left out, whoever asked for it: torch 2.11 has wrong gradients then.
 
     No run here can show that: it takes that release.
     """
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", compiler)
-    gather_layers_whole(None, tiny_model())
-    gather_layers_whole(two := zero_plugin(2), tiny_model())
+    two, three, model = zero_plugin(2), zero_plugin(3, memory_efficient_linear=True), tiny_model()
+    gather_layers_whole(None, tiny_model(), compiled)
+    gather_layers_whole(two, tiny_model(), compiled)
     assert two == zero_plugin(2) and not views()
-    gather_layers_whole(three := zero_plugin(3, memory_efficient_linear=True), model := tiny_model())
+    gather_layers_whole(three, model, compiled)
     zero = three.deepspeed_config["zero_optimization"]
     assert zero["leaf_module"] == {"classes": [type(model.model.layers[0]).__name__]}
-    assert (zero["memory_efficient_linear"], views()) == ((True, False) if compiler == "no" else (False, True))
+    assert (zero["memory_efficient_linear"], views()) == ((False, True) if compiled else (True, False))
 
 
 def shared_linear(model) -> None:
@@ -74,34 +73,34 @@ def no_names(model) -> None:
         (lambda model: None, {"leaf_module": {"classes": ["Mine"]}}, "own leaf_module"),
     ],
 )
-def test_what_zero3_does_not_gather_whole_is_not_compiled(monkeypatch, views, capsys, change, own, why):
+def test_what_zero3_does_not_gather_whole_is_not_compiled(views, capsys, change, own, why):
     """DeepSpeed reduces a layer's gradients at once: what another layer adds to a shared one would be lost."""
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
-    change(model := tiny_model())
-    gather_layers_whole(plugin := zero_plugin(3, **own), model)
+    model, plugin = tiny_model(), zero_plugin(3, **own)
+    change(model)
+    gather_layers_whole(plugin, model, compiled=True)
     assert plugin == zero_plugin(3, **own) and not views()
-    assert "not compiled: " in (printed := capsys.readouterr().out) and why in printed
+    printed = capsys.readouterr().out
+    assert "not compiled: " in printed and why in printed
     compile_regions_deepspeed(model, backend="aot_eager", dynamic=False)
     model.compile(backend="aot_eager", dynamic=False)
     assert not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules())
 
 
-def test_the_first_layers_hooks_come_in_time_behind_a_frozen_embedding():
+def test_the_first_layers_hooks_come_in_time_after_a_frozen_embedding():
     """Seen: without a gradient for the layer's input, DeepSpeed lets its parameters go before backward is done."""
     model = tiny_model()
     model.get_input_embeddings().weight.requires_grad_(False)
-    gather_layers_whole(zero_plugin(3), model)
+    gather_layers_whole(zero_plugin(3), model, compiled=False)
     assert model.get_input_embeddings()(torch.tensor([[1]])).requires_grad
 
 
 @pytest.mark.parametrize("regional", [True, False])
-def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(monkeypatch, regional):
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "aot_eager")
+def test_zero3_compiles_whole_layers_and_not_the_hooks_around_them(regional):
     plain, compiled, graphs, seen = tiny_model(), tiny_model(), [], []
     for model in (plain, compiled):
         use_fused_loss(model)
         model.config.use_cache = False  # as Trainer
-    gather_layers_whole(zero_plugin(3), compiled)
+    gather_layers_whole(zero_plugin(3), compiled, compiled=True)
     for layer in compiled.model.layers:
         layer.register_forward_pre_hook(lambda *_: seen.append(torch.compiler.is_compiling()))
 
