@@ -194,7 +194,9 @@ class RunRecord:
         steps = [0.0, *(entry["step"] for entry in logged)]
         known = [0.0, *(entry[against] for entry in logged)] if against != "step" else steps
         found = [entry for entry in self.history if name in entry and "step" in entry]
-        return [float(np.interp(entry["step"], steps, known)) for entry in found], [entry[name] for entry in found]
+        # One call for all entries: np.interp converts both lists to arrays each time it is called.
+        xs = np.interp([entry["step"] for entry in found], steps, known).tolist()
+        return xs, [entry[name] for entry in found]
 
     def line(self, label: str, name: str, against: str = "tokens_seen", dots: bool = False) -> Line:
         xs, ys = self.series(name, against)
