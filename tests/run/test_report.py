@@ -214,6 +214,8 @@ def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someon
     assert "datasets" not in data  # none known by a hub's id: a source's name is not one
     metrics = {metric.metric_type: metric.metric_value for metric in card.data.eval_results}
     assert metrics["bits_per_byte"] == pytest.approx(results["eval_bits_per_byte"], rel=1e-5)
+    text = (folder / CARD_FILE).read_text(encoding="utf-8")
+    assert "# license: " in text and "# datasets: " in text, "what is left to whoever shares the model"
     write_card(folder, "r", results, [], "second")
     assert "second" in (folder / CARD_FILE).read_text() and MARK in (folder / CARD_FILE).read_text()
     (folder / CARD_FILE).write_text("mine")
@@ -222,3 +224,25 @@ def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someon
     assert [language_of([text]) for text in ("地球 is", "The earth", "これはペンです", "Земля", "")] == [
         "zh", "en", "ja", None, None,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ['a: b "c" #d', "no", "2026-11-30", "地球"])
+def test_the_hub_can_read_a_model_card_whatever_the_name_and_the_figures(tmp_path, name):
+    from huggingface_hub import ModelCard
+
+    from common.run.model_card import write_card
+
+    folder = tmp_path / name
+    folder.mkdir()
+    results = {"steps": 1, "ledger": {"tokens_trained": 1}, "sources": {"s": {}}}
+    # YAML takes 1e+06, without a dot, for text; the hub's JSON has no NaN.
+    figures = {"eval_loss": float("nan"), "eval_perplexity": 1e6, "eval_bits_per_byte": 1e-5}
+    write_card(folder, "r.py", results | figures, ["Земля"], "python r.py")
+    data = ModelCard.load(folder / "README.md").data
+    assert {found.metric_type: found.metric_value for found in data.eval_results} == {
+        "perplexity": 1e6,
+        "bits_per_byte": 1e-5,
+    }
+    assert data.model_name == name and data.metrics == ["perplexity", "bits_per_byte"] and data.language is None
+    write_card(folder, "r.py", results, [], "python r.py")
+    assert ModelCard.load(folder / "README.md").data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}
