@@ -5,8 +5,9 @@ import json
 import pytest
 from conftest import small_run
 
+from common.arguments import SharedArguments
 from common.console import InputError
-from common.run.init_from import rows_behind
+from common.run.init_from import rows_before
 
 IDENTITY = {"data": {"documents": ["a"]}, "training": {"seed": 1}}
 
@@ -21,8 +22,10 @@ IDENTITY = {"data": {"documents": ["a"]}, "training": {"seed": 1}}
 def test_the_rows_trained_on_are_those_of_the_last_log(tmp_path, state):
     (tmp_path / "run.json").write_text(json.dumps(IDENTITY))
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    assert rows_behind(str(tmp_path), IDENTITY, context_length=16) == 8
-    assert rows_behind(str(tmp_path), IDENTITY | {"training": {"seed": 2}}, context_length=16) == 0
+    shared = SharedArguments(init_from=str(tmp_path), context_length=16)
+    assert rows_before(IDENTITY, shared) == 8
+    assert rows_before(IDENTITY | {"training": {"seed": 2}}, shared) == 0
+    assert rows_before(IDENTITY, SharedArguments(context_length=16)) == 0, "without --init_from"
 
 
 @pytest.mark.parametrize("fewer", ["0.05", "0.03"])
