@@ -71,7 +71,7 @@ def check_isolation(model: PreTrainedModel) -> None:
         )
 
 
-def choose_attention(
+def set_attention(
     model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, context_parallel: bool = False
 ) -> None:
     """Set the attention of ``model`` to ``wanted``, a name of transformers, and say which kernel that is.

@@ -45,7 +45,7 @@ class Setting:
     optimizer: str = "adamw"  # adamw, muon, adamw_8bit (Trainer's); rounding_32bit, rounding_8bit (LowMemoryAdamW)
     in_backward: bool = False  # the optimizer's step
     accumulated: bool = True  # several micro-batches a step
-    bf16_stream: bool = True  # what residual_stream_in_bf16 does; plain Trainer does not
+    bf16_stream: bool = True  # what keep_residual_in_bf16 does; plain Trainer does not
     method: str | None = None  # of recipes/low_memory_16gb.py: full, lora, qlora; None: another recipe
     offload_optimizer: bool = False
     offload_parameters: bool = False

@@ -14,7 +14,7 @@ from two_processes import in_two_processes
 
 from common.console import InputError
 from common.distributed.context_parallel import check_parallelism, divided_rows, parallel_size, reads_first, row_readers
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.memory import Setting
 from common.train.batch import set_batch
 from common.train.plan import setting_of_yaml
@@ -94,7 +94,7 @@ def test_another_attention_is_refused(monkeypatch, kind, wanted, words):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY))
     asked(monkeypatch, cp=2)
     with pytest.raises(InputError, match=words):
-        choose_attention(model, wanted, False, torch.device("cpu"))
+        set_attention(model, wanted, False, torch.device("cpu"))
 
 
 def test_the_plan_counts_half_a_row_on_each_card():
