@@ -15,7 +15,7 @@ from two_processes import in_two_processes
 from common.console import InputError
 from common.distributed.context_parallel import check_parallelism, divided_rows
 from common.distributed.launch import Launch, read_launch
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.memory import Setting
 from common.train.batch import set_batch
 from common.train.plan import setting_of_yaml
@@ -98,7 +98,7 @@ TINY = dict(
 def test_another_attention_is_refused(kind, wanted, words):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **TINY))
     with pytest.raises(InputError, match=words):
-        choose_attention(model, wanted, False, torch.device("cpu"), context_parallel=True)
+        set_attention(model, wanted, False, torch.device("cpu"), context_parallel=True)
 
 
 def test_the_plan_counts_half_a_row_on_each_card():
