@@ -30,9 +30,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallb
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
 from common.distributed.launch import launch_defaults
 from common.distributed.strategy import launched_precision
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.counts import flops_per_token, peak_tflops
-from common.model.from_config import residual_stream_in_bf16
+from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
@@ -197,9 +197,9 @@ def work(described: dict, profile: bool, folder: str) -> dict:
     if loop == "tutorial":
         train_tutorial(model, training, data, clock)
     else:
-        choose_attention(model, "auto", described.get("isolated", False), training.device)
+        set_attention(model, "auto", described.get("isolated", False), training.device)
         use_fused_loss(model)
-        residual_stream_in_bf16(model)
+        keep_residual_in_bf16(model)
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)

@@ -35,8 +35,8 @@ from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
 from common.distributed.launch import launch_defaults
-from common.model.attention import choose_attention, generating
-from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.attention import generating, set_attention
+from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer
@@ -180,9 +180,9 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         shared.tokens_per_step, shared.context_length = tokens_per_step, CONTEXT_LENGTH
         derive_micro_batch(model, training, shared, optimizer)
         rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
-        choose_attention(model, "auto", False, training.device)
+        set_attention(model, "auto", False, training.device)
         use_fused_loss(model)
-        residual_stream_in_bf16(model)
+        keep_residual_in_bf16(model)
         trainer = PretrainingTrainer(
             model, training, rows, race_rows, rows_per_step, optimizer, processing_class=tokenizer
         )

@@ -43,9 +43,9 @@ from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows
 from common.distributed.launch import launch_defaults
 from common.model.adapters import ALL_LINEAR, add_adapters
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.counts import numbers_of
-from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.presets import PRESETS
@@ -165,10 +165,10 @@ def work(described: dict, capped: bool, folder: str) -> dict:
     model = random_model_of(described, compute_dtype(training), training.device)
     cap(limit)
     data = random_rows(described, folder)
-    choose_attention(model, "auto", False, training.device)
+    set_attention(model, "auto", False, training.device)
     if described["fused_head"]:
         use_fused_loss(model)
-    residual_stream_in_bf16(model)
+    keep_residual_in_bf16(model)
     if described["method"] != "full":
         model = add_adapters(model, 16, [ALL_LINEAR], train_embedding=False)
     dtype = None if described["method"] != "full" else model.dtype
@@ -263,9 +263,9 @@ def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) ->
     set_seed(0)
     shape = {name: value for name, value in SHAPES[job["size"]].items() if name != "vocab_size"}
     model = model_from_config(shape, tokenizer, length).to(getattr(torch, described["weights"]))
-    choose_attention(model, "auto", False, training.device)
+    set_attention(model, "auto", False, training.device)
     use_fused_loss(model)
-    residual_stream_in_bf16(model)
+    keep_residual_in_bf16(model)
     own = optimizer_for(model.dtype, described["in_backward"], training)
     if own is not None:
         own[1]["stochastic"] = described.get("stochastic", True)

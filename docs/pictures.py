@@ -26,9 +26,11 @@ import pyte
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
-PICTURES, RUN = ROOT / "docs" / "pictures", ROOT / "outputs" / "pictures"
+PICTURES = ROOT / "docs" / "pictures"
+RUN = ROOT / "outputs" / "pictures"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-COLUMNS, LINES = 120, 40
+COLUMNS = 120
+LINES = 40
 TERMINAL = (
     "<body style='margin:0;background:#1d1f21;color:#d7d7d7'>"
     "<pre style='padding:12px;font:13px/1.45 monospace;white-space:pre-wrap'>"
@@ -43,6 +45,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder, "terminal.html")
         for screen in seen_in_terminal([sys.executable, "recipes/wiki_zh_scratch.py", *flags]):
+            # The first picture shows the run at step 650 of 900, or soon after it.
             if not page.exists() and re.search(r" 6[5-9]\d/900", " ".join(screen)):
                 page.write_text(as_page(screen), encoding="utf-8")
         photograph(page.as_uri(), PICTURES / "terminal.png", 1000, 780)
@@ -56,36 +59,38 @@ def main() -> None:
 
 
 def as_page(screen: list[str]) -> str:
-    """Return a page that looks like the terminal, without the folders of this machine."""
+    """Return an HTML page that looks like the terminal. Paths below the repository are shown without its folder."""
     return TERMINAL + html.escape("\n".join(screen).replace(f"{ROOT}/", ""))
 
 
 def browse(url: str, *flags: str) -> str:
     """Open ``url`` in Chromium without a window, give its scripts 20 s of their time, and return what it prints."""
-    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
-    if browser is None:
+    installed = [path for path in map(shutil.which, BROWSERS) if path is not None]
+    if not installed:
         sys.exit(f"None of {', '.join(BROWSERS)} is installed. Debian, Ubuntu: apt install chromium")
-    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    command = [installed[0], "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
     command += ["--virtual-time-budget=20000", *flags, url]
     return subprocess.run(command, capture_output=True, text=True, check=True, timeout=180).stdout
 
 
 def photograph(url: str, picture: Path, width: int, height: int) -> None:
+    """Write a screenshot of ``url`` to ``picture``, a .png file; the window is ``width`` x ``height`` pixels."""
     browse(url, f"--window-size={width},{height}", f"--screenshot={picture}")
-    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # a third of the size
+    Image.open(picture).convert("RGB").quantize(64).save(picture, optimize=True)  # 64 colours: a third of the size
     print(f"{picture}: {picture.stat().st_size / 1e3:,.0f} kB")
 
 
 @contextlib.contextmanager
 def dashboard(log_dir: Path) -> Iterator[str]:
-    """Serve the runs in ``log_dir`` by ``swanlab watch`` and yield the address."""
+    """Serve the runs in ``log_dir`` with ``swanlab watch``, and yield the address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [str(Path(sys.executable).parent / "swanlab"), "watch", str(log_dir), "--port", str(port)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as server:
         try:
-            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+            address = f"http://127.0.0.1:{port}"
+            deadline = time.monotonic() + 60
             while not answers(address):
                 if server.poll() is not None or time.monotonic() > deadline:
                     server.kill()
@@ -97,6 +102,7 @@ def dashboard(log_dir: Path) -> Iterator[str]:
 
 
 def answers(address: str) -> bool:
+    """Whether a web server answers at ``address`` within 5 s."""
     try:
         with urllib.request.urlopen(address, timeout=5):
             return True
@@ -105,7 +111,8 @@ def answers(address: str) -> bool:
 
 
 def seen_in_terminal(command: list[str]) -> Iterator[list[str]]:
-    """Run ``command`` in a pseudo-terminal and yield what its screen shows, line by line, whenever that changes."""
+    """Run ``command`` in a pseudo-terminal, and yield the lines of its screen each time that it prints something."""
+    # Imported here, because Windows has none of these modules. The other functions do not need them.
     import fcntl
     import pty
     import struct
@@ -117,9 +124,12 @@ def seen_in_terminal(command: list[str]) -> Iterator[list[str]]:
     os.close(follower)
     screen = pyte.Screen(COLUMNS, LINES)
     stream = pyte.ByteStream(screen)
-    with contextlib.suppress(OSError):  # Linux raises it when the other end is closed
-        while piece := os.read(leader, 65536):
-            stream.feed(piece)
+    with contextlib.suppress(OSError):  # Linux raises it when the command has closed its end
+        while True:
+            output = os.read(leader, 65536)
+            if not output:
+                break
+            stream.feed(output)
             yield list(screen.display)
     os.close(leader)
     if process.wait() != 0:

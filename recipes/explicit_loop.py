@@ -26,8 +26,8 @@ from common.dataset.packing import IGNORED_ROW, collate_rows
 from common.dataset.rows import build_rows
 from common.distributed.launch import read_launch
 from common.distributed.workarounds import gather_layers_whole, reduce_in_fp32
-from common.model.attention import DOCUMENTS, block_mask, choose_attention
-from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.attention import DOCUMENTS, block_mask, set_attention
+from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import ModelSize
 from common.run.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
@@ -165,9 +165,9 @@ def main(argv: list[str] | None = None) -> None:
     model.config.use_cache = False
     if launch.offloads:
         model.cpu()
-    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", accelerator.device)
+    set_attention(model, shared.attn_implementation, shared.packing == "isolated", accelerator.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
+    keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
     gather_layers_whole(deepspeed, model, launch.compiled)
     if training.gradient_checkpointing:  # where the launcher's YAML asks for it
         model.gradient_checkpointing_enable()

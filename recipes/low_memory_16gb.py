@@ -36,9 +36,9 @@ from common.dataset.mixture import training_order
 from common.dataset.rows import build_rows, unigram_loss
 from common.distributed.launch import read_launch
 from common.model.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, unpacked_gguf
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.counts import parameter_report
-from common.model.from_config import residual_stream_in_bf16
+from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
@@ -177,9 +177,9 @@ def main(argv: list[str] | None = None) -> None:
     model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
-    choose_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
+    set_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
+    keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
     model = add_adapters(model, **adapter) if adapters else model
 
     # One folder, one run: continued if it was interrupted, shown if it is finished.

@@ -35,9 +35,9 @@ from common.corpus.sources import resolve_sources
 from common.dataset.mixture import training_order
 from common.dataset.rows import build_rows, unigram_loss
 from common.distributed.launch import read_launch
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.counts import parameter_report
-from common.model.from_config import residual_stream_in_bf16
+from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, pretrained_model, random_model, weights_fingerprint
@@ -181,9 +181,9 @@ def main(argv: list[str] | None = None) -> None:
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     start = {"weights": weights_fingerprint(model), "from_scratch": own.from_scratch}
     isolated, divided = shared.packing == "isolated", launch.context_parallel > 1
-    choose_attention(model, shared.attn_implementation, isolated, training.device, divided)
+    set_attention(model, shared.attn_implementation, isolated, training.device, divided)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
+    keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
 
     # One folder, one run: continued if it was interrupted, shown if it is finished.
     start["vocabulary_rows"] = model.config.vocab_size

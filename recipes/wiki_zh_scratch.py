@@ -26,9 +26,9 @@ from common.corpus.sources import resolve_sources
 from common.dataset.mixture import training_order
 from common.dataset.rows import build_rows, unigram_loss
 from common.distributed.launch import read_launch
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.counts import parameter_report
-from common.model.from_config import model_from_config, residual_stream_in_bf16
+from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import ModelSize
 from common.run.folder import open_run, run_identity
@@ -155,9 +155,9 @@ def main(argv: list[str] | None = None) -> None:
         load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     isolated, divided = shared.packing == "isolated", launch.context_parallel > 1
-    choose_attention(model, shared.attn_implementation, isolated, training.device, divided)
+    set_attention(model, shared.attn_implementation, isolated, training.device, divided)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    residual_stream_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
+    keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
 
     # One folder, one run: continued if it was interrupted, shown if it is finished.
     shape = {**shape, "vocabulary_rows": model.config.vocab_size}

@@ -26,6 +26,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from common.console import InputError, say
 from common.dataset.packing import document_positions
+from common.model.counts import head_size
 
 CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
 
@@ -71,7 +72,7 @@ def check_isolation(model: PreTrainedModel) -> None:
         )
 
 
-def choose_attention(
+def set_attention(
     model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, context_parallel: bool = False
 ) -> None:
     """Set the attention of ``model`` to ``wanted``, a name of transformers, and say which kernel that is.
@@ -197,11 +198,6 @@ def block_mask(positions: torch.Tensor) -> BlockMask:
 
     rows, tokens = positions.shape
     return create_block_mask(seen, rows, None, tokens, tokens, device=positions.device)
-
-
-def head_size(model: PreTrainedModel) -> int:
-    config = model.config.get_text_config()
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def repeats_heads(model: PreTrainedModel, device: torch.device) -> bool:

@@ -67,7 +67,7 @@ def model_from_config(
     return model
 
 
-def residual_stream_in_bf16(model: PreTrainedModel) -> None:
+def keep_residual_in_bf16(model: PreTrainedModel) -> None:
     """Make what ``model``'s layers hand on to each other bf16 wherever autocast computes in it.
 
     Autocast leaves the embedding's result in fp32, and so all sums that layers add to it: twice the memory and twice

@@ -1,24 +1,32 @@
-"""What a run will need of the device's memory: predicted before anything is loaded.
+"""Predict the device memory that a run will need, before anything is loaded.
 
-The prediction adds up what is there at the peak of a step: in the loss of the last micro-batch or, if there is one
-micro-batch only, whose gradients come later, maybe at the beginning or at the end of backward:
+The prediction adds up what is there at the peak of a step. With several micro-batches, the peak is in the loss of the
+last one. With a single micro-batch, whose gradients come later, it may also be at the beginning or at the end of
+backward. The parts:
 
     parameters, gradients, optimizer states     bytes a parameter, divided as the strategy divides them
     activations                                 bytes a token and layer that the backward pass needs
     logits                                      a chunk of them with the fused loss, 12 bytes each without
 
 The factors follow from what each operation saves; only the three for uncompiled layers are fitted. Of 74 measured peaks
-(H100 and H200, 123M to 7B parameters, eager and compiled, one and two cards) 72 are within 5%
-(tests/model/test_memory.py); fsdp2_offload on one card needed 10% more, zero3_offload with 0.5B 8% less.
+(H100 and H200, 123M to 7B parameters, eager and compiled, one and two cards), 72 are within 5%
+(tests/model/test_memory.py). The other two: fsdp2_offload on one card needed 10% more, zero3_offload with 0.5B 8% less.
 """
 
 from dataclasses import dataclass, replace
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from common.distributed.strategy import SINGLE, Strategy
-from common.model.counts import numbers_of, shape_of_parameter
+from common.model.counts import (
+    embedding_and_head,
+    embeddings,
+    head_size,
+    layer_matrices,
+    numbers_of,
+    shape_of_parameter,
+)
 from common.model.from_config import hands_on_bf16
 from common.model.linear_cross_entropy import CHUNK_BYTES
 from common.system import GIB
@@ -26,8 +34,11 @@ from common.system import GIB
 CONTEXT_BYTES = 0.6 * GIB  # CUDA context and libraries, outside of torch's allocator; assumed, not measured
 BUCKET_PARAMETERS = 5e8  # DeepSpeed's default reduce_bucket_size
 LIVE_PARAMETERS = 1e9  # DeepSpeed's default stage3_max_live_parameters
-EIGHT_BIT_BYTES = 2 * (1 + 4 / 256)  # of both states: a byte a number, an fp32 scale for 256
-# Of a number: half a byte, an 8-bit scale for 64, an fp32 one for 256 of these.
+# 8-bit states by bitsandbytes: a byte for each number of the two averages, an fp32 scale for each block of 256.
+NUMBERS_A_BLOCK = 256
+EIGHT_BIT_BYTES = 2 * (1 + 4 / NUMBERS_A_BLOCK)
+SMALLEST_IN_8_BITS = 4096  # numbers; the states of smaller parameters stay in fp32
+# 4-bit weights by bitsandbytes: half a byte a number, an 8-bit scale for 64 numbers, an fp32 scale for 256 of these.
 NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 
@@ -44,9 +55,9 @@ class Setting:
     recompute: bool = False
     fused_loss: bool = True
     optimizer: str = "adamw"  # adamw, muon, adamw_8bit (Trainer's); rounding_32bit, rounding_8bit (LowMemoryAdamW)
-    in_backward: bool = False  # the optimizer's step
+    in_backward: bool = False  # the optimizer steps inside backward
     accumulated: bool = True  # several micro-batches a step
-    bf16_stream: bool = True  # what residual_stream_in_bf16 does; plain Trainer does not
+    bf16_stream: bool = True  # keep_residual_in_bf16 was called; plain Trainer does not call it
     method: str | None = None  # of recipes/low_memory_16gb.py: full, lora, qlora; None: another recipe
     offload_optimizer: bool = False
     offload_parameters: bool = False
@@ -68,27 +79,47 @@ class Need:
         return sum(vars(self).values())
 
     def as_json(self, limit_gib: float | None) -> dict:
+        """Return the parts and their total in GiB, and whether the total is within ``limit_gib``."""
         named = {f"{name}_gib": round(value / GIB, 3) for name, value in vars(self).items()}
         total = round(self.total / GIB, 3)
         return {"fits": None if limit_gib is None else total <= limit_gib, "total_gib": total, **named}
 
 
+def optimizer_name(training: TrainingArguments) -> str:
+    """Return the value of ``--optim``, which is a string or an enum of transformers."""
+    return getattr(training.optim, "value", training.optim)
+
+
+def state_bits(optimizer: str) -> int:
+    """Return the bits a number of an optimizer's states: 8, 4, or 32.
+
+    Args:
+        optimizer: a value of ``--optim`` (paged_adamw_8bit: 8), or of ``Setting.optimizer`` (rounding_8bit: 8).
+    """
+    for bits in (8, 4):
+        if f"{bits}bit" in optimizer:
+            return bits
+    return 32
+
+
 def predict(model: PreTrainedModel, setting: Setting) -> Need:
     """Return what training ``model`` needs on each card. The model may be on the meta device."""
-    half = 4 if setting.precision == "no" else 2
+    number_bytes = 4 if setting.precision == "no" else 2  # of the computation
     divided = setting.strategy.startswith("zero") or setting.strategy == "fsdp2"
-    autocast = half == 2 and not divided and model.get_input_embeddings().weight.itemsize == 4
+    autocast = number_bytes == 2 and not divided and model.get_input_embeddings().weight.itemsize == 4
     cast = setting.bf16_stream and setting.precision in ("bf16", "fp8") and hands_on_bf16(model)
-    residual = 4 if half == 4 or (autocast and not cast) else 2
-    parameters, gradients, states, buffers = bytes_by_strategy(model, setting, half)
+    residual_bytes = 4 if number_bytes == 4 or (autocast and not cast) else 2
+    parameters, gradients, states, buffers = bytes_by_strategy(model, setting, number_bytes)
     framework = buffers + CONTEXT_BYTES
-    activations = activation_bytes(model, setting, residual, half, autocast)
-    copies = copy_bytes(model, setting, half) if autocast and setting.precision != "fp8" else 0.0
-    logits = logit_bytes(model, setting, half, copied=autocast)
-    layer = 0.0  # what one layer's activations take, which come back when the logits are gone
+    activations = activation_bytes(model, setting, residual_bytes, number_bytes, autocast)
+    copies = copy_bytes(model, setting, number_bytes) if autocast and setting.precision != "fp8" else 0.0
+    logits = logit_bytes(model, setting, number_bytes, copied=autocast)
+    # With recompute, backward makes the activations of one layer again, when the logits are gone.
+    layer = 0.0
     if setting.recompute:
-        layer = activation_bytes(model, replace(setting, recompute=False), residual, half, autocast) / _layers(model)
-    bucket = bucket_bytes(setting, half)
+        kept = replace(setting, recompute=False)
+        layer = activation_bytes(model, kept, residual_bytes, number_bytes, autocast) / _layers(model)
+    bucket = bucket_bytes(setting, number_bytes)
     first, last = gradients_in_backward(model, gradients, setting.in_backward)
     if setting.accumulated and not setting.in_backward:
         waiting = first if bucket and _tied(model) else 0.0
@@ -103,47 +134,51 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     return max(moments, key=lambda need: need.total)
 
 
-def bytes_by_strategy(model: PreTrainedModel, setting: Setting, half: int) -> tuple[float, float, float, float]:
+def bytes_by_strategy(model: PreTrainedModel, setting: Setting, number_bytes: int) -> tuple[float, float, float, float]:
     """Return the bytes on each card of parameters, gradients, optimizer states, and of buffers to exchange them.
 
     Args:
-        half: bytes a number of the computation. Under ZeRO the parameters are in it, and their masters in fp32 count as
-            optimizer states.
+        number_bytes: bytes a number of the computation. Under ZeRO the parameters are kept in it, and their fp32
+            masters count as optimizer states.
     """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    parameters, states = parameter_bytes(model, setting.method == "qlora"), optimizer_bytes(model, setting.optimizer)
-    gradients, n = sum(map(stored_bytes, trained)), setting.processes
+    parameters = parameter_bytes(model, setting.method == "qlora")
+    states = optimizer_bytes(model, setting.optimizer)
+    gradients = sum(map(stored_bytes, trained))
+    count, processes = sum(map(numbers_of, model.parameters())), setting.processes
     buffers = gradients if setting.strategy == "ddp" else 0.0
     if setting.strategy.startswith("zero"):
-        stage, count = int(setting.strategy[-1]), sum(map(numbers_of, model.parameters()))
+        stage = int(setting.strategy[-1])
         masters = 4 * sum(map(numbers_of, trained))
-        parameters = half * count / (n if stage == 3 else 1)
-        gradients = masters / (1 if stage == 1 else n)
-        states = (states + (masters if half == 2 else 0)) / n
-        if stage == 3:  # what is gathered, and a bucket of gradients that is there whole from the start
-            buffers = half * (min(count, LIVE_PARAMETERS) + BUCKET_PARAMETERS)
+        parameters = number_bytes * count / (processes if stage == 3 else 1)
+        gradients = masters / (1 if stage == 1 else processes)
+        states = (states + (masters if number_bytes == 2 else 0)) / processes
+        if stage == 3:  # gathered parameters, and a bucket of gradients, which is there from the start
+            buffers = number_bytes * (min(count, LIVE_PARAMETERS) + BUCKET_PARAMETERS)
     elif setting.strategy == "fsdp2":
-        parameters, gradients, states = parameters / n, gradients / n, states / n
-        ends, count = _ends(model), sum(map(numbers_of, model.parameters()))
-        buffers = half * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
+        parameters, gradients, states = parameters / processes, gradients / processes, states / processes
+        ends = sum(map(numbers_of, embedding_and_head(model)))
+        buffers = number_bytes * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
     if setting.offload_optimizer:
         gradients = states = 0.0
     return 0.0 if setting.offload_parameters else parameters, gradients, states, buffers
 
 
-def bucket_bytes(setting: Setting, half: int) -> float:
-    """Return the bytes of DeepSpeed's bucket of gradients under ZeRO-1 and 2, in which ZeRO-1 has them in fp32.
+def bucket_bytes(setting: Setting, number_bytes: int) -> float:
+    """Return the bytes of DeepSpeed's bucket of gradients under ZeRO-1, which has it in fp32, and under ZeRO-2.
 
-    It is made with the first gradient of a backward, in a size that no model's changes, and is gone at the end.
+    Its size does not depend on the model. DeepSpeed makes it with the first gradient of a backward pass and frees it at
+    the end of the pass.
     """
-    return BUCKET_PARAMETERS * {"zero1": 4, "zero2": half}.get(setting.strategy, 0)
+    return BUCKET_PARAMETERS * {"zero1": 4, "zero2": number_bytes}.get(setting.strategy, 0)
 
 
 def gradients_in_backward(model: PreTrainedModel, gradients: float, in_backward: bool) -> tuple[float, float]:
-    """Return the bytes of gradients at the beginning and at the end of the only backward of a step.
+    """Return the bytes of gradients at the beginning and at the end of the only backward pass of a step.
 
-    At the beginning there is the head's: tied, it waits for the embedding's, and the two are there before they are
-    added up; untied, and used ``in_backward``, it goes at once. At the end there are all, or the embedding's alone.
+    At the beginning there is the head's gradient. If the head is tied, it waits for the embedding's gradient, and both
+    are there before they are added. If it is not tied, the optimizer that steps ``in_backward`` uses it and frees it at
+    once. At the end there are all gradients, or with ``in_backward`` only the embedding's.
     """
     head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight
     of_head, of_embedding = (numbers_of(p) * p.itemsize * p.requires_grad for p in (head, embedding))
@@ -153,79 +188,93 @@ def gradients_in_backward(model: PreTrainedModel, gradients: float, in_backward:
 
 
 def parameter_bytes(model: PreTrainedModel, four_bits: bool) -> float:
-    """Return the bytes of all parameters; ``four_bits``: as if the frozen matrices of the layers were in NF4.
+    """Return the bytes of all parameters.
 
-    The largest of these is there unpacked, too.
+    Args:
+        four_bits: count the frozen matrices of the layers as if they were in NF4, and the largest of them once more,
+            unpacked.
     """
-    ends = {id(module.weight) for module in (model.get_input_embeddings(), model.get_output_embeddings())}
+    matrices = layer_matrices(model).values() if four_bits else []
+    packed = {id(parameter) for parameter in matrices if not parameter.requires_grad}
     total, largest = 0.0, 0
     for parameter in model.parameters():
-        packed = four_bits and is_matrix(parameter) and not parameter.requires_grad and id(parameter) not in ends
-        total += NF4_BYTES * numbers_of(parameter) if packed else stored_bytes(parameter)
-        largest = max(largest, numbers_of(parameter) if packed else 0)
+        if id(parameter) in packed:
+            total += NF4_BYTES * numbers_of(parameter)
+            largest = max(largest, numbers_of(parameter))
+        else:
+            total += stored_bytes(parameter)
     return total + 2 * 2 * largest  # unpacked to half precision for its product, twice, as measured
 
 
 def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
-    """Return the bytes of the optimizer's states for all trained parameters."""
-    ends = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    head = id(model.get_output_embeddings().weight)
+    """Return the bytes of the optimizer's states for all trained parameters.
+
+    Args:
+        optimizer: see ``Setting.optimizer``.
+    """
+    matrices = {id(parameter) for parameter in layer_matrices(model).values()}
+    in_fp32 = set()  # Trainer has bitsandbytes keep the states of embeddings in fp32; LowMemoryAdamW does not
+    if optimizer == "adamw_8bit":
+        in_fp32 = {id(parameter) for parameter in embeddings(model)}
     total = 0.0
     for parameter in model.parameters():
+        count = numbers_of(parameter)
         if not parameter.requires_grad:
             continue
-        if optimizer == "muon" and is_matrix(parameter) and id(parameter) not in ends | {head}:
-            total += 4 * numbers_of(parameter)  # one momentum
-        elif optimizer == "rounding_8bit" and numbers_of(parameter) >= 4096:
-            total += EIGHT_BIT_BYTES * numbers_of(parameter)
-        elif optimizer == "adamw_8bit" and id(parameter) not in ends and numbers_of(parameter) >= 4096:
-            total += EIGHT_BIT_BYTES * numbers_of(parameter)  # embeddings stay in fp32 by Trainer, small ones, too
+        if optimizer == "muon" and id(parameter) in matrices:
+            total += 4 * count  # one momentum
+        elif state_bits(optimizer) == 8 and count >= SMALLEST_IN_8_BITS and id(parameter) not in in_fp32:
+            total += EIGHT_BIT_BYTES * count
         else:
-            total += 8 * numbers_of(parameter)
+            total += 8 * count
     return total
 
 
-def activation_bytes(model: PreTrainedModel, setting: Setting, residual: int, half: int, autocast: bool) -> float:
-    """Return the bytes of all layers' activations, or of their inputs alone if they are recomputed.
+def activation_bytes(
+    model: PreTrainedModel, setting: Setting, residual_bytes: int, number_bytes: int, autocast: bool
+) -> float:
+    """Return the bytes of the activations of all layers, or of the layers' inputs alone if they are recomputed.
 
-    Saved of each token in each layer: its input and what attention adds to it, two norms' results, queries, keys and
-    values, the attention's result, and the MLP's: two or three (gated) tensors as wide as it. In FP8, compiled, what
-    norms and the MLP's activation hand to a product is made again in backward.
+    Saved of each token in each layer: its input, the sum after attention, the results of two norms, queries, keys and
+    values, the result of attention, and two tensors as wide as the MLP, or three if it is gated. In FP8, compiled, the
+    results of norms and of the MLP's activation function are not saved but made again in backward.
 
     Args:
-        residual: bytes a number of the residual stream: 4 where autocast leaves the embedding's result in fp32.
-        half: bytes a number of everything else.
-        autocast: the parameters are in fp32, the products in half precision.
+        residual_bytes: bytes a number of the residual stream; 4 where autocast leaves the embedding's result in fp32.
+        number_bytes: bytes a number of everything else.
+        autocast: the parameters are in fp32, the matrix products in half precision.
     """
     config, tokens = model.config.get_text_config(), setting.rows * setting.context_length
     if setting.recompute:
-        return residual * config.hidden_size * tokens * _layers(model)
+        return residual_bytes * config.hidden_size * tokens * _layers(model)
     heads = config.num_attention_heads
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    queries, keys = heads * head_size, (getattr(config, "num_key_value_heads", None) or heads) * head_size
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    queries, keys = heads * head_size(model), key_heads * head_size(model)
     width, tensors = mlp_width(model)
     again = setting.compiled and setting.precision == "fp8"
     numbers = (0 if again else 2 * config.hidden_size) + 2 * queries + 2 * keys + width * (tensors - again)
-    a_token = (residual + half) * config.hidden_size + half * numbers
+    a_token = (residual_bytes + number_bytes) * config.hidden_size + number_bytes * numbers
     if not setting.compiled:  # norms in fp32, activation functions, copies: so many bytes for each of hidden_size
-        a_token += (27 if residual == 4 else 23 if autocast else 17) * config.hidden_size
+        a_token += (27 if residual_bytes == 4 else 23 if autocast else 17) * config.hidden_size
     return a_token * tokens * _layers(model)
 
 
-def copy_bytes(model: PreTrainedModel, setting: Setting, half: int) -> float:
-    """Return the bytes of the copies in half precision that autocast makes of fp32 matrices, and keeps till backward.
+def copy_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int) -> float:
+    """Return the bytes of the half-precision copies that autocast makes of fp32 matrices and keeps until backward.
 
-    The fused head's own is in logit_bytes.
+    The copy that the fused head makes of its own weight is part of ``logit_bytes``.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-    head = model.get_output_embeddings().weight
-    matrices = [p for p in model.parameters() if is_matrix(p) and id(p) not in embeddings | {id(head)}]
-    matrices += [] if setting.fused_loss else [head]
-    return half * sum(numbers_of(parameter) for parameter in matrices if parameter.itemsize == 4)
+    matrices = list(layer_matrices(model).values())
+    if not setting.fused_loss:
+        matrices.append(model.get_output_embeddings().weight)
+    return number_bytes * sum(numbers_of(parameter) for parameter in matrices if parameter.itemsize == 4)
 
 
 def mlp_width(model: PreTrainedModel) -> tuple[int, int]:
-    """Return how wide a token's MLP is, and how many tensors of that width it saves: three if it is gated, else two."""
+    """Return the width of the MLP that a token meets, and how many tensors of that width it saves.
+
+    Three tensors if the MLP is gated, else two. With experts, the width is that of all experts that a token meets.
+    """
     config = model.config.get_text_config()
     gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
     experts = getattr(config, "num_experts_per_tok", None)
@@ -236,22 +285,25 @@ def mlp_width(model: PreTrainedModel) -> tuple[int, int]:
     return width, 3 if gated else 2
 
 
-def logit_bytes(model: PreTrainedModel, setting: Setting, half: int, copied: bool) -> float:
-    """Return what logits and loss take at the peak; ``copied``: autocast makes a copy of the head's weight."""
+def logit_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int, copied: bool) -> float:
+    """Return the bytes of logits and loss at their peak.
+
+    Args:
+        number_bytes: bytes a number of the computation.
+        copied: autocast makes a copy of the head's weight.
+    """
     head, tokens = model.get_output_embeddings().weight, setting.rows * setting.context_length
     vocabulary, hidden = shape_of_parameter(head)
-    if not setting.fused_loss:  # in half precision, in fp32, the softmax and its gradient's copy
+    if not setting.fused_loss:  # in half precision, in fp32, and the softmax with its gradient's copy
         return 12 * tokens * vocabulary
-    weight, chunk = vocabulary * hidden, min(CHUNK_BYTES, half * tokens * vocabulary)
+    weight, chunk = vocabulary * hidden, min(CHUNK_BYTES, number_bytes * tokens * vocabulary)
     if not head.requires_grad:
         return chunk + 4 * tokens * hidden
-    # Its gradient in fp32 is there with the logits first, then with its copy in the head's own precision.
-    largest = max(chunk + (half * weight if copied else 0), head.itemsize * weight if head.itemsize < 4 else 0)
-    return largest + 4 * weight + 4 * tokens * hidden
-
-
-def is_matrix(parameter: torch.nn.Parameter) -> bool:
-    return len(shape_of_parameter(parameter)) == 2
+    # The head's gradient is in fp32. First it is there together with the logits, then with its copy in the precision of
+    # the head.
+    with_logits = chunk + (number_bytes * weight if copied else 0)
+    with_copy = head.itemsize * weight if head.itemsize < 4 else 0
+    return max(with_logits, with_copy) + 4 * weight + 4 * tokens * hidden
 
 
 def stored_bytes(parameter: torch.nn.Parameter) -> int:
@@ -265,9 +317,3 @@ def _layers(model: PreTrainedModel) -> int:
 
 def _tied(model: PreTrainedModel) -> bool:
     return model.get_input_embeddings().weight is model.get_output_embeddings().weight
-
-
-def _ends(model: PreTrainedModel) -> int:
-    """Count the parameters of embedding and head."""
-    ends = (model.get_input_embeddings().weight, model.get_output_embeddings().weight)
-    return sum({id(weight): numbers_of(weight) for weight in ends}.values())

@@ -1,8 +1,8 @@
-"""--init_from: a checkpoint written under one strategy goes on under another, with another number of processes.
+"""--init_from: continue from a checkpoint under another strategy, or under DeepSpeed with other processes.
 
-What a plain relaunch continues exactly, optimizer and schedule included: checkpoints of one process or DDP, and of
-FSDP2, each with any number of processes, and DeepSpeed's with the same number.
-Everything else goes on by --init_from: weights in fp32 and the next row; optimizer and schedule begin anew.
+A plain relaunch continues exactly, with optimizer and schedule, in three cases: a checkpoint of one process or DDP, or
+of FSDP2, on any number of processes; a checkpoint of DeepSpeed on the same number of processes. In all other cases
+--init_from takes over the weights, in fp32, and the place in the order of rows. Optimizer and schedule start anew.
 """
 
 import contextlib
@@ -23,89 +23,103 @@ from common.run.folder import DECIDING_ROWS, RUN_FILE
 
 
 def writer_of(checkpoint: str) -> tuple[str, int | None]:
-    """Return who wrote a checkpoint: "plain", "fsdp2", or "zero" with its number of processes."""
+    """Return what wrote a checkpoint: ("zero", number of processes), ("fsdp2", None) or ("plain", None)."""
     path = Path(checkpoint)
-    if shards := list(path.glob("global_step*/*_optim_states.pt")):
+    shards = list(path.glob("global_step*/*_optim_states.pt"))  # DeepSpeed writes one for each process
+    if shards:
         return "zero", len(shards)
     sharded = list(path.glob("pytorch_model_fsdp*")) or (path / "optimizer.bin").exists()
     return ("fsdp2" if sharded else "plain"), None
 
 
 def check_resumable(checkpoint: str, launch: Launch) -> None:
-    """Raise InputError if this launch cannot read the optimizer's states in ``checkpoint``."""
+    """Check that this launch can read the optimizer's states in ``checkpoint``.
+
+    Raises:
+        InputError: it was written under another strategy, or by DeepSpeed on another number of processes.
+    """
     kind, processes = writer_of(checkpoint)
-    now = "plain"
     if launch.strategy.is_deepspeed:
         now = "zero"
     elif launch.strategy.is_fsdp:
         now = "fsdp2"
+    else:
+        now = "plain"
     if kind == now and processes in (None, launch.processes):
         return
     wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}[kind]
     raise InputError(
         f"{checkpoint} was written under {wrote}; {launch.strategy} on {launch.processes} processes cannot read its "
-        f"optimizer's states. Launch as before, or go on with its weights: --init_from {checkpoint} --output_dir NEW"
+        f"optimizer's states. Launch as before, or continue from its weights: --init_from {checkpoint} --output_dir NEW"
     )
 
 
 def weights_of(folder: str) -> dict[str, torch.Tensor]:
-    """Return the weights in a checkpoint or output folder: fp32 from DeepSpeed's own files where there are some.
+    """Return the weights in a checkpoint or output folder: tensor name -> tensor.
+
+    A checkpoint of DeepSpeed gives the fp32 weights of its optimizer. All others give the tensors as they were saved.
 
     Raises:
-        InputError: there are none, or the checkpoint is not whole.
+        InputError: there are no weights, they cannot be read, or the checkpoint is not whole.
     """
     path = Path(folder)
     problem = problem_of(path) if path.name.startswith(f"{PREFIX_CHECKPOINT_DIR}-") else None
     if problem is not None:
         raise InputError(
-            f"--init_from {folder}: {problem}. Give a whole checkpoint. (One that other software wrote: under a name "
-            f"that does not begin with {PREFIX_CHECKPOINT_DIR}-.)"
+            f"--init_from {folder}: {problem}. Give a whole checkpoint. If other software wrote it, rename the folder "
+            f"so that its name does not begin with {PREFIX_CHECKPOINT_DIR}-."
         )
-    if writer_of(folder)[0] == "zero":  # its safetensors are in the precision of the computation
+    if writer_of(folder)[0] == "zero":  # its model.safetensors has the weights in the precision of the forward pass
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-        with contextlib.redirect_stdout(None):  # it prints every step
+        with contextlib.redirect_stdout(None):  # the library prints a line for each of its steps
             return get_fp32_state_dict_from_zero_checkpoint(folder)
     files = sorted(path.glob("model*.safetensors"))
     if not files:
         raise InputError(f"--init_from {folder}: no model*.safetensors there. Give a checkpoint-N or an output folder.")
     try:
         return {name: tensor for file in files for name, tensor in load_file(file).items()}
-    except (OSError, SafetensorError) as error:  # cut off, or removed by its own run, which goes on and prunes
+    except (OSError, SafetensorError) as error:  # cut off, or pruned meanwhile by the run it belongs to
         raise InputError(f"--init_from {folder}: its weights cannot be read ({error}).") from None
 
 
 def load_start(model: PreTrainedModel, folder: str) -> None:
-    """Put the weights of ``folder`` into ``model``.
+    """Load the weights in ``folder``, a checkpoint or output folder, into ``model``.
 
     Raises:
-        InputError: a tensor is missing, has another shape, or is not the model's.
+        InputError: a tensor is missing, has another shape, or does not belong to the model.
     """
     weights = weights_of(folder)
     own = model.state_dict()
     shared = {name for name, tensor in own.items() if name not in weights and _is_tied(tensor, own, weights)}
-    missing, unknown = own.keys() - weights.keys() - shared, weights.keys() - own.keys()
+    missing = own.keys() - weights.keys() - shared
+    unknown = weights.keys() - own.keys()
     other = [name for name in own.keys() & weights.keys() if own[name].shape != weights[name].shape]
     if missing or unknown or other:
         raise InputError(
-            f"--init_from {folder}: another model. Missing: {sorted(missing)[:3]}, unknown: {sorted(unknown)[:3]}, of "
-            f"another shape: {sorted(other)[:3]}. Give the shape and tokenizer that the checkpoint was trained with."
+            f"--init_from {folder}: the checkpoint is of another model. Missing tensors: {sorted(missing)[:3]}, "
+            f"unknown: {sorted(unknown)[:3]}, of another shape: {sorted(other)[:3]}. Use the shape and the tokenizer "
+            "that the checkpoint was trained with."
         )
     model.load_state_dict(weights, strict=False)
-    half = {str(tensor.dtype) for tensor in weights.values()} - {"torch.float32"}
-    say(f"weights from {folder}{f', in {half.pop()} there' if half else ''}; optimizer and schedule begin anew")
+    low_precision = {str(tensor.dtype) for tensor in weights.values()} - {"torch.float32"}
+    stored = f" (stored in {', '.join(sorted(low_precision))})" if low_precision else ""
+    say(f"weights from {folder}{stored}; optimizer and schedule start anew")
 
 
 def _is_tied(tensor: torch.Tensor, own: dict, weights: dict) -> bool:
-    """Whether ``tensor`` is the same memory as another one that ``weights`` has, as a tied head is."""
+    """Whether ``tensor`` shares its memory with a tensor that is in ``weights``, as a tied output layer does."""
     return any(own[name].data_ptr() == tensor.data_ptr() for name in weights if name in own)
 
 
 def rows_before(identity: dict, shared: SharedArguments) -> int:
-    """Return how many rows the run of --init_from was trained on, if its order of rows is this run's; otherwise 0.
+    """Return how many rows the checkpoint of --init_from was trained on, if this run has the same order of rows.
+
+    Without --init_from, return 0. If the order differs or is unknown, say so and return 0: this run then starts at its
+    first row.
 
     Args:
-        identity: this run's, as in run.json.
+        identity: the identity of this run, as in run.json.
     """
     folder = shared.init_from
     if not folder:
@@ -114,19 +128,19 @@ def rows_before(identity: dict, shared: SharedArguments) -> int:
     run = next((place / RUN_FILE for place in (path, path.parent) if (place / RUN_FILE).exists()), None)
     state = path / "trainer_state.json"
     if run is None or not state.exists():
-        say(f"{folder} does not say which rows it was trained on: training begins at the first row")
+        say(f"{folder} does not say which rows it was trained on. Training starts at the first row.")
         return 0
     was = json.loads(run.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(identity))
-    names = [*[("data", name) for name in ("documents", "tokenizer", *DECIDING_ROWS)], ("training", "seed")]
-    names.append(("training", "data_seed"))
-    differ = [name for section, name in names if was[section].get(name) != now[section].get(name)]
-    if differ:
-        say(f"{folder} was trained on other rows ({', '.join(differ)} differ): training begins at the first row")
+    now = json.loads(json.dumps(identity))  # with the types that JSON gives back, as in ``was``
+    names = [("data", name) for name in ("documents", "tokenizer", *DECIDING_ROWS)]
+    names += [("training", "seed"), ("training", "data_seed")]
+    different = [name for section, name in names if was[section].get(name) != now[section].get(name)]
+    if different:
+        say(f"{folder} was trained on other rows ({', '.join(different)} differ). Training starts at the first row.")
         return 0
     found = json.loads(state.read_text(encoding="utf-8"))
-    history = [found, *found.get("log_history", [])]  # explicit_loop.py has its last entry only
-    seen = max((entry["tokens_seen"] for entry in history if "tokens_seen" in entry), default=0)
-    rows = seen // shared.context_length
-    say(f"training begins after the {rows:,} rows that {folder} was trained on")
+    history = [found, *found.get("log_history", [])]  # explicit_loop.py writes no log_history, only its last entry
+    tokens_seen = max((entry["tokens_seen"] for entry in history if "tokens_seen" in entry), default=0)
+    rows = tokens_seen // shared.context_length
+    say(f"training starts after the {rows:,} rows that {folder} was trained on")
     return rows

@@ -1,58 +1,28 @@
-"""README.md of the final model: a Hugging Face model card, whose licence is left to whoever shares the model."""
+"""README.md of the final model: a Hugging Face model card. Whoever shares the model chooses its licence."""
 
-import json
+import math
 from pathlib import Path
 
-CARD_FILE, MARK = (
-    "README.md",
-    "<!-- written by accelerate-pretraining-recipes; edit freely, remove this line to keep -->",
-)
+from huggingface_hub import EvalResult, ModelCardData
 
+CARD_FILE = "README.md"
+MARK = "<!-- written by accelerate-pretraining-recipes; edit freely, remove this line to keep -->"
+METRICS = {"loss": "eval_loss", "perplexity": "eval_perplexity", "bits_per_byte": "eval_bits_per_byte"}
+# ModelCardData writes no comments, so these lines are added after what it writes.
+TO_FILL_IN = """\
+# license: choose one; the licence of the data may require a certain one
+# datasets: add their ids on the hub"""
+BODY = """\
+{mark}
 
-def write_card(folder: str | Path, recipe: str, results: dict, texts: list[str], command: str) -> None:
-    """Write the card of the model in ``folder``; leave one alone that somebody has made their own (without our mark).
+# {name}
 
-    Args:
-        results: all_results.json.
-        texts: in the language of the text trained on, by which it is guessed.
-        command: that trained it.
-    """
-    path = Path(folder) / CARD_FILE
-    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
-        return
-    metrics = {"loss": "eval_loss", "perplexity": "eval_perplexity", "bits_per_byte": "eval_bits_per_byte"}
-    language = language_of(texts)
-    values = [(name, results[key]) for name, key in metrics.items() if key in results]
-    sources = list(results["sources"])
-    header = [
-        "---",
-        f"language: {language}  # guessed by its letters" if language else "# language: yours to say",
-        "library_name: transformers",
-        "pipeline_tag: text-generation",
-        "# license: yours to choose; the data's licence may ask for one",
-        "tags: [pretraining, accelerate]",
-        "# datasets: yours to name, by their ids on the hub",
-        f"metrics: {json.dumps([name for name, _ in values])}",
-        "model-index:",
-        f"- name: {json.dumps(Path(folder).resolve().name, ensure_ascii=False)}",
-        "  results:",
-        "  - task: {type: text-generation}",
-        "    dataset: {name: held-out documents of the training data, type: held-out}",
-        "    metrics:",
-        *[f"    - {{type: {name}, value: {value:.6g}}}" for name, value in values],
-        "---",
-    ]
-    rows = [f"| {name.replace('_', ' ')} | {value:,.4f} |" for name, value in values]
-    body = f"""{MARK}
-
-# {Path(folder).resolve().name}
-
-A base language model: it continues text, and follows no instructions. Trained by `{recipe}` for
-{results["steps"]:,} steps on {results["ledger"]["tokens_trained"]:,} tokens of {", ".join(sources)}.
+This is a base language model: it continues text and does not follow instructions. `{recipe}` trained it for
+{steps:,} steps on {tokens:,} tokens of {sources}.
 
 | on held-out documents | |
 |---|---|
-{chr(10).join(rows)}
+{rows}
 
 ```python
 from transformers import pipeline
@@ -60,22 +30,87 @@ from transformers import pipeline
 print(pipeline("text-generation", ".")("..."))
 ```
 
-It was trained by this command; `report.html` has curves, ledger and environment:
+This command trained it. `report.html` has the curves, the ledger and the environment:
 
 ```
-{command.replace("```", "'''")}
+{command}
 ```
 
-What the data contains, the model may repeat: names, errors, prejudices. Nothing was done against it.
+The model may repeat what its data contains: names, errors, prejudices. Nothing was done to prevent this.
 """
-    path.write_text("\n".join(header) + "\n" + body, encoding="utf-8")
+
+
+def write_card(folder: str | Path, recipe: str, results: dict, texts: list[str], command: str) -> None:
+    """Write the card of the model in ``folder``, unless somebody has removed our mark from the card that is there.
+
+    Args:
+        recipe: the file name of the recipe.
+        results: the content of all_results.json.
+        texts: some text in the language of the training data; the card's language is guessed from it.
+        command: the command that trained the model.
+    """
+    path = Path(folder) / CARD_FILE
+    if path.exists() and MARK not in path.read_text(encoding="utf-8"):
+        return
+    name = Path(folder).resolve().name
+    values = {metric: results[key] for metric, key in METRICS.items() if key in results}
+    language = language_of(texts)
+    if language is None:
+        note = "# language: its two-letter code, such as fr"
+    else:
+        note = f"# language: {language} is a guess from the letters of the prompts. Correct it if it is wrong."
+    body = BODY.format(
+        mark=MARK,
+        name=name,
+        recipe=recipe,
+        steps=results["steps"],
+        tokens=results["ledger"]["tokens_trained"],
+        sources=", ".join(results["sources"]),
+        rows="\n".join(f"| {metric.replace('_', ' ')} | {value:,.4f} |" for metric, value in values.items()),
+        command=command.replace("```", "'''"),  # the fence of the code block around it
+    )
+    header = card_data(name, language, values).to_yaml()
+    path.write_text(f"---\n{header}\n{note}\n{TO_FILL_IN}\n---\n{body}", encoding="utf-8")
+
+
+def card_data(name: str, language: str | None, values: dict[str, float]) -> ModelCardData:
+    """Return the card's metadata; ``values``: metric -> its value on the held-out documents."""
+    # JSON, in which the hub keeps the metadata, has no NaN and no infinity.
+    known = {metric: float(f"{value:.6g}") for metric, value in values.items() if math.isfinite(value)}
+    evaluations = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type="held-out",
+            dataset_name="held-out documents of the training data",
+            metric_type=metric,
+            metric_value=value,
+        )
+        for metric, value in known.items()
+    ]
+    data = ModelCardData(
+        language=language,
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=["pretraining", "accelerate"],
+    )
+    if evaluations:
+        data.metrics = list(known)
+        data.model_name = name
+        data.eval_results = evaluations
+    return data
 
 
 def language_of(texts: list[str]) -> str | None:
-    """Guess zh, ja or en by the letters: Han without kana, with kana, or nearly all ASCII; None for all others."""
+    """Guess the language of ``texts`` from their letters; None if it is not one of the three that can be told.
+
+    "ja" or "zh" if at least a tenth of the letters are Han or kana, with or without kana; "en" if nearly all are ASCII.
+    """
     letters = [ord(letter) for text in texts for letter in text if letter.isalpha()]
+    if not letters:
+        return None
     han = sum(0x4E00 <= letter < 0xA000 for letter in letters)
     kana = sum(0x3040 <= letter < 0x3100 for letter in letters)
-    if letters and han + kana >= len(letters) / 10:
+    if han + kana >= len(letters) / 10:
         return "ja" if kana > han / 20 else "zh"
-    return "en" if letters and sum(letter < 128 for letter in letters) > 0.97 * len(letters) else None
+    ascii_letters = sum(letter < 128 for letter in letters)
+    return "en" if ascii_letters > 0.97 * len(letters) else None

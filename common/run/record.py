@@ -1,7 +1,8 @@
-"""The record of every launch: all arguments, the launcher's settings, versions, commit; and reading a run's records.
+"""The record of every launch, and ``RunRecord``, which reads all records of a run.
 
-``launches.jsonl`` in the output folder has one line a launch. What decides the losses is in ``run.json``, and refused
-when it differs (common/run/folder.py). What stands here may differ; the difference is printed.
+``launches.jsonl`` in the output folder has one line for each launch: arguments, launcher settings, versions, commit.
+These may differ from launch to launch, and each difference is printed. The settings that decide the losses are in
+``run.json``; a launch in which they differ is refused (common/run/folder.py).
 """
 
 import importlib.metadata
@@ -29,28 +30,31 @@ from common.run.plots import Line
 
 LAUNCHES_FILE = "launches.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao", "numpy", "tokenizers")
-LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")  # what the YAML leaves in the environment
+# Beginnings of the environment variables that the launcher sets from its YAML.
+LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
-NO_SECRET = "end_token"  # of a document
+NO_SECRET = "end_token"  # the flag for the end-of-document token, which is no credential
 ALWAYS_DIFFERENT = {"time", "commit", "python", "command"}
 
 
 def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dict:
-    """Return all that this launch was given, as JSON types; no secrets."""
+    """Return arguments, launcher settings, versions and commit of this launch as JSON types, without secrets."""
     plugin = training.deepspeed_plugin
     launcher = {
         name: value
         for name, value in sorted(os.environ.items())
         if name.startswith(LAUNCHER) and not any(word in name for word in SECRET)
     }
-    arguments = {"shared": asdict(shared), "training": training.to_dict()}  # to_dict leaves the values of tokens out
+    # to_dict replaces the values of tokens.
+    arguments = {"shared": asdict(shared), "training": training.to_dict()}
+    versions = {name: installed(name) for name in PACKAGES}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "commit": git_commit(),
         "command": command_line(),
         "device": device_name(training.device),
         "python": platform.python_version(),
-        "versions": {name: version for name in PACKAGES if (version := installed(name))},
+        "versions": {name: version for name, version in versions.items() if version is not None},
         "processes": training.world_size,
         "launcher": launcher,
         "deepspeed": None if plugin is None else plugin.deepspeed_config,
@@ -59,7 +63,7 @@ def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dic
 
 
 def record_launch(folder: str | Path, launch: dict) -> None:
-    """Say what differs from the launch before, and add this one; on the main process."""
+    """Print what differs from the last launch, and add this launch to the file. Call it on the main process only."""
     path = Path(folder) / LAUNCHES_FILE
     launch = json.loads(json.dumps(launch, default=str))
     before = _last(path)
@@ -70,9 +74,9 @@ def record_launch(folder: str | Path, launch: dict) -> None:
 
 
 def _last(path: Path) -> dict:
-    """Return the last whole line; a run that is killed may leave half of one behind."""
+    """Return the last whole line of ``path``, {} if there is none. A killed run may leave half a line after it."""
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in reversed(text.split("\n")):  # not splitlines: JSON holds other line breaks as they are
+    for line in reversed(text.split("\n")):  # not splitlines(): JSON text may contain other line breaks
         try:
             return dict(json.loads(line))
         except (ValueError, TypeError):
@@ -81,51 +85,55 @@ def _last(path: Path) -> dict:
 
 
 def command_line() -> str:
-    """Return the command of this process, or of the launcher that started it; the YAML is named nowhere else.
+    """Return the command of the launcher that started this process, or of this process if there was no launcher.
 
-    Without secrets: reports and model cards show it, and are published.
+    Only the launcher's command names the YAML. Secrets are hidden, because reports and model cards are published.
     """
-    own = [Path(sys.argv[0]).name, *sys.argv[1:]] if len(sys.argv) > 1 else sys.argv
     try:
         started_by = psutil.Process().parent().cmdline()
-    except (psutil.Error, AttributeError):  # not allowed, or gone
+    except (psutil.Error, AttributeError):  # access denied, or the parent has ended
         started_by = []
     names = [Path(word).name for word in started_by]
     if "launch" in names and any(name.startswith("accelerate") for name in names[: names.index("launch")]):
         words = ["accelerate", *started_by[names.index("launch") :]]
+    elif sys.argv[0].endswith(".py"):
+        words = ["python", *sys.argv]
+    elif len(sys.argv) > 1:
+        words = [Path(sys.argv[0]).name, *sys.argv[1:]]
     else:
-        words = ["python", *sys.argv] if sys.argv[0].endswith(".py") else own
+        words = sys.argv
     return shlex.join(without_secrets(words))
 
 
 def without_secrets(words: list[str]) -> list[str]:
-    """Return the words of a command with HIDDEN for the value of every flag that has a word of SECRET in its name."""
-    shown, hide = [], False
+    """Return ``words``, a command, with HIDDEN in place of the value of every flag that ``names_secret``."""
+    shown = []
+    value_follows = False  # the last word was the name of a secret, without its value
     for word in words:
         flag, equals, _ = word.partition("=")
         secret = names_secret(flag)
         if secret and equals:
             word = f"{flag}=HIDDEN"
-        elif hide and not word.startswith("--"):
+        elif value_follows and not word.startswith("--"):
             word = "HIDDEN"
         shown.append(word)
-        hide = secret and not equals
+        value_follows = secret and not equals
     return shown
 
 
 def names_secret(flag: str) -> bool:
-    """Whether the value of ``flag`` is one: of --hub_token, not of --tokenizer, nor of --tokens_per_step."""
+    """Whether the value of ``flag`` is a secret: true for --hub_token, false for --tokenizer and --tokens_per_step."""
     name = flag.lstrip("-").replace("-", "_")
     return flag.startswith("-") and name != NO_SECRET and any(word in SECRET for word in name.upper().split("_"))
 
 
 def device_name(device: torch.device) -> str:
-    """Return what the device is called, such as "NVIDIA H100 80GB HBM3"."""
+    """Return the name of ``device``, such as "NVIDIA H100 80GB HBM3"."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
 
 
 def installed(package: str) -> str | None:
-    """Return the version of ``package``, None if it is not installed."""
+    """Return the version of ``package``, or None if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -133,7 +141,7 @@ def installed(package: str) -> str | None:
 
 
 def git_commit() -> str | None:
-    """Return the commit that this package is of, with "-dirty" behind it if files were changed; None without git."""
+    """Return the commit of this code, followed by "-dirty" if tracked files were changed; None without git."""
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
@@ -143,11 +151,14 @@ def git_commit() -> str | None:
 
 
 def mean_logged_loss(log_history: list[dict]) -> float:
-    """Return the mean training loss over all steps: each logged loss is the mean since the log before.
+    """Return the mean training loss of all steps that were made; NaN if there are none.
 
-    A log all of whose steps were left out has none.
+    Each logged loss is the mean of the steps since the log before it. It is not finite if all of them were left out as
+    bad steps; these are not counted.
     """
-    total, last_step, steps = 0.0, 0, 0
+    total = 0.0
+    last_step = 0
+    steps = 0
     for entry in log_history:
         if "loss" in entry:
             if math.isfinite(entry["loss"]):
@@ -159,11 +170,11 @@ def mean_logged_loss(log_history: list[dict]) -> float:
 
 @dataclass
 class RunRecord:
-    """What is known of a run."""
+    """All records of one run."""
 
     name: str
-    history: list[dict]  # Trainer's log
-    results: dict = field(default_factory=dict)  # all_results.json, or its ledger alone while the run goes on
+    history: list[dict]  # Trainer's log: one dict for each log line
+    results: dict = field(default_factory=dict)  # all_results.json; during the run, only its "sources"
     identity: dict = field(default_factory=dict)  # run.json
     launches: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
@@ -171,43 +182,62 @@ class RunRecord:
 
     @classmethod
     def of(cls, folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> "RunRecord":
-        """Read the run in ``folder``; ``history`` and ``results``: newer than those in its files.
+        """Read the run in ``folder``.
 
-        Without them, the log is that of the finished run or of its newest checkpoint.
+        Args:
+            history: a newer log than the one in the folder. The folder's is that of the finished run, or of its newest
+                checkpoint.
+            results: newer results than those in the folder.
         """
         folder = Path(folder)
-        states = [folder / "trainer_state.json"]
-        states += sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: -_step(path))
         if history is None:
+            states = [folder / "trainer_state.json"]
+            states += sorted(folder.glob("checkpoint-*/trainer_state.json"), key=_step, reverse=True)
             history = next((_json(path).get("log_history", []) for path in states if path.exists()), [])
-        known = _json(folder / "all_results.json") if results is None else results
-        identity, status = _json(folder / "run.json"), read_status(folder) or {}
-        launches, samples = read_lines(folder / LAUNCHES_FILE), read_lines(folder / "samples.jsonl")
-        return cls(folder.resolve().name, history, known, identity, launches, samples, status)
+        if results is None:
+            results = _json(folder / "all_results.json")
+        status = read_status(folder)
+        return cls(
+            name=folder.resolve().name,
+            history=history,
+            results=results,
+            identity=_json(folder / "run.json"),
+            launches=read_lines(folder / LAUNCHES_FILE),
+            samples=read_lines(folder / "samples.jsonl"),
+            status={} if status is None else status,
+        )
 
     def series(self, name: str, against: str) -> tuple[list[float], list[float]]:
-        """Return ``name`` against "tokens_seen", "train_seconds" or "step".
+        """Return the xs and ys of a curve: the logged values of ``name`` over ``against``.
 
-        An evaluation logs only its step; its tokens and seconds are read off the training's logs around it.
+        An evaluation logs only its step. Its tokens and seconds are interpolated between the training logs around it.
+
+        Args:
+            name: a key of the log.
+            against: "tokens_seen", "train_seconds" or "step".
         """
         logged = [entry for entry in self.history if "tokens_seen" in entry and "step" in entry]
         steps = [0.0, *(entry["step"] for entry in logged)]
         known = [0.0, *(entry[against] for entry in logged)] if against != "step" else steps
         found = [entry for entry in self.history if name in entry and "step" in entry]
-        return [float(np.interp(entry["step"], steps, known)) for entry in found], [entry[name] for entry in found]
+        # One call for all entries: np.interp converts both lists to arrays each time it is called.
+        xs = np.interp([entry["step"] for entry in found], steps, known).tolist()
+        return xs, [entry[name] for entry in found]
 
     def line(self, label: str, name: str, against: str = "tokens_seen", dots: bool = False) -> Line:
+        """Return the curve of ``series`` under the name ``label``, ready to be drawn."""
         xs, ys = self.series(name, against)
         return Line(label, xs, ys, dots)
 
 
 def _step(path: Path) -> int:
+    """Return N for checkpoint-N/trainer_state.json, -1 if N is not a number."""
     number = path.parent.name.rpartition("-")[2]
     return int(number) if number.isdecimal() else -1
 
 
 def _json(path: Path) -> dict:
-    """Return what a file holds, {} if it is not there or was cut off: a report of part of it is better than none."""
+    """Return the content of a .json file, {} if it is missing or cut off. The report then shows the other files."""
     try:
         return dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError, RecursionError):

@@ -1,7 +1,8 @@
-"""``report.html``: a run on one page that needs no network, readable on a phone, in light and in dark.
+"""``report.html``: a whole run on one page.
 
-It is made from the files of the output folder and the log so far, at every evaluation and at the end. All text is
-escaped, and the page's own policy forbids scripts and anything from elsewhere: documents and samples may be hostile.
+The page needs no network and is readable on a phone, in light and in dark mode. It is written at every evaluation and
+at the end, from the files of the output folder and the log so far. Documents and samples may contain hostile text, so
+all text is escaped, and the page's content security policy forbids scripts and anything from another address.
 """
 
 from html import escape
@@ -15,7 +16,7 @@ from common.run.plots import finite, line_plot, stacked_bar
 from common.run.record import RunRecord
 
 REPORT_FILE = "report.html"
-SHOWN_SAMPLES = 12  # evaluations whose texts are shown: the first, the last, and those between, evenly
+SHOWN_SAMPLES = 12  # evaluations whose texts are shown: the first, the last, and evenly spaced ones between them
 STYLE = """
 :root{color-scheme:light dark;--back:#fff;--text:#1b1f24;--dim:#59636e;--edge:#d1d9e0;
 --c0:#0969da;--c1:#bc4c00;--c2:#1a7f37;--c3:#8250df;--c4:#bf3989;--c5:#6e7781}
@@ -33,7 +34,7 @@ svg{width:100%;height:auto}svg text{fill:var(--dim);font-size:11px}svg .title{fi
 .end{text-anchor:end}.middle{text-anchor:middle}.grid{stroke:var(--edge);stroke-width:.6}
 .line{fill:none;stroke-width:1.6;stroke-linejoin:round}
 """
-COLOURS = 6
+COLOURS = 6  # of lines and bars: --c0 to --c5
 STYLE += "".join(
     f".line{n}{{stroke:var(--c{n})}}svg .fill{n}{{fill:var(--c{n})}}.key{n}{{color:var(--c{n})}}"
     for n in range(COLOURS)
@@ -42,10 +43,10 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
 class ReportCallback(TrainerCallback):
-    """Write the page at every evaluation. Added behind the callback of the samples, so that it has the newest."""
+    """Write the page at every evaluation. Add it after the callback that writes samples, to show the newest ones."""
 
     def __init__(self, run: Run, ledgers: dict):
-        """``ledgers``: of each source, before training: common/dataset/ledger.py."""
+        """``ledgers``: source name -> its ``Ledger`` before training."""
         self.run = run
         self.sources = {name: vars(ledger) for name, ledger in ledgers.items()}
 
@@ -56,7 +57,13 @@ class ReportCallback(TrainerCallback):
 
 
 def write_report(folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> Path:
-    """Write ``report.html`` into ``folder``, whole or not at all, and return its path."""
+    """Write ``report.html`` into ``folder``, whole or not at all, and return its path.
+
+    ``history`` and ``results`` are as in ``RunRecord.of``.
+
+    Raises:
+        OSError: the page cannot be written. An earlier page is still there.
+    """
     path = Path(folder) / REPORT_FILE
     partial = path.with_name(f"{REPORT_FILE}.partial")
     try:
@@ -69,24 +76,24 @@ def write_report(folder: str | Path, history: list[dict] | None = None, results:
 
 
 def page(run: RunRecord) -> str:
-    """Return the page of ``run``."""
+    """Return the page of ``run`` as HTML."""
     state = run.status.get("state", "unknown")
-    where = f"{state}, step {run.status.get('step', '?')} of {run.status.get('max_steps', '?')}"
+    progress = f"{state}, step {run.status.get('step', '?')} of {run.status.get('max_steps', '?')}"
     blocks = [
-        f"<h1>{escape(run.name)}</h1><p class=dim>{escape(where)}, {escape(str(run.status.get('time', '')))}</p>",
-        _section("What", _table(what(run))),
-        _section("Result", _table(figures(run))),
+        f"<h1>{escape(run.name)}</h1><p class=dim>{escape(progress)}, {escape(str(run.status.get('time', '')))}</p>",
+        _section("Run", _table(description(run))),
+        _section("Results", _table(figures(run))),
         _section("Curves", f"<div class=plots>{''.join(plots(run))}</div>"),
         _section("Where every token went", _ledgers(run.results.get("sources", {}))),
         _section("Samples", _samples(run.samples)),
         _section("Environment", _table(environment(run))),
-        _section("Repeat it", reproduce(run)),
+        _section("How to repeat it", reproduce(run)),
     ]
     return document(run.name, "".join(blocks))
 
 
 def document(title: str, body: str) -> str:
-    """Return a whole HTML page; ``body`` is HTML already."""
+    """Return a whole HTML page. ``title`` is escaped here; ``body`` is HTML already."""
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
@@ -96,44 +103,46 @@ def document(title: str, body: str) -> str:
 
 
 def plots(run: RunRecord) -> list[str]:
-    """Return the curves of a run, as SVG."""
-    rate, mfu = run.line("", "tokens_per_second_per_device"), run.line("", "mfu")
-    tokens, seconds = ("tokens seen", "tokens_seen", False), ("time of training", "train_seconds", True)
+    """Return the curves of ``run`` as SVG; what was not logged has no plot."""
     drawn = []
-    for label, axis, clock in (tokens, seconds):
-        held_out = run.line("held out", "eval_loss", axis, dots=True)
-        drawn.append(line_plot("loss, nats a token", label, [run.line("training", "loss", axis), held_out], clock))
+    for label, axis in (("tokens seen", "tokens_seen"), ("training time", "train_seconds")):
+        is_time = axis == "train_seconds"
+        losses = [run.line("training", "loss", axis), run.line("held out", "eval_loss", axis, dots=True)]
+        drawn.append(line_plot("loss, nats a token", label, losses, is_time))
         bits = run.line("", "eval_bits_per_byte", axis, dots=True)
-        drawn.append(line_plot("held-out bits per byte", label, [bits], clock))
+        drawn.append(line_plot("held-out bits per byte", label, [bits], is_time))
     memory = [run.line("peak", "memory_peak_gib"), run.line("in use", "memory_allocated_gib")]
+    speed = run.line("", "tokens_per_second_per_device")
     drawn += [
         line_plot("learning rate", "tokens seen", [run.line("", "learning_rate")]),
-        line_plot("gradient norm, before clipping", "tokens seen", [run.line("", "grad_norm")]),
-        line_plot("tokens a second and device", "tokens seen", [rate]),
-        line_plot("model FLOPs utilisation (MFU)", "tokens seen", [mfu]),
-        line_plot("memory of a device, GiB", "tokens seen", memory),
+        line_plot("gradient norm before clipping", "tokens seen", [run.line("", "grad_norm")]),
+        line_plot("tokens/s per device", "tokens seen", [speed]),
+        line_plot("model FLOPs utilisation (MFU)", "tokens seen", [run.line("", "mfu")]),
+        line_plot("device memory, GiB", "tokens seen", memory),
     ]
     return [plot for plot in drawn if plot]
 
 
-def what(run: RunRecord) -> dict[str, str]:
-    """Return recipe, model, data and rows."""
-    model, data = run.identity.get("model", {}), run.identity.get("data", {})
+def description(run: RunRecord) -> dict[str, str]:
+    """Return what is trained: recipe, model, data, rows and optimizer."""
+    model = run.identity.get("model", {})
+    data = run.identity.get("data", {})
     shape = ", ".join(f"{name} {value}" for name, value in model.items() if isinstance(value, int | float | str))
     training = run.identity.get("training", {})
+    optimizer = data.get("optimizer") or training.get("optim", "?")
     return {
         "recipe": str(run.identity.get("recipe", "unknown")),
         "model": shape,
         "data": ", ".join(run.results.get("sources", {})),
         "context": f"{data.get('context_length', '?')} tokens, {data.get('packing', '?')} packing, "
         f"{data.get('rows_per_step', '?')} rows a step",
-        "optimizer": f"{data.get('optimizer') or training.get('optim', '?')}, "
-        f"learning rate {training.get('learning_rate', '?')}, seed {training.get('seed', '?')}",
+        "optimizer": f"{optimizer}, learning rate {training.get('learning_rate', '?')}, "
+        f"seed {training.get('seed', '?')}",
     }
 
 
 def figures(run: RunRecord) -> dict[str, str]:
-    """Return the last known figures; those of the end where the run has ended."""
+    """Return the newest value of each figure; for a finished run, its final results."""
     last: dict = {}
     for entry in run.history:
         last |= entry
@@ -146,15 +155,15 @@ def figures(run: RunRecord) -> dict[str, str]:
         "held-out tokens": ("eval_tokens", "{:,}"),
         "test loss": ("test_loss", "{:.4f}"),
         "tokens trained on": ("tokens_seen", "{:,}"),
-        "training seconds": ("train_seconds", "{:,.0f}"),
-        "tokens/s, everything included": ("effective_tokens_per_second", "{:,.0f}"),
-        "steps left out": ("steps_left_out", "{}"),
+        "training time, seconds": ("train_seconds", "{:,.0f}"),
+        "tokens/s, evaluation and saving included": ("effective_tokens_per_second", "{:,.0f}"),
+        "bad steps left out": ("steps_left_out", "{}"),
     }
     return {label: text.format(last[name]) for label, (name, text) in formats.items() if finite(last.get(name))}
 
 
 def environment(run: RunRecord) -> dict[str, str]:
-    """Return versions and devices of the last launch."""
+    """Return device, versions, commit and launcher settings of the last launch."""
     launch = run.launches[-1] if run.launches else {}
     versions = launch.get("versions", {})
     return {
@@ -163,25 +172,27 @@ def environment(run: RunRecord) -> dict[str, str]:
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": str(launch.get("commit") or "unknown"),
         "launcher": " ".join(f"{name}={value}" for name, value in launch.get("launcher", {}).items()),
-        "launches": f"{len(run.launches)} (launches.jsonl has all arguments of each)",
+        "launches": f"{len(run.launches)} (launches.jsonl has the arguments of each)",
     }
 
 
 def reproduce(run: RunRecord) -> str:
-    """Return the commands that give this run again, as HTML."""
+    """Return the commands that repeat the last launch of ``run``, as HTML."""
     launch = run.launches[-1] if run.launches else {}
     commit = launch.get("commit") or ""
-    # PyPI has no local versions, such as the 2.13.0+cpu of PyTorch's own index.
+    # PyPI has no local versions. 2.13.0+cpu, for example, exists only in PyTorch's own index.
     versions = {name: version.partition("+")[0] for name, version in launch.get("versions", {}).items()}
     lines = [f"git checkout {commit.removesuffix('-dirty')}"] if commit else []
     lines += ["pip install " + " ".join(f"{name}=={version}" for name, version in versions.items())] if versions else []
     lines += [str(launch.get("command", "unknown command"))]
-    dirty = commit.endswith("-dirty")
-    note = "<p>Files had been changed since that commit.</p>" if dirty else ""
-    return f"<pre>{escape(chr(10).join(lines))}</pre>{note}<p class=dim>run.json has what decides the losses.</p>"
+    changed = commit.endswith("-dirty")
+    note = "<p>Some files had been changed since that commit.</p>" if changed else ""
+    commands = escape("\n".join(lines))
+    return f"<pre>{commands}</pre>{note}<p class=dim>run.json has every setting that decides the losses.</p>"
 
 
 def _ledgers(sources: dict[str, dict]) -> str:
+    """Return a bar and a sentence for each source, as HTML."""
     uses = ["train", "held_out", "test", "duplicate", "dropped"]
     keys = " ".join(
         f"<span class=key><span class=key{n}>&#9632;</span> {use.replace('_', ' ')}</span>"
@@ -199,16 +210,20 @@ def _ledgers(sources: dict[str, dict]) -> str:
 
 
 def _samples(samples: list[dict]) -> str:
+    """Return a table of the texts of SHOWN_SAMPLES evaluations, as HTML."""
+    if not samples:
+        return ""
     steps = sorted({sample["step"] for sample in samples})
-    shown = {steps[round(place)] for place in np.linspace(0, len(steps) - 1, SHOWN_SAMPLES)} if steps else set()
-    latest = {(sample["step"], sample["prompt"]): sample["text"] for sample in samples}  # a step made again: the last
+    shown = {steps[round(place)] for place in np.linspace(0, len(steps) - 1, SHOWN_SAMPLES)}
+    # A step that was made twice, before and after an interruption, shows its later text.
+    latest = {(sample["step"], sample["prompt"]): sample["text"] for sample in samples}
     rows = "".join(
         f"<tr><td>{step:,}</td><td><b>{escape(prompt)}</b>{escape(text)}</td></tr>"
         for (step, prompt), text in latest.items()
         if step in shown
     )
-    note = f"<p class=dim>{len(shown)} of {len(steps)} evaluations; samples.jsonl has all.</p>" if rows else ""
-    return f"<table><tr><th>step</th><th>prompt and continuation</th></tr>{rows}</table>{note}" if rows else ""
+    note = f"<p class=dim>{len(shown)} of {len(steps)} evaluations; samples.jsonl has all of them.</p>"
+    return f"<table><tr><th>step</th><th>prompt and continuation</th></tr>{rows}</table>{note}"
 
 
 def _section(title: str, body: str) -> str:

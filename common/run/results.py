@@ -1,4 +1,4 @@
-"""What a run leaves behind besides its checkpoint: result files, a picture of the losses, a summary."""
+"""The results of a run: .json files, a plot of the losses, report.html, the model card, and a summary."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,18 +11,18 @@ from common.run.tracking import finish_tracking
 
 
 def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:
-    """Write the results as .json files, trainer_state.json, loss_curve.png, report.html and the model card.
+    """Write all result files of a run that has ended, and return the content of all_results.json.
+
+    The files are train_results.json, eval_results.json, all_results.json, trainer_state.json, loss_curve.png,
+    report.html and the model card.
 
     Args:
-        ledgers: of each source.
-        held_out: what ``trainer.evaluate()`` returned, and anything else known of the held-out documents.
-
-    Returns:
-        What all_results.json says.
+        ledgers: source name -> its ledger before training.
+        held_out: what ``trainer.evaluate()`` returned, and any other figures of the held-out documents.
     """
     history = trainer.state.log_history
     seconds = max((entry["train_seconds"] for entry in history if "train_seconds" in entry), default=0.0)
-    rows_trained = trainer.order.rows_by_source(trainer.position)  # of each source
+    rows_trained = trainer.order.rows_by_source(trainer.position)  # one number for each source
     context_length = trainer.train_dataset.context_length
     sources = {
         name: ledger.trained(rows, context_length)
@@ -35,10 +35,10 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         "epochs": trainer.state.epoch,
         "train_loss": mean_logged_loss(history),
         "train_seconds": seconds,
-        # Over the whole run, evaluation, saving and earlier sessions included: what the clock on the wall saw.
+        # Wall-clock speed of the whole run: evaluation, saving and earlier sessions are included.
         "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
-        "first_step_seconds": trainer.clock.first_step_seconds,  # of this session
-        "steps_left_out": trainer.guard.left_out,  # their loss or gradient was not finite, or a spike
+        "first_step_seconds": trainer.clock.first_step_seconds,  # of this launch
+        "steps_left_out": trainer.guard.left_out,  # bad steps: loss or gradient not finite, or a spike
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
@@ -47,7 +47,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         if trainer.is_world_process_zero():
             plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
         trainer.save_metrics("eval", held_out)
-        trainer.save_metrics("train", train)  # the last: all_results.json says that the run is finished
+        trainer.save_metrics("train", train)  # last, because all_results.json marks the run as finished
     trainer.run.write_status("finished")
     trainer.interruption.release()
     results = {**held_out, **train}
@@ -62,12 +62,12 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
 def _write_card(trainer, results: dict) -> None:
     run = RunRecord.of(trainer.args.output_dir)
     command = run.launches[-1].get("command", "") if run.launches else ""
-    prompts = [sample["prompt"] for sample in run.samples]  # in the language of the text
+    prompts = [sample["prompt"] for sample in run.samples]  # the card's language is guessed from them
     write_card(trainer.args.output_dir, str(run.identity.get("recipe", "")), results, prompts, command)
 
 
 def summary(results: dict) -> str:
-    """Return the results of a run as a few lines for people."""
+    """Return the results of a run as a few lines for the terminal; ``results``: the content of all_results.json."""
     ledger = Ledger(**results["ledger"])
     sources = {name: Ledger(**entry) for name, entry in results["sources"].items()}
     test = [f"test loss        {results['test_loss']:.4f} nats a token"] if "test_loss" in results else []
@@ -95,8 +95,9 @@ def summary(results: dict) -> str:
 
 
 def plot_loss_curve(log_history: list[dict], path: Path) -> None:
-    """Draw training and held-out loss (nats a token) over tokens seen."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # no display, no global state
+    """Draw training and held-out loss (nats a token) over tokens seen into ``path``, a .png file."""
+    # Imported here, because it takes time at startup. This canvas needs no display and no global state.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     train = [(entry["tokens_seen"], entry["loss"]) for entry in log_history if "tokens_seen" in entry]

@@ -1,7 +1,8 @@
-"""SwanLab, without ever asking, waiting or failing: online when logged in, otherwise offline.
+"""SwanLab and other trackers. None of them asks a question, waits for the network, or stops a training run.
 
-Which SwanLab run an output folder is stands in its ``tracking.json``: a continued run continues its curves. Other
-trackers come with ``--report_to`` and have the same names, train/loss, eval/bits_per_byte and so on.
+SwanLab is online if you are logged in, and offline otherwise. ``tracking.json`` in the output folder names the SwanLab
+run, so a continued run continues its curves. ``--report_to`` adds other trackers, which get the same names: train/loss,
+eval/bits_per_byte and so on.
 """
 
 import json
@@ -18,13 +19,17 @@ TRACKING_FILE = "tracking.json"
 
 
 def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerCallback]:
-    """Start a SwanLab run on the main process and return the callbacks that log to it (none when off).
+    """Start a SwanLab run on the main process, and return the callbacks that log to it.
+
+    The list is empty on other processes, with ``off``, and if SwanLab cannot be started.
 
     Args:
-        mode: auto, online, local, offline or off. Only an explicit ``online`` may fail.
+        mode: auto, online, local, offline or off.
+        project: name of the SwanLab project; a continued run keeps the project of its first launch.
+        output_dir: output folder of the run.
 
     Raises:
-        InputError: ``online`` was asked for and SwanLab cannot be reached or there is no login.
+        InputError: the mode is ``online``, and SwanLab cannot be reached or there is no login.
     """
     if mode == "off" or not is_main_process():
         return []
@@ -36,11 +41,16 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
     never_ask = swanlab.Settings(interactive=False)
     run = {"name": Path(output_dir).name, "log_dir": str(log_dir), "settings": never_ask, "resume": "allow"}
     run |= swanlab_identity(output_dir, project)
-    attempts = [mode] if mode != "auto" else ["online", "offline"] if never_ask.api_key else ["offline"]
+    if mode != "auto":
+        attempts = [mode]
+    elif never_ask.api_key:
+        attempts = ["online", "offline"]
+    else:
+        attempts = ["offline"]
     for attempt in attempts:
         try:
             swanlab.init(mode=attempt, **run)
-        except Exception as error:  # no tracker problem of any kind may stop a training run
+        except Exception as error:  # of any kind: a tracker must not stop a training run
             reason = f"{type(error).__name__}: {error}"
             if mode == "online":
                 raise InputError(
@@ -54,7 +64,7 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
 
 
 def swanlab_identity(output_dir: str, project: str) -> dict[str, str]:
-    """Return id and project of this folder's SwanLab run; a new id, which is kept, where it has none."""
+    """Return id and project of this folder's SwanLab run. If it has none, make a new id and write it to the folder."""
     path = Path(output_dir) / TRACKING_FILE
     try:
         known = json.loads(path.read_text(encoding="utf-8"))["swanlab"]
@@ -63,45 +73,53 @@ def swanlab_identity(output_dir: str, project: str) -> dict[str, str]:
         identity = {"id": secrets.token_hex(11)[:21], "project": project}
         try:
             write_json(path, {"swanlab": identity})
-        except OSError as error:  # a full disk; a continued run has other curves then
-            say(f"note: {TRACKING_FILE} cannot be written ({error})")
+        except OSError as error:  # such as a full disk
+            say(f"note: {TRACKING_FILE} cannot be written ({error}). A continued run will start new SwanLab curves.")
         return identity
 
 
 class MayFail:
-    """A tracker whose failure is said once and does not stop training, for Trainer's list of callbacks.
+    """A tracker for Trainer's list of callbacks whose failure is printed once and does not stop training.
 
-    It is left out for the rest of the launch: on a full disk every call of some trackers waits for seconds.
+    After a failure it is not called again in this launch, because on a full disk each call of some trackers waits for
+    seconds. A failure in on_train_begin is an InputError: nothing is trained yet, so nothing is lost.
     """
 
     def __init__(self, tracker: TrainerCallback):
-        self.tracker, self.failed = tracker, False
+        self.tracker = tracker
+        self.failed = False
 
     def __getattr__(self, event: str):
+        """Return a function that handles ``event``, a method name of TrainerCallback such as "on_log"."""
+
         def call(args, state, control, **kwargs):
             if self.failed:
                 return None
             try:
                 return getattr(self.tracker, event)(args, state, control, **kwargs)
-            except Exception as error:  # of any kind: a tracker may not stop a training run
-                self.failed, name = True, type(self.tracker).__name__.removesuffix("Callback")
+            except Exception as error:  # of any kind: a tracker must not stop a training run
+                self.failed = True
+                name = type(self.tracker).__name__.removesuffix("Callback")
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                if event == "on_train_begin":  # as without a login: nothing is lost by saying so now
-                    raise InputError(f"{name} cannot be used ({reason}). Mend it, or train without it.") from None
-                say(f"note: {name} failed and gets no more of this launch ({reason}). report.html has all curves.")
+                if event == "on_train_begin":  # for example, there is no login
+                    raise InputError(f"{name} cannot be used ({reason}). Repair it, or train without it.") from None
+                say(f"note: {name} failed ({reason}). It gets no more data in this launch; report.html has all curves.")
 
         return call
 
 
 def trackers_may_fail(callbacks: list[TrainerCallback]) -> list:
-    """Return ``callbacks`` with those that send numbers elsewhere wrapped in MayFail."""
+    """Return ``callbacks`` with each tracker among them wrapped in MayFail."""
     modules = ("swanlab.", "transformers.integrations.")
-    trackers = [isinstance(one, TextCallback) or type(one).__module__.startswith(modules) for one in callbacks]
-    return [MayFail(one) if tracker else one for one, tracker in zip(callbacks, trackers, strict=True)]
+
+    def is_tracker(callback: TrainerCallback) -> bool:
+        return isinstance(callback, TextCallback) or type(callback).__module__.startswith(modules)
+
+    return [MayFail(callback) if is_tracker(callback) else callback for callback in callbacks]
 
 
 class TextCallback(TrainerCallback):
-    """Log the samples of every evaluation as texts. Added behind the callback that writes them."""
+    """Log the samples of every evaluation to SwanLab as texts. Add it after the callback that writes them."""
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         import swanlab
@@ -114,8 +132,8 @@ class TextCallback(TrainerCallback):
 
 
 def finish_tracking(results: dict, step: int) -> None:
-    """Log ledger and final figures as tables, and close the SwanLab run, if there is one."""
-    swanlab = sys.modules.get("swanlab")  # not loaded: --swanlab off
+    """Log the ledger and the final figures as tables and close the SwanLab run; do nothing if there is none."""
+    swanlab = sys.modules.get("swanlab")  # None with --swanlab off, which never imports it
     if swanlab is None or not (is_main_process() and swanlab.has_run()):
         return
     final = {name: value for name, value in results.items() if isinstance(value, int | float)}
@@ -125,5 +143,6 @@ def finish_tracking(results: dict, step: int) -> None:
             table.add(["", "value"], [[key, f"{value:,}"] for key, value in rows.items()])
             swanlab.log({name: table}, step=step)
         swanlab.finish()
-    except Exception as error:  # as on a full disk; the files of the run are complete
-        say(f"note: SwanLab's run could not be completed ({type(error).__name__}: {error})")
+    except Exception as error:  # such as a full disk
+        reason = f"{type(error).__name__}: {error}"
+        say(f"note: the SwanLab run could not be closed ({reason}). The files of the run are complete.")

@@ -8,6 +8,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
+from common.model.memory import optimizer_name, state_bits
 from common.train.low_memory_adamw import LowMemoryAdamW
 
 OLDEST_GPU = 6  # compute capability. Source: https://huggingface.co/docs/bitsandbytes/installation
@@ -52,7 +53,7 @@ def check_method(
         )
     if launch.strategy.shards_states:
         why = "this recipe keeps all of the model on one card"
-        if "8bit" in optimizer:
+        if state_bits(optimizer) == 8:
             why = "8-bit states are not saved rightly (bitsandbytes #1403)"
         if method == "qlora":
             why = "weights in 4 bits cannot be gathered and saved"
@@ -63,7 +64,7 @@ def check_method(
         )
     if method == "qlora":
         check_bitsandbytes("--method qlora", "--method lora --optim adamw_torch", training.device)
-    if "8bit" in optimizer:
+    if state_bits(optimizer) == 8:
         check_bitsandbytes(f"--optim {optimizer}", "--optim adamw_torch", training.device)
 
 
@@ -136,24 +137,19 @@ def optimizer_for(
     if dtype != torch.bfloat16 and not step_in_backward:
         return None
     name = optimizer_name(training)
-    states = {"adamw_8bit": 8, "adamw_bnb_8bit": 8, "adamw_torch": 32, "adamw_torch_fused": 32}
-    if name not in states:
+    if name not in ("adamw_8bit", "adamw_bnb_8bit", "adamw_torch", "adamw_torch_fused"):
         raise InputError(
             f"--optim {name}: weights in bf16, and steps inside backward, have an AdamW of their own. Use --optim "
             "adamw_8bit (or adamw_torch: states in fp32), or --weights fp32 without --step_in_backward."
         )
     how = "rounded stochastically to bf16" if dtype == torch.bfloat16 else "on fp32"
     where = "inside backward" if step_in_backward else "after it"
-    say(f"optimizer: AdamW with states in {states[name]} bits, {how}, {where}")
+    say(f"optimizer: AdamW with states in {state_bits(name)} bits, {how}, {where}")
     return LowMemoryAdamW, dict(
         lr=training.learning_rate,
         betas=(training.adam_beta1, training.adam_beta2),
         eps=training.adam_epsilon,
-        state_bits=states[name],
+        state_bits=state_bits(name),
         in_backward=step_in_backward,
         seed=training.seed,
     )
-
-
-def optimizer_name(training: TrainingArguments) -> str:
-    return getattr(training.optim, "value", training.optim)

@@ -15,6 +15,8 @@ https://arxiv.org/abs/2010.06192 (training in bf16 alone), https://arxiv.org/abs
 import torch
 from torch.optim.adamw import adamw
 
+from common.model.memory import NUMBERS_A_BLOCK, SMALLEST_IN_8_BITS
+
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return ``values`` (fp32, left as they are) in bf16, each one of its two neighbours there, drawn by distance.
@@ -32,9 +34,7 @@ def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> to
     return torch.where(values.isnan(), values, rounded).bfloat16()  # a carry in a NaN would make a number of it
 
 
-BLOCK = 256  # numbers that share a scale: fixed in bitsandbytes' kernels
-CHUNK = 1 << 16 << 8  # numbers updated at a time: 64 MiB in fp32. A multiple of BLOCK
-SMALLEST_IN_8_BITS = 4096  # numbers; smaller parameters keep fp32 states, as in bitsandbytes
+CHUNK = 1 << 16 << 8  # numbers updated at a time: 64 MiB in fp32. A multiple of NUMBERS_A_BLOCK
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
@@ -122,7 +122,9 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         if averages[0].dtype == torch.uint8:
             from bitsandbytes.functional import optimizer_update_8bit_blockwise  # imported where it is used only
 
-            blocks = slice(chunk.start // BLOCK, chunk.stop // BLOCK)  # a partial last block has a scale, too
+            blocks = slice(
+                chunk.start // NUMBERS_A_BLOCK, chunk.stop // NUMBERS_A_BLOCK
+            )  # a partial last block has a scale, too
             scales = [state["exp_avg_scale"][blocks], state["exp_avg_sq_scale"][blocks]]
             maps = self._quantization_maps(weight.device)
             optimizer_update_8bit_blockwise(
@@ -143,7 +145,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         averages = {name: torch.zeros_like(parameter, dtype=dtype) for name in ("exp_avg", "exp_avg_sq")}
         if small:
             return {"step": 0, **averages}
-        blocks = -(-parameter.numel() // BLOCK)
+        blocks = -(-parameter.numel() // NUMBERS_A_BLOCK)
         scales = {f"{name}_scale": torch.zeros(blocks, device=parameter.device) for name in averages}
         return {"step": 0, **averages, **scales}
 

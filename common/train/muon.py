@@ -13,6 +13,8 @@ import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from transformers import PreTrainedModel
 
+from common.model.counts import layer_matrices
+
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -30,17 +32,15 @@ class MuonWithAdamW(torch.optim.AdamW):
             decayed: the names of those that ``weight_decay`` applies to.
             adamw: ``betas``, ``eps``, ``fused`` of torch.optim.AdamW.
         """
-        ends = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)}
-        ends.add(id(model.get_output_embeddings().weight))
+        matrices = layer_matrices(model)
         groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                matrix = parameter.dim() == 2 and id(parameter) not in ends
-                groups.setdefault((matrix, name in decayed), []).append(parameter)
+                groups.setdefault((name in matrices, name in decayed), []).append(parameter)
         super().__init__(
             [
-                {"params": parameters, "matrices": matrices, "weight_decay": weight_decay if decay else 0.0}
-                for (matrices, decay), parameters in groups.items()
+                {"params": parameters, "matrices": by_muon, "weight_decay": weight_decay if decay else 0.0}
+                for (by_muon, decay), parameters in groups.items()
             ],
             lr=lr,
             **adamw,

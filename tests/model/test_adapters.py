@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from common.console import InputError
 from common.model.adapters import ALL_LINEAR, add_adapters, unpacked_gguf
-from common.model.from_config import adapters
+from common.run import merge_adapters
 from common.run.merge_adapters import save_merged
 
 SHAPE = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, vocab_size=64)
@@ -105,7 +105,7 @@ def test_merging_names_the_memory_it_needs_before_it_takes_it(weights, tmp_path,
     (tmp_path / "run.json").write_text('{"model": {"dtype": "bfloat16"}}', encoding="utf-8")
     AutoTokenizer.from_pretrained(weights).save_pretrained(tmp_path)
     numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(weights).parameters())
-    monkeypatch.setattr(adapters, "GIB", numbers)
-    monkeypatch.setattr(adapters.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * numbers))
+    monkeypatch.setattr(merge_adapters, "GIB", numbers)
+    monkeypatch.setattr(merge_adapters.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * numbers))
     with pytest.raises(InputError, match=r"not merged: 2\.0 GiB of main memory are needed, 1\.5 free.*--merge_only"):
         save_merged(str(weights), str(tmp_path))

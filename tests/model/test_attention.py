@@ -13,10 +13,10 @@ from common.model.attention import (
     block_mask,
     causal_attention,
     check_isolation,
-    choose_attention,
     document_attention,
     generating,
     repeating_attention,
+    set_attention,
 )
 
 SHAPE = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=1000)
@@ -39,7 +39,7 @@ def test_heads_are_repeated_where_no_fused_kernel_knows_groups(monkeypatch, caps
     """As on a T4: torch would take the kernel that holds all scores. The numbers are the same."""
     ids = torch.arange(24).view(2, 12) * 7 % 1000
     grouped, repeated = model_of(QWEN2), model_of(QWEN2)
-    choose_attention(grouped, "auto", False, torch.device("cpu"))
+    set_attention(grouped, "auto", False, torch.device("cpu"))
     expected = grouped(input_ids=ids).logits
     real = torch._fused_sdp_choice
     monkeypatch.setattr(
@@ -47,11 +47,11 @@ def test_heads_are_repeated_where_no_fused_kernel_knows_groups(monkeypatch, caps
         lambda *inputs, enable_gqa: SDPBackend.MATH.value if enable_gqa else real(*inputs),
     )  # fmt: skip
     capsys.readouterr()
-    choose_attention(repeated, "auto", False, torch.device("cpu"))
+    set_attention(repeated, "auto", False, torch.device("cpu"))
     assert "flash kernel, with keys and values repeated for every query head" in capsys.readouterr().out
     assert AttentionInterface()["causal"] is repeating_attention
     torch.testing.assert_close(repeated(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-6)
-    choose_attention(model_of(QWEN2 | dict(num_key_value_heads=4)), "auto", False, torch.device("cpu"))
+    set_attention(model_of(QWEN2 | dict(num_key_value_heads=4)), "auto", False, torch.device("cpu"))
     assert AttentionInterface()["causal"] is causal_attention  # as many heads of each
 
 
@@ -119,7 +119,7 @@ def test_causal_attention_is_sdpa_without_a_look_for_borders(shape, capsys, monk
     expected.backward()
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     model.zero_grad()
-    choose_attention(model, "auto", False, CPU)
+    set_attention(model, "auto", False, CPU)
     assert "attention: causal, by torch's flash kernel" in capsys.readouterr().out
     monkeypatch.setattr("transformers.masking_utils.find_packed_sequence_indices", lambda position_ids: 1 / 0)
     found = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -136,13 +136,13 @@ FALCON = dict(model_type="falcon", **SHAPE)
 def test_windows_keep_their_masks_and_old_classes_their_attention(shape):
     model = model_of(shape, "eager" if shape is BLOOM else "sdpa")
     before = model.config._attn_implementation
-    choose_attention(model, "auto", False, CPU)
+    set_attention(model, "auto", False, CPU)
     assert model.config._attn_implementation == before
 
 
 def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
     model = model_of(QWEN2)
-    choose_attention(model, "auto", True, CPU)
+    set_attention(model, "auto", True, CPU)
     assert model.config._attn_implementation == "sdpa"
     assert "sdpa with a full mask, exact but slow; no flex attention, because" in capsys.readouterr().out
 
@@ -158,7 +158,7 @@ def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
 )
 def test_attention_that_cannot_be_had_is_refused(wanted, isolated, message):
     with pytest.raises(InputError, match=message):
-        choose_attention(model_of(QWEN2), wanted, isolated, CPU)
+        set_attention(model_of(QWEN2), wanted, isolated, CPU)
 
 
 @torch.no_grad()
@@ -186,7 +186,7 @@ def test_generating_knows_padding_and_gives_the_attention_back():
     ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
     settings = dict(attention_mask=(ids > 0).long(), max_new_tokens=4, do_sample=False, pad_token_id=0)
     expected = model.generate(ids, **settings)
-    choose_attention(model, "auto", False, CPU)
+    set_attention(model, "auto", False, CPU)
     with generating(model):
         assert torch.equal(model.generate(ids, **settings), expected)
     assert model.config._attn_implementation == "causal"

@@ -12,9 +12,9 @@ from common.dataset.mixture import training_order
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
 from common.dataset.rows import Rows
 from common.distributed.launch import Launch
-from common.model.attention import choose_attention
+from common.model.attention import set_attention
 from common.model.counts import parameter_report
-from common.model.from_config import hands_on_bf16, model_from_config, residual_stream_in_bf16
+from common.model.from_config import hands_on_bf16, keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import Setting, predict
 from common.run.folder import Run
@@ -72,7 +72,7 @@ def test_a_family_trains_saves_and_loads(family, tokenizer, rows, tmp_path):
     model = model_from_config(FAMILIES[family], tokenizer, context_length=16)
     batch = collate_rows([rows[row] for row in range(4)])
     plain = model.eval()(**batch, use_cache=False, num_items_in_batch=64).loss.item()
-    choose_attention(model, "auto", False, torch.device("cpu"))
+    set_attention(model, "auto", False, torch.device("cpu"))
     use_fused_loss(model)
     fused = model(**batch, use_cache=False, num_items_in_batch=64).loss.item()
     assert fused == pytest.approx(plain, rel=1e-5), "router losses included"
@@ -101,7 +101,7 @@ def test_a_family_trains_saves_and_loads(family, tokenizer, rows, tmp_path):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_residual_stream_is_in_bf16_where_it_stays_so(family, tokenizer):
     model, stream = model_from_config(FAMILIES[family], tokenizer, context_length=16), []
-    residual_stream_in_bf16(model)
+    keep_residual_in_bf16(model)
     for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):
         layer.register_forward_hook(lambda layer, inputs, out: stream.append(out[0] if type(out) is tuple else out))
     with torch.autocast("cpu", torch.bfloat16):

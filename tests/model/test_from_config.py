@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArgu
 import common.model.from_config as model_module
 from common.console import InputError
 from common.model.counts import flops_per_token, matmul_parameters, parameter_report, peak_tflops
-from common.model.from_config import device_to_build_on, model_from_config, residual_stream_in_bf16
+from common.model.from_config import device_to_build_on, keep_residual_in_bf16, model_from_config
 from common.tokens.train_tokenizer import train_tokenizer
 
 
@@ -71,7 +71,7 @@ def test_the_end_token_is_embedded_like_any_other(tokenizer):
 def test_the_residual_stream_is_in_bf16_where_autocast_is_and_nowhere_else(tokenizer):
     shape = dict(model_type="llama", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
     model, stream = model_from_config(shape, tokenizer, 64), []
-    residual_stream_in_bf16(model)
+    keep_residual_in_bf16(model)
     for layer in model.model.layers:
         layer.register_forward_hook(lambda layer, inputs, hidden: stream.append(hidden.dtype))
     ids = torch.arange(64)[None]

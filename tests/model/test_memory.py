@@ -19,7 +19,7 @@ SHAPES = {
     ),
 }  # fmt: skip
 SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
-OLD = dict(bf16_stream=False)  # before residual_stream_in_bf16
+OLD = dict(bf16_stream=False)  # before keep_residual_in_bf16
 TUTORIAL = dict(compiled=False, fused_loss=False, **OLD)
 MOVED = dict(offload_optimizer=True, offload_parameters=True)
 ONCE = dict(accumulated=False)

@@ -1,7 +1,8 @@
-"""The report of a run: a page without network, in which nothing of a document is markup."""
+"""The report of a run: it needs no network, and no text of a document becomes markup."""
 
 import json
 import re
+import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -10,7 +11,7 @@ from conftest import ROOT, load_recipe, small_run
 
 from common.console import InputError
 from common.run.plots import Line, clock, line_plot, short, stacked_bar, ticks
-from common.run.record import Run
+from common.run.record import RunRecord
 from common.run.report import page, reproduce, write_report
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)> & \"quoted' \u202e"
@@ -33,7 +34,7 @@ class Elements(HTMLParser):
 
 
 def history(steps: int = 5) -> list[dict]:
-    """Return a log: a step of 100 tokens takes 2 s; an evaluation at every second step, logged behind it."""
+    """Return a log: a step of 100 tokens takes 2 s; an evaluation at every second step is logged after the step."""
     entries = []
     for step in range(1, steps + 1):
         entry = {"step": step, "loss": 10.0 - step, "tokens_seen": 100 * step, "train_seconds": 2.0 * step}
@@ -50,7 +51,7 @@ def svgs(text: str) -> list[ElementTree.Element]:
 
 def test_hostile_text_is_shown_as_text_and_nothing_comes_from_elsewhere():
     ledger = {"tokens_read": 10, "tokens_train": 8, "tokens_held_out": 2, "documents": 1}
-    run = Run(
+    run = RunRecord(
         name=HOSTILE,
         history=history(),
         results={"sources": {HOSTILE: ledger}},
@@ -70,7 +71,7 @@ def test_hostile_text_is_shown_as_text_and_nothing_comes_from_elsewhere():
 
 
 def test_a_curve_is_where_its_numbers_are():
-    """Of a straight line, all points are on the line between the first and the last one."""
+    """All points of a straight line lie between its first and its last point."""
     [drawing] = svgs(line_plot("t", "x", [Line("a", [0.0, 50.0, 100.0], [4.0, 3.0, 2.0])]))
     [path] = [element.get("d") for element in drawing.iter() if element.get("class") == "line line0"]
     points = [tuple(map(float, point.split())) for point in re.findall(r"[\d.]+ [\d.]+", path)]
@@ -78,7 +79,7 @@ def test_a_curve_is_where_its_numbers_are():
     assert points[1] == pytest.approx([(points[0][i] + points[2][i]) / 2 for i in range(2)], abs=0.11)
 
 
-def test_what_is_not_finite_leaves_a_gap_and_nothing_at_all_leaves_no_plot():
+def test_a_point_that_is_not_finite_leaves_a_gap_and_a_line_without_points_has_no_plot():
     lines = [Line("a", [1.0, 2.0, 3.0, 4.0, 5.0], [1.0, 2.0, float("nan"), 3.0, 4.0])]
     [drawing] = svgs(line_plot("t", "x", lines))
     [path] = [element.get("d") for element in drawing.iter() if element.get("class") == "line line0"]
@@ -102,11 +103,18 @@ def test_units():
 
 
 def test_an_evaluation_is_placed_by_the_tokens_and_seconds_of_its_step():
-    run = Run("r", history())
+    run = RunRecord("r", history())
     assert run.series("eval_loss", "tokens_seen") == ([200.0, 400.0], [7.5, 5.5])
     assert run.series("eval_loss", "train_seconds") == ([4.0, 8.0], [7.5, 5.5])
     before = [{"step": 0, "eval_loss": 9.9}, *history()]
-    assert Run("r", before).series("eval_loss", "tokens_seen")[0][0] == 0.0
+    assert RunRecord("r", before).series("eval_loss", "tokens_seen")[0][0] == 0.0
+
+
+def test_the_report_of_a_long_run_does_not_hold_up_training():
+    """A log of 20,000 entries took several minutes for each report while every evaluation was placed on its own."""
+    began = time.monotonic()
+    page(RunRecord("r", history(20_000)))
+    assert time.monotonic() - began < 10
 
 
 def test_a_ledger_bar_is_divided_as_its_tokens():
@@ -115,22 +123,24 @@ def test_a_ledger_bar_is_divided_as_its_tokens():
     assert [width / sum(widths) for width in widths] == pytest.approx([0.75, 0.2, 0.05], abs=1e-3)
 
 
-def test_what_a_killed_run_left_still_gives_a_report(tmp_path):
+def test_the_files_that_a_killed_run_left_still_give_a_report(tmp_path):
     (tmp_path / "checkpoint-2").mkdir()
     (tmp_path / "checkpoint-10").mkdir()
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": history(2)}))
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history(10)}))
     (tmp_path / "all_results.json").write_text('{"half')
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "a", "text": "b"}\n{"step": 2, "pro')
-    assert "1,000" in Elements(write_report(tmp_path).read_text(encoding="utf-8")).text, "of the newest checkpoint"
+    assert "1,000" in Elements(write_report(tmp_path).read_text(encoding="utf-8")).text, (
+        "the log of the newest checkpoint"
+    )
     assert not list(tmp_path.glob("*.partial"))
 
 
-def test_what_is_to_be_repeated_can_be():
+def test_the_commands_that_repeat_a_run():
     launch = {"commit": "abc-dirty", "versions": {"torch": "2.13.0+cpu", "numpy": "2.1.0"}, "command": "python x.py"}
-    shown = reproduce(Run("r", [], launches=[launch]))
+    shown = reproduce(RunRecord("r", [], launches=[launch]))
     assert "<pre>git checkout abc\npip install torch==2.13.0 numpy==2.1.0\npython x.py</pre>" in shown
-    shown = reproduce(Run("r", [], launches=[launch | {"commit": None, "versions": {}}]))
+    shown = reproduce(RunRecord("r", [], launches=[launch | {"commit": None, "versions": {}}]))
     assert "<pre>python x.py</pre>" in shown and "had been changed" not in shown
 
 
@@ -161,9 +171,9 @@ def test_the_report_of_a_run_has_its_figures_samples_and_curves(two_runs):
     assert "finished, step 6 of 6" in shown and samples[-1]["text"] in shown
     assert f"{results['ledger']['tokens_read']:,} tokens read" in shown
     titles = [drawing.find("title").text for drawing in svgs(text)]
-    for title in ("loss, nats a token", "held-out bits per byte", "learning rate", "memory of a device, GiB"):
+    for title in ("loss, nats a token", "held-out bits per byte", "learning rate", "device memory, GiB"):
         assert title in titles
-    assert "running, step" in Elements(midway).text and svgs(midway), "it is there while the run goes on"
+    assert "running, step" in Elements(midway).text and svgs(midway), "there is a report during the run"
     assert "6 of 6" not in Elements(midway).text
 
 
@@ -193,7 +203,7 @@ def load_script(name: str):
     return module
 
 
-def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someones_own(two_runs):
+def test_the_model_card_has_the_runs_metrics_and_an_edited_card_is_kept(two_runs):
     from huggingface_hub import ModelCard
 
     from common.run.model_card import CARD_FILE, MARK, language_of, write_card
@@ -203,9 +213,11 @@ def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someon
     card = ModelCard.load(folder / CARD_FILE)
     data = card.data.to_dict()
     assert data["language"] == "zh" and data["library_name"] == "transformers" and "license" not in data
-    assert "datasets" not in data  # none known by a hub's id: a source's name is not one
+    assert "datasets" not in data  # these would be ids on the hub, and a source's name is not one
     metrics = {metric.metric_type: metric.metric_value for metric in card.data.eval_results}
     assert metrics["bits_per_byte"] == pytest.approx(results["eval_bits_per_byte"], rel=1e-5)
+    text = (folder / CARD_FILE).read_text(encoding="utf-8")
+    assert "# license: " in text and "# datasets: " in text, "the lines to fill in"
     write_card(folder, "r", results, [], "second")
     assert "second" in (folder / CARD_FILE).read_text() and MARK in (folder / CARD_FILE).read_text()
     (folder / CARD_FILE).write_text("mine")
@@ -214,3 +226,25 @@ def test_the_model_card_has_the_runs_metrics_and_is_left_alone_when_it_is_someon
     assert [language_of([text]) for text in ("地球 is", "The earth", "これはペンです", "Земля", "")] == [
         "zh", "en", "ja", None, None,
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ['a: b "c" #d', "no", "2026-11-30", "地球"])
+def test_the_hub_can_read_a_model_card_whatever_the_name_and_the_figures(tmp_path, name):
+    from huggingface_hub import ModelCard
+
+    from common.run.model_card import write_card
+
+    folder = tmp_path / name
+    folder.mkdir()
+    results = {"steps": 1, "ledger": {"tokens_trained": 1}, "sources": {"s": {}}}
+    # YAML takes 1e+06, without a dot, for text; the hub's JSON has no NaN.
+    figures = {"eval_loss": float("nan"), "eval_perplexity": 1e6, "eval_bits_per_byte": 1e-5}
+    write_card(folder, "r.py", results | figures, ["Земля"], "python r.py")
+    data = ModelCard.load(folder / "README.md").data
+    assert {found.metric_type: found.metric_value for found in data.eval_results} == {
+        "perplexity": 1e6,
+        "bits_per_byte": 1e-5,
+    }
+    assert data.model_name == name and data.metrics == ["perplexity", "bits_per_byte"] and data.language is None
+    write_card(folder, "r.py", results, [], "python r.py")
+    assert ModelCard.load(folder / "README.md").data.to_dict().keys() == {"library_name", "pipeline_tag", "tags"}

@@ -107,7 +107,7 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_back(wiki, cache_dir, t
     done = launched(
         "zero2.yaml", second, cache_dir, *HALVES, "--max_steps", "4", "--init_from", str(first / "checkpoint-4")
     )
-    assert "going on behind the 16 rows" in done.stdout and "optimizer and schedule begin anew" in done.stdout
+    assert "training starts after the 16 rows" in done.stdout and "optimizer and schedule start anew" in done.stdout
     assert writer_of(str(second / "checkpoint-4")) == ("zero", 2)
     launched(
         "cpu_2proc.yaml", third, cache_dir, *HALVES, "--max_steps", "4", "--init_from", str(second / "checkpoint-4")
@@ -171,7 +171,7 @@ def test_weights_of_another_model_are_refused(wiki, cache_dir, tmp_path):
 
     built(2).save_pretrained(tmp_path)
     load_start(built(2), str(tmp_path))
-    with pytest.raises(InputError, match="another model. Missing: .*layers.2"):
+    with pytest.raises(InputError, match="another model. Missing tensors: .*layers.2"):
         load_start(built(3), str(tmp_path))
     with pytest.raises(InputError, match="no model.*safetensors"):
         load_start(built(2), str(tmp_path / "nowhere"))

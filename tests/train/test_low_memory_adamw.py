@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 
+from common.model.memory import NUMBERS_A_BLOCK
 from common.train import low_memory_adamw
-from common.train.low_memory_adamw import BLOCK, LowMemoryAdamW
+from common.train.low_memory_adamw import LowMemoryAdamW
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -17,7 +18,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.i
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """So that parameters of some thousand numbers take several, the last one partial."""
-    monkeypatch.setattr(low_memory_adamw, "CHUNK", 16 * BLOCK)
+    monkeypatch.setattr(low_memory_adamw, "CHUNK", 16 * NUMBERS_A_BLOCK)
 
 
 def parameters(device: str, dtype=torch.float32) -> list[torch.nn.Parameter]:
