@@ -9,7 +9,7 @@ import warnings
 import pytest
 from conftest import ROOT
 
-from common.console import MESSAGES, LeftOut, be_quiet
+from common.console import MESSAGES, LeftOut, quiet_libraries
 
 
 def test_importing_a_recipe_says_nothing():
@@ -27,8 +27,8 @@ def test_only_the_named_messages_are_left_out(name):
     handler = logging.Handler()
     handler.emit = heard.append
     logger.addHandler(handler)
-    be_quiet()
-    be_quiet()
+    quiet_libraries()
+    quiet_libraries()
     try:
         assert sum(isinstance(known, LeftOut) for known in logger.filters) == 1
         logger.warning(MESSAGES[name][0] + " and so on")
@@ -43,7 +43,7 @@ def test_only_the_named_messages_are_left_out(name):
 def test_only_the_named_warnings_are_left_out():
     with warnings.catch_warnings(record=True) as heard:
         warnings.simplefilter("always")
-        be_quiet()
+        quiet_libraries()
         # As in torch/_inductor/compile_fx.py and torch/distributed/distributed_c10d.py of torch 2.13.
         warnings.warn(
             "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled. Consider",
@@ -59,6 +59,6 @@ def test_everything_is_heard_on_request(monkeypatch):
     known = list(logger.filters)
     logger.filters.clear()
     monkeypatch.setenv("PRETRAINING_VERBOSE", "1")
-    be_quiet()
+    quiet_libraries()
     assert not logger.filters
     logger.filters.extend(known)

@@ -1,12 +1,14 @@
 """The order of training: every row once a pass, seeking, and mixtures exact to a row."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.console import InputError
-from common.dataset.mixture import CHUNK_POSITIONS, IGNORED_ROW, TrainingOrder, whole_parts
+from common.dataset.mixture import CHUNK_POSITIONS, IGNORED_ROW, TrainingOrder, training_order, whole_parts
 
 
 def order_of(rows, seed=1, weights=None, real=0, total=None):
@@ -110,3 +112,75 @@ def test_weights_that_cannot_be_are_refused(weights, says):
 def test_a_source_without_rows_cannot_be_mixed_in():
     with pytest.raises(InputError, match=r"\[5, 0\] training rows"):
         TrainingOrder([5, 0], 1, [0.5, 0.5])
+
+
+class TwoSources:
+    """Stands in for joined rows: 20 of one source and 13 of another."""
+
+    sources, weights = (range(20), range(13)), None
+
+    def __len__(self) -> int:
+        return 33
+
+
+def run_of(rows_per_step, max_steps=-1, epochs=1.0, rows_before=0, seed=7, data_seed=None):
+    """Return order and arguments of a run over the rows of TwoSources."""
+    training = SimpleNamespace(
+        seed=seed, data_seed=data_seed, max_steps=max_steps, num_train_epochs=epochs, output_dir="out"
+    )
+    return training_order(TwoSources(), training, rows_per_step, rows_before), training
+
+
+def test_epochs_end_with_their_last_row_and_ignored_ones_complete_the_step():
+    """Two passes over 33 rows, 8 at a time: nine steps, the last of two rows."""
+    order, training = run_of(8, epochs=2.0)
+    assert (training.max_steps, order.steps, order.rows_in_run, order.positions_in_run) == (9, 9, 66, 72)
+    positions = list(order)
+    assert len(positions) == len(order) == 72 and positions[66:] == [IGNORED_ROW] * 6
+    assert [order.position_after(step) for step in (0, 1, 8, 9)] == [0, 8, 64, 66]
+    for step in range(1, 10):
+        assert order.rows_of_step(step).tolist() == positions[(step - 1) * 8 : step * 8]
+
+
+def test_max_steps_are_whole_steps_whatever_the_epochs_say():
+    order, training = run_of(8, max_steps=5, epochs=2.0)
+    assert (training.max_steps, order.steps, order.rows_in_run, order.positions_in_run) == (5, 5, 40, 40)
+    assert len(list(order)) == 40
+
+
+@settings(max_examples=50)
+@given(st.integers(1, 9), st.integers(0, 66), st.data())
+def test_a_continued_run_takes_the_rows_that_are_left(rows_per_step, position, data):
+    """As an uninterrupted one has them; the batch may be another one from there on."""
+    alone, _ = run_of(3, epochs=2.0)
+    order, training = run_of(rows_per_step, epochs=2.0)
+    step = data.draw(st.integers(0, 40))
+    order.begin_at(step, position, training)
+    rest = list(order)
+    assert [row for row in rest if row != IGNORED_ROW] == list(alone)[position:66]
+    assert training.max_steps == order.steps == step + -(-(66 - position) // rows_per_step)
+    assert len(order) == order.steps * rows_per_step and len(rest) == (order.steps - step) * rows_per_step
+    assert order.position_after(step) == position and order.position_after(order.steps) == 66
+    taken = [row for later in range(step + 1, order.steps + 1) for row in order.rows_of_step(later).tolist()]
+    assert taken == rest
+
+
+def test_less_than_what_is_done_is_refused():
+    order, training = run_of(8, max_steps=5)
+    with pytest.raises(InputError, match="has made 6 steps = 48 rows, more than is asked for"):
+        order.begin_at(6, 48, training)
+    with pytest.raises(InputError, match="--init_from: its run was trained on 66 rows, and 66 are asked for in all"):
+        run_of(8, epochs=2.0, rows_before=66)
+    with pytest.raises(InputError, match="trains on no row of 33"):
+        run_of(8, epochs=0.0)
+
+
+def test_weights_of_another_run_go_on_after_its_rows():
+    order, training = run_of(8, epochs=2.0, rows_before=30)
+    assert list(order)[:36] == list(run_of(8, epochs=2.0)[0])[30:66] and training.max_steps == 5
+    order, training = run_of(8, max_steps=2, rows_before=30)  # steps count from there
+    assert (order.rows_in_run, training.max_steps) == (46, 2)
+
+
+def test_the_data_has_a_seed_of_its_own_if_wanted():
+    assert list(run_of(8, seed=1, data_seed=7)[0]) == list(run_of(8, seed=7)[0]) != list(run_of(8, seed=1)[0])

@@ -6,7 +6,14 @@ from transformers import AutoConfig
 from common.arguments import SharedArguments
 from common.console import InputError
 from common.model.from_config import planned_model
-from common.model.presets import PRESETS, ModelSize, parameter_count, shape_of_config, shape_with
+from common.model.presets import (
+    PRESETS,
+    ModelSize,
+    PretrainedSize,
+    parameter_count,
+    shape_of_config,
+    shape_with,
+)
 
 QWEN2 = dict(
     model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
@@ -92,3 +99,39 @@ def test_a_local_config_gives_its_shape_but_not_its_vocabulary(tmp_path):
     assert built.config.vocab_size == 1024 and built.config.max_position_embeddings == 64
     assert built.num_parameters() == planned_model(QWEN2, 1000, 64).num_parameters()
     assert shape_of_config(built.config) == shape
+
+
+def test_the_recipes_own_shape_is_built_without_flags():
+    assert shape_of(None, None, 1000) == QWEN2
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "target", "guessed", "embedding_rows"),
+    [
+        ("Qwen/Qwen2-0.5B", None, False, 151_680),  # its 151,646 tokens, in whole multiples of 128
+        ("train", None, False, 5120),  # of --vocabulary_size 5000
+        ("my/own", None, True, 151_680),
+        ("my/own", "120M", True, None),  # the shape depends on the vocabulary
+    ],
+)
+def test_the_size_is_known_before_a_tokenizer_is_loaded_if_its_vocabulary_is(
+    tokenizer, target, guessed, embedding_rows, capsys
+):
+    size = ModelSize(QWEN2, None, target, SharedArguments(tokenizer=tokenizer, vocabulary_size=5000))
+    assert size.guessed is guessed
+    planned = size.planned(512)
+    if embedding_rows is None:
+        assert planned is None
+    else:
+        assert planned.get_input_embeddings().weight.shape == (embedding_rows, 512)
+        assert planned.get_input_embeddings().weight.is_meta
+    capsys.readouterr()
+    assert size.planned(512, for_plan=True) is not None
+    assert (f"{tokenizer} is not loaded for a plan" in capsys.readouterr().out) is guessed
+
+
+def test_published_weights_have_a_known_size_and_others_on_a_hub_do_not(tmp_path):
+    assert PretrainedSize("Qwen/Qwen2.5-0.5B").planned(512).num_parameters() == 494_032_768
+    assert PretrainedSize("owner/not-fetched").planned(512) is None
+    AutoConfig.for_model(**QWEN2, vocab_size=777).save_pretrained(tmp_path)
+    assert PretrainedSize(str(tmp_path)).planned(512).config.vocab_size == 777

@@ -15,7 +15,17 @@ from common.console import InputError
 from common.dataset.mixture import TrainingOrder
 from common.dataset.packing import JoinedRows, PackedRows
 from common.run.folder import read_status
-from common.train.step_guard import LEAST_STEPS, WINDOW_STEPS, StepGuard, name_rows, robust_z_score
+from common.train import step_guard
+from common.train.step_guard import (
+    LEAST_STEPS,
+    WINDOW_STEPS,
+    StepGuard,
+    name_rows,
+    report_bad_batches,
+    robust_z_score,
+    rows_of_bad_losses,
+    sums_over_processes,
+)
 
 NAN, INF = math.nan, math.inf
 
@@ -142,6 +152,43 @@ def test_rows_are_named_by_source_and_document(tmp_path):
     named = name_rows(rows, [0, 1, 2, -1, 4])
     assert [(row["row"], row["documents"]) for row in named] == [(0, [0]), (1, [0, 2]), (2, [2]), (0, [0])]
     assert [row["source"] for row in named] == [str(store.prefix)] * 3 + [str(other.prefix)]
+
+
+def test_one_process_sums_up_its_own_micro_batches():
+    losses, wishes = [torch.tensor(1.5), torch.tensor(2.25)], torch.tensor([0.0, 1.0])
+    assert sums_over_processes(losses, torch.tensor(0.5), wishes, 1) == (3.75, 0.5, [0.0, 1.0])
+    assert sums_over_processes(losses, None, wishes, 1)[1] == 0.0, "DeepSpeed without clipping has no norm"
+    loss, norm, _ = sums_over_processes([torch.tensor(NAN)], INF, wishes, 1)
+    assert math.isnan(loss) and norm == INF
+
+
+@pytest.mark.parametrize(
+    ("of_all", "row_readers", "expected"),
+    [  # (processes, micro-batches): which losses are bad. A step of 8 rows, numbered as they are read.
+        ([[False, True]], 1, [4, 5, 6, 7]),
+        ([[False, True], [False, False]], 2, [4, 5]),  # first both processes' first micro-batch, two rows each
+        ([[True, False], [False, True]], 2, [0, 1, 6, 7]),
+        ([[False, False], [False, False]], 2, [*range(8)]),  # only the gradient is bad: any row may be the cause
+        ([[False, False], [False, True]], 1, [4, 5, 6, 7]),  # the two share their rows
+    ],
+)
+def test_the_rows_of_a_bad_loss_are_those_that_its_micro_batch_read(monkeypatch, of_all, row_readers, expected):
+    monkeypatch.setattr(step_guard, "gather_object", lambda own: of_all)
+    losses = [torch.tensor(NAN if bad else 1.0) for bad in of_all[0]]
+    assert rows_of_bad_losses(np.arange(8), losses, row_readers) == expected
+
+
+def test_the_rows_of_a_bad_batch_of_two_processes_are_named(tmp_path, capsys):
+    """Batches of two rows: one reader has rows 0, 1 and 4, 5, the other one 2, 3 and 6, which is the last."""
+    rows = JoinedRows([PackedRows(store_of_tokens(tmp_path, [[1] * 28]), np.array([True]), 4)])
+    assert len(rows) == 7
+    assert report_bad_batches(rows, [(1.0, 8), (1.0, 8), (1.0, 8), (NAN, 4)], 2, 2, "eval") == 1
+    assert "eval: 1 of 4 batches have a loss that is not finite. Among 1 rows: row 6 of" in capsys.readouterr().out
+    assert report_bad_batches(rows, [(1.0, 8), (INF, 8), (1.0, 8), (1.0, 4)], 2, 2, "eval") == 1
+    printed = capsys.readouterr().out
+    assert "Among 2 rows: row 4 of" in printed and "row 5 of" in printed
+    assert report_bad_batches(rows, [(1.0, 8)] * 4, 2, 2, "eval") == 0
+    assert not capsys.readouterr().out
 
 
 @pytest.fixture
