@@ -123,6 +123,7 @@ def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
         stores = {"merged": TokenStore(tmp_path / "merged")}
         assert stores["merged"].sidecar["hashes"] == "tokens"
     built = build_rows(stores, arguments)
+    assert built.fingerprints == [store.fingerprint() for store in stores.values()]
     assert sum(built.ledgers.values(), Ledger()).documents_duplicate == 80
     sides = []
     for rows in (built.train, built.held_out):

@@ -3,14 +3,20 @@
 import pytest
 from transformers import AutoConfig
 
+from common.arguments import SharedArguments
 from common.console import InputError
 from common.model.from_config import planned_model
-from common.model.presets import PRESETS, parameter_count, shape_of, shape_of_config, shape_with
+from common.model.presets import PRESETS, ModelSize, parameter_count, shape_of_config, shape_with
 
 QWEN2 = dict(
     model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
     num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
+
+
+def shape_of(model: str | None, target_parameters: str | None, vocabulary_size: int) -> dict:
+    """Return the shape that a recipe builds whose own is QWEN2."""
+    return ModelSize(QWEN2, model, target_parameters, SharedArguments()).shape(vocabulary_size)
 
 
 @pytest.mark.parametrize(
@@ -25,7 +31,7 @@ QWEN2 = dict(
     ],
 )
 def test_presets_are_the_models_they_are_named_after(name, vocabulary_rows, published):
-    shape = shape_of(name.upper(), None, QWEN2, vocabulary_rows)
+    shape = shape_of(name.upper(), None, vocabulary_rows)
     assert shape == PRESETS[name]
     assert planned_model(shape, vocabulary_rows, 512).num_parameters() == published
 
@@ -33,7 +39,7 @@ def test_presets_are_the_models_they_are_named_after(name, vocabulary_rows, publ
 @pytest.mark.parametrize("target", ["30M", "120M", "0.35B", "1.3B", "7b"])
 def test_a_number_gives_a_sensible_shape_of_about_that_size(target, capsys):
     vocabulary_rows = 32_000 if target == "30M" else 151_680
-    shape = shape_of(None, target, QWEN2, vocabulary_rows)
+    shape = shape_of(None, target, vocabulary_rows)
     count = planned_model(shape, vocabulary_rows, 512).num_parameters()
     assert count == pytest.approx(parameter_count(target), rel=0.05)
     assert 40 <= shape["hidden_size"] / shape["num_hidden_layers"] <= 130
@@ -64,7 +70,7 @@ def test_the_recipes_own_shape_is_found_again():
 )
 def test_what_cannot_be_is_refused(model, target, message):
     with pytest.raises(InputError, match=message):
-        shape_of(model, target, QWEN2, 151_680)
+        shape_of(model, target, 151_680)
 
 
 def test_a_family_with_other_names_for_its_sizes_is_refused():
@@ -75,12 +81,12 @@ def test_a_family_with_other_names_for_its_sizes_is_refused():
 def test_a_folder_with_a_damaged_config_is_one_clear_error(tmp_path):
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(InputError, match="has no config that transformers can read"):
-        shape_of(str(tmp_path), None, QWEN2, 1000)
+        shape_of(str(tmp_path), None, 1000)
 
 
 def test_a_local_config_gives_its_shape_but_not_its_vocabulary(tmp_path):
     AutoConfig.for_model(**QWEN2, vocab_size=777, max_position_embeddings=99, rope_theta=5e5).save_pretrained(tmp_path)
-    shape = shape_of(str(tmp_path), None, QWEN2, 1000)
+    shape = shape_of(str(tmp_path), None, 1000)
     assert not {"vocab_size", "max_position_embeddings", "transformers_version", "architectures"} & shape.keys()
     built = planned_model(shape, 1000, 64)
     assert built.config.vocab_size == 1024 and built.config.max_position_embeddings == 64

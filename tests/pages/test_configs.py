@@ -9,14 +9,20 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from accelerate import FullyShardedDataParallelPlugin
-from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.commands.launch import _validate_launch_command, launch_command, launch_command_parser
+from accelerate.utils.launch import (
+    prepare_deepspeed_cmd_env,
+    prepare_multi_gpu_env,
+    prepare_simple_launcher_cmd_env,
+)
 from conftest import ROOT
-from transformers import HfArgumentParser, TrainingArguments
+from transformers import TrainingArguments
 
-from common.arguments import SharedArguments
 from common.console import InputError
-from common.distributed.launch import launch_defaults
-from common.distributed.strategy import TAKEN_OVER, recompute_owner, take_over_recompute
+from common.distributed.launch import read_launch
+from common.distributed.workarounds import COMPILE_SETTINGS, RECOMPUTE_TAKEN_OVER, take_over_recompute
+from common.model.memory import Setting
+from common.train.plan import setting_of_yaml
 
 FOLDER = ROOT / "accelerate_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -123,22 +129,65 @@ def test_the_header_says_when_and_how(path):
     assert any(page.startswith("benchmarks/") for page in pages) and all((ROOT / page).exists() for page in pages)
 
 
-def parsed(*flags: str) -> TrainingArguments:
-    parser = HfArgumentParser((SharedArguments, TrainingArguments), allow_abbrev=False)
-    parser.set_defaults(**launch_defaults(), output_dir="unused")
-    return parser.parse_args_into_dataclasses(list(flags))[1]
+def environment_by(monkeypatch, path) -> dict[str, str]:
+    """Return what ``accelerate launch`` adds to the environment of the processes that it starts for a YAML."""
+    made = []
+    for launcher, prepare in (
+        ("simple_launcher", lambda arguments: prepare_simple_launcher_cmd_env(arguments)[1]),
+        ("multi_gpu_launcher", prepare_multi_gpu_env),
+        ("deepspeed_launcher", lambda arguments: prepare_deepspeed_cmd_env(arguments)[1]),
+    ):
+        monkeypatch.setattr(
+            f"accelerate.commands.launch.{launcher}", lambda arguments, how=prepare: made.append(how(arguments))
+        )
+    monkeypatch.setattr("accelerate.utils.launch.is_fp8_available", lambda: True)  # torchao need not be here
+    launch_command(launch_command_parser().parse_args(["--config_file", str(path), "recipe.py"]))
+    [environment] = made
+    return {name: value for name, value in environment.items() if os.environ.get(name) != value}
+
+
+STRATEGY_OF_OTHERS = {"cpu": "single", "single_gpu": "single", "fp16": "single", "fp8": "single"}
+STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp"}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_a_launch_is_what_its_yaml_says(path, monkeypatch):
+    """Read from the environment that accelerate's launcher makes; the planner reads the YAML itself, and agrees."""
+    strategy = STRATEGY_OF_OTHERS.get(path.stem, path.stem.split("_")[0])
+    processes = 1 if strategy == "single" else 8
+    monkeypatch.setattr("common.distributed.workarounds.launcher_flags", lambda: ["--config_file", str(path), "x.py"])
+    for name in COMPILE_SETTINGS:
+        monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name.upper()}", "")  # for monkeypatch to take back
+        monkeypatch.delenv(f"ACCELERATE_DYNAMO_{name.upper()}")
+    for name, value in (environment_by(monkeypatch, path) | {"WORLD_SIZE": str(processes)}).items():
+        monkeypatch.setenv(name, value)
+    launch = read_launch()
+    assert launch.launched and launch.strategy == strategy
+    planned = setting_of_yaml(str(path), Setting(rows=1, context_length=4096), processes)
+    names = "strategy processes precision compiled offload_optimizer offload_parameters".split()
+    assert {name: getattr(launch, name) for name in names} == {name: getattr(planned, name) for name in names}
+    recomputes = path.stem.endswith("recompute") or path.stem == "zero3_offload"
+    assert (launch.recompute is not None) == planned.recompute == recomputes
+    assert launch.offloads == path.stem.endswith("offload")
+    assert launch.context_parallel == 4096 // planned.context_length
+    assert launch.row_readers == processes // launch.context_parallel
+
+
+def parsed(**flags) -> TrainingArguments:
+    return TrainingArguments(output_dir="unused", **read_launch().defaults(), **flags)
 
 
 def test_deepspeeds_json_owns_recompute_and_precision(monkeypatch):
     path = str(FOLDER / "zero2_recompute.json")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", path)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # what the launcher says without mixed_precision in a YAML
-    assert launch_defaults()["bf16"] and not launch_defaults()["fp16"]
+    launch = read_launch()
+    assert launch.defaults()["bf16"] and not launch.defaults()["fp16"]
     training = parsed()
-    take_over_recompute(training)
+    take_over_recompute(launch, training)
     assert training.gradient_checkpointing and getattr(training, "activation_checkpointing", True)
     with pytest.raises(InputError, match=f"--gradient_checkpointing and activation_checkpointing in {path} both"):
-        take_over_recompute(parsed("--gradient_checkpointing", "true"))
+        take_over_recompute(launch, parsed(gradient_checkpointing=True))
 
 
 @pytest.mark.parametrize(
@@ -146,7 +195,7 @@ def test_deepspeeds_json_owns_recompute_and_precision(monkeypatch):
     [
         ('{"activation_checkpointing": {"cpu_checkpointing": true}}', "cpu_checkpointing would be ignored"),
         ("{", "not JSON"),
-        (None, "looked for from the folder of the launch"),
+        (None, "A relative path starts at the folder of the launch"),
     ],
 )
 def test_a_json_that_cannot_be_followed_is_refused(monkeypatch, tmp_path, content, message):
@@ -155,24 +204,25 @@ def test_a_json_that_cannot_be_followed_is_refused(monkeypatch, tmp_path, conten
     training = parsed()
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(tmp_path / "z.json"))
     with pytest.raises(InputError, match=message):
-        take_over_recompute(training)
+        take_over_recompute(read_launch(), training)
 
 
 def test_fsdps_key_owns_recompute(monkeypatch):
-    assert recompute_owner() is None
+    assert read_launch().recompute is None
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING", "true")
-    monkeypatch.setenv(TAKEN_OVER, "")  # for monkeypatch to take back
-    take_over_recompute(training := SimpleNamespace(gradient_checkpointing=False))
+    monkeypatch.setenv(RECOMPUTE_TAKEN_OVER, "")  # for monkeypatch to take back
+    take_over_recompute(read_launch(), training := SimpleNamespace(gradient_checkpointing=False))
     assert training.gradient_checkpointing
     assert not FullyShardedDataParallelPlugin(fsdp_version=2).activation_checkpointing, "accelerate would do it, too"
-    take_over_recompute(training := SimpleNamespace(gradient_checkpointing=False))
-    assert training.gradient_checkpointing and "fsdp_config" in recompute_owner(), "as in a second run of a notebook"
+    again = read_launch()  # as in a second run of a notebook
+    take_over_recompute(again, training := SimpleNamespace(gradient_checkpointing=False))
+    assert training.gradient_checkpointing and "fsdp_config" in again.recompute
     with pytest.raises(InputError, match="fsdp_activation_checkpointing in the YAML's fsdp_config both"):
-        take_over_recompute(SimpleNamespace(gradient_checkpointing=True))
+        take_over_recompute(again, SimpleNamespace(gradient_checkpointing=True))
     monkeypatch.setenv("FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD", "true")
     with pytest.raises(InputError, match="checkpointing_offload: true in the YAML's fsdp_config: .*to false"):
-        take_over_recompute(SimpleNamespace(gradient_checkpointing=False))
+        take_over_recompute(again, SimpleNamespace(gradient_checkpointing=False))
 
 
 STAND_INS = {

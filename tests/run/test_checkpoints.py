@@ -64,10 +64,10 @@ def test_a_finished_checkpoint_is_whole_and_lists_its_files(tmp_path):
         (lambda path: (path / "manifest.json").write_bytes(b"\xff"), "manifest.json is damaged"),
         (lambda path: (path / "manifest.json").write_text("[" * 100_000), "manifest.json is damaged"),
         (lambda path: write_manifest(path, {}), "manifest.json is damaged"),
-        (lambda path: write_manifest(path, {"a": -1}), "counts that are none"),
-        (lambda path: write_manifest(path, {"../a": 1}), "is no file of it"),
-        (lambda path: write_manifest(path, {"/a": 1}), "is no file of it"),
-        (lambda path: write_manifest(path, {"a" * 5000: 1}), "cannot be looked at"),
+        (lambda path: write_manifest(path, {"a": -1}), "a count is not a whole number"),
+        (lambda path: write_manifest(path, {"../a": 1}), "is outside the checkpoint"),
+        (lambda path: write_manifest(path, {"/a": 1}), "is outside the checkpoint"),
+        (lambda path: write_manifest(path, {"a" * 5000: 1}), "cannot be examined"),
         (lambda path: write_manifest(path, {"\ud800": 1}), "is missing"),
         (lambda path: write_manifest(path, {"a": 1}, step=8), "is of step 8"),
     ],
@@ -176,7 +176,7 @@ def test_another_error_than_a_full_disk_is_not_taken_for_one(tmp_path):
 
 
 def test_a_process_that_cannot_tell_the_others_ends(tmp_path):
-    with pytest.raises(InputError, match="in the middle of it"):
+    with pytest.raises(InputError, match="in the middle of saving"):
         write_checkpoint(tmp_path, 2, full, lambda values: values * 2, collective=True)
 
 

@@ -1,5 +1,6 @@
 """One folder, one run."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -8,12 +9,31 @@ import socket
 from types import SimpleNamespace
 
 import pytest
+from filelock import FileLock, Timeout
+from transformers import TrainingArguments
 
+from common.arguments import SharedArguments
 from common.console import InputError
+from common.distributed.strategy import FSDP2, SINGLE, ZERO2
 from common.run.checkpoints import finish_checkpoint, unfinished
-from common.run.folder import check_disk_space, claim_output_folder, finished_results, last_checkpoint
+from common.run.folder import Run, check_disk_space, open_run, read_status
 
 RUN = {"recipe": "a.py", "model": {"hidden_size": 8}, "training": {"learning_rate": 1e-3}}
+
+
+def claim(folder, identity, allow_changes=()) -> Run:
+    """Claim ``folder``, and give it back, as a process does that ends."""
+    run = Run(str(folder))
+    try:
+        run.claim(identity, allow_changes)
+    finally:
+        run.release()
+    return run
+
+
+def order_of(steps: int, rows: int) -> SimpleNamespace:
+    """Stand in for the order of a run."""
+    return SimpleNamespace(steps=steps, rows_in_run=rows)
 
 
 def checkpoint(folder, step):
@@ -26,25 +46,25 @@ def checkpoint(folder, step):
 
 
 def test_the_same_run_may_come_back(tmp_path):
-    claim_output_folder(tmp_path / "run", RUN)
-    claim_output_folder(tmp_path / "run", RUN)
+    claim(tmp_path / "run", RUN)
+    claim(tmp_path / "run", RUN)
 
 
 def test_another_run_is_refused_and_every_difference_named(tmp_path):
-    claim_output_folder(tmp_path, RUN)
+    claim(tmp_path, RUN)
     checkpoint(tmp_path, 5)
     other = {"recipe": "a.py", "model": {"hidden_size": 16}, "training": {"learning_rate": 1e-3, "seed": 1}}
     with pytest.raises(InputError) as error:
-        claim_output_folder(tmp_path, other)
+        claim(tmp_path, other)
     assert "model.hidden_size: 8 in the folder, 16 now" in str(error.value)
     assert "training.seed: None in the folder, 1 now" in str(error.value)
     assert "learning_rate" not in str(error.value)
-    claim_output_folder(tmp_path, RUN)  # what was there is unharmed
+    claim(tmp_path, RUN)  # what was there is unharmed
 
 
 def test_a_folder_without_anything_to_lose_is_taken_over(tmp_path):
-    claim_output_folder(tmp_path, {"recipe": "other.py"})
-    claim_output_folder(tmp_path, RUN)
+    claim(tmp_path, {"recipe": "other.py"})
+    claim(tmp_path, RUN)
     assert json.loads((tmp_path / "run.json").read_text()) == RUN
 
 
@@ -52,22 +72,22 @@ def test_a_damaged_file_is_named(tmp_path):
     checkpoint(tmp_path, 5)
     (tmp_path / "run.json").write_text("")
     with pytest.raises(InputError, match="run.json: damaged"):
-        claim_output_folder(tmp_path, RUN)
+        claim(tmp_path, RUN)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
     checkpoint(tmp_path, 5)
     with pytest.raises(InputError, match="not a run of these recipes"):
-        claim_output_folder(tmp_path, RUN)
+        claim(tmp_path, RUN)
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
-    assert last_checkpoint(tmp_path) is None
+    assert Run(str(tmp_path)).last_checkpoint() is None
     checkpoint(tmp_path, 9)
     whole = checkpoint(tmp_path, 10)
     (checkpoint(tmp_path, 100) / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-200").mkdir()
-    assert last_checkpoint(tmp_path) == str(whole)
+    assert Run(str(tmp_path)).last_checkpoint() == str(whole)
     said = capsys.readouterr().out
     assert "checkpoint-100: 'trainer_state.json' has 2 bytes, not 20" in said
     assert "checkpoint-200: no manifest.json: half-written" in said
@@ -75,72 +95,116 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
 
 
 def test_what_may_change_is_named(tmp_path, capsys):
-    claim_output_folder(tmp_path, RUN)
+    claim(tmp_path, RUN)
     checkpoint(tmp_path, 5)
     other = {"recipe": "a.py", "model": {"hidden_size": 16}, "training": {"learning_rate": 2e-3}}
     with pytest.raises(InputError, match=r"--allow_changes model.hidden_size training.learning_rate"):
-        claim_output_folder(tmp_path, other)
+        claim(tmp_path, other)
     with pytest.raises(InputError, match=r"--allow_changes model.hidden_size$"):
-        claim_output_folder(tmp_path, other, ["training.learning_rate"])
+        claim(tmp_path, other, ["training.learning_rate"])
     assert json.loads((tmp_path / "run.json").read_text()) == RUN  # a refusal changes nothing
-    claim_output_folder(tmp_path, other, ["training.learning_rate", "model"])
+    claim(tmp_path, other, ["training.learning_rate", "model"])
     assert "training.learning_rate was 0.001, and is 0.002 from here on" in capsys.readouterr().out
-    claim_output_folder(tmp_path, other)  # from now on it is this run
+    claim(tmp_path, other)  # from now on it is this run
     with pytest.raises(InputError, match="0.002 in the folder, 0.001 now"):
-        claim_output_folder(tmp_path, RUN)
+        claim(tmp_path, RUN)
 
 
 def test_half_written_results_are_no_results(tmp_path, capsys):
+    run = claim(tmp_path, RUN)
     (tmp_path / "all_results.json").write_text('{"steps": 10, "eval_lo')
-    assert finished_results(tmp_path, 10, 640) is None
+    assert run.finished(order_of(10, 640)) is None
     assert not (tmp_path / "all_results.json").exists()
     assert "half-written when the run ended" in capsys.readouterr().out
 
 
 def test_a_run_is_finished_at_its_last_step_only(tmp_path):
-    assert finished_results(tmp_path, 10, 640) is None
-    results = {"steps": 10, "eval_loss": 1.0, "ledger": {"tokens_trained": 640}}
+    run = claim(tmp_path, RUN)
+    assert run.finished(order_of(10, 640)) is None
+    results = {"steps": 10, "eval_loss": 1.0, "ledger": {"rows_trained": 640}}
     (tmp_path / "all_results.json").write_text(json.dumps(results))
-    assert finished_results(tmp_path, 10, 650) == finished_results(tmp_path, 11, 640) == results
-    assert finished_results(tmp_path, 20, 650) is None
+    assert run.finished(order_of(10, 650)) == run.finished(order_of(11, 640)) == results
+    assert run.finished(order_of(20, 650)) is None
+    assert Run(str(tmp_path)).finished(order_of(10, 640)) is None, "a probe trains whatever the folder holds"
 
 
-ONE_PROCESS = dict(deepspeed_plugin=None, world_size=1, bf16=True, fp16=False)
+@pytest.mark.parametrize("ended_by", [None, KeyboardInterrupt, SystemExit(143)])
+def test_the_folder_is_given_back_however_the_run_ends(tmp_path, ended_by):
+    """Another process could lock it while this one lives on, as a notebook's does."""
+    training = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
+
+    def lock_of_another_process() -> FileLock:
+        return FileLock(tmp_path / "run" / ".lock")  # not the singleton: as strange to the run's as another process's
+
+    with contextlib.suppress(KeyboardInterrupt, SystemExit), open_run(RUN, SharedArguments(), training) as run:
+        assert run.claimed
+        with pytest.raises(Timeout):
+            lock_of_another_process().acquire(timeout=0)
+        if ended_by is not None:
+            raise ended_by
+    with lock_of_another_process().acquire(timeout=0):
+        assert json.loads((tmp_path / "run" / "run.json").read_text()) == RUN
 
 
-@pytest.mark.parametrize(("stage", "bf16", "a_parameter"), [(None, True, 16), (2, True, 16), (2, False, 20)])
-def test_what_fsdp2_and_deepspeed_write_twice_is_counted(tmp_path, monkeypatch, stage, bf16, a_parameter):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-    training = SimpleNamespace(**ONE_PROCESS | dict(deepspeed_plugin=plugin, bf16=bf16))
-    training.save_strategy, training.save_total_limit = "steps", 1
-    free = 1000 * (2 * a_parameter + 4)  # two checkpoints and the model
+def test_a_run_that_is_refused_gives_the_folder_back(tmp_path):
+    checkpoint(tmp_path, 5)
+    run = Run(str(tmp_path))
+    with pytest.raises(InputError, match="not a run of these recipes"):
+        run.claim(RUN)
+    assert not run.claimed
+    FileLock(tmp_path / ".lock").acquire(timeout=0).lock.release()
+
+
+def test_a_probe_claims_nothing_and_writes_nothing(tmp_path):
+    training = TrainingArguments(output_dir=str(tmp_path / "run"), use_cpu=True)
+    with open_run(RUN, SharedArguments(plan=True, probe=True), training) as run:
+        run.write_status("running")
+        assert not run.claimed
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_the_main_process_of_a_claimed_run_writes_its_status(tmp_path, monkeypatch):
+    run = claim(tmp_path, RUN)
+    run.step, run.max_steps = 3, 9
+    monkeypatch.setenv("RANK", "1")
+    run.write_status("running")
+    assert read_status(tmp_path) is None
+    monkeypatch.setenv("RANK", "0")
+    run.write_status("interrupted", "SIGTERM")
+    wanted = {"state": "interrupted", "step": 3, "max_steps": 9, "reason": "SIGTERM"}
+    assert read_status(tmp_path) | wanted == read_status(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "bf16", "bytes_a_parameter"), [(FSDP2, True, 16), (ZERO2, True, 16), (ZERO2, False, 20)]
+)
+def test_what_fsdp2_and_deepspeed_write_twice_is_counted(tmp_path, monkeypatch, strategy, bf16, bytes_a_parameter):
+    training = SimpleNamespace(bf16=bf16, fp16=False, save_strategy="steps", save_total_limit=1)
+    free = 1000 * (2 * bytes_a_parameter + 4)  # two checkpoints and the model
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    check_disk_space(tmp_path, 1000, training)
+    check_disk_space(tmp_path, 1000, strategy, training)
     with pytest.raises(InputError, match="needed for 2 checkpoints"):
-        check_disk_space(tmp_path, 1001, training)
+        check_disk_space(tmp_path, 1001, strategy, training)
 
 
 @pytest.mark.parametrize(("limit", "strategy", "checkpoints"), [(2, "steps", 3), (None, "steps", 10), (None, "no", 0)])
 def test_checkpoints_that_will_not_fit_are_refused(tmp_path, monkeypatch, limit, strategy, checkpoints):
-    saving = dict(save_strategy=strategy, save_total_limit=limit, save_steps=10, max_steps=100)
-    training = SimpleNamespace(**saving, **ONE_PROCESS)
+    training = SimpleNamespace(save_strategy=strategy, save_total_limit=limit, save_steps=10, max_steps=100)
     needed = 1000 * (12 * checkpoints + 4)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed))
-    check_disk_space(tmp_path, 1000, training)
+    check_disk_space(tmp_path, 1000, SINGLE, training)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=needed - 1))
     with pytest.raises(InputError, match=f"needed for {checkpoints} checkpoints"):
-        check_disk_space(tmp_path, 1000, training)
+        check_disk_space(tmp_path, 1000, SINGLE, training)
 
 
 def test_room_for_merged_weights_is_asked_for_before_the_run(tmp_path, monkeypatch):
     """Of 1,000 trained parameters: no checkpoint, 4 bytes each at the end, and 2 GiB of the base."""
-    training = SimpleNamespace(save_strategy="no", save_total_limit=None, max_steps=10, **ONE_PROCESS)
+    training, run = SimpleNamespace(save_strategy="no", save_total_limit=None, max_steps=10), Run(str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=4000 + 2 * 2**30))
-    check_disk_space(tmp_path, 1000, training, merged=2 * 2**30)
+    run.check_disk_space(1000, SINGLE, training, merged_bytes=2 * 2**30)
     with pytest.raises(InputError, match="and the model, merged 2.00. Make room"):
-        check_disk_space(tmp_path, 1000, training, merged=2 * 2**30 + 1)
+        run.check_disk_space(1000, SINGLE, training, merged_bytes=2 * 2**30 + 1)
 
 
 def claim_as(rank: int, folder, others) -> None:
@@ -148,7 +212,7 @@ def claim_as(rank: int, folder, others) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0"}
     socket.gethostname = lambda: f"machine{rank}"
     others.wait()
-    claim_output_folder(folder, RUN)
+    claim(folder, RUN)
 
 
 def test_all_processes_claim_a_new_folder_at_once(tmp_path):

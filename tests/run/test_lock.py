@@ -11,11 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT
+from transformers import TrainingArguments
 
+from common.arguments import SharedArguments
 from common.console import InputError
 from common.io import append_lines, read_lines, write_json
 from common.run import folder as run_status
-from common.run.folder import claim_output_folder, lock_folder, read_status, write_status
+from common.run.folder import Run, lock_folder, read_status, write_status
 from common.run.record import command_line, describe_launch, record_launch
 
 OWNER = (
@@ -56,8 +58,13 @@ def test_it_waits_for_an_owner_that_is_ending(owner, tmp_path, capsys):
 
 
 def test_a_notebook_may_call_it_again(tmp_path):
-    first = claim_output_folder(tmp_path, {"recipe": "a"})
-    assert claim_output_folder(tmp_path, {"recipe": "a"}) is first
+    """While the first run's lock is still held, as after a cell that was stopped."""
+    first = lock_folder(tmp_path)
+    assert lock_folder(tmp_path, seconds=0) is first
+    runs = [Run(str(tmp_path)), Run(str(tmp_path))]
+    for run in runs:
+        run.claim({"recipe": "a"})
+        assert run.claimed
 
 
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
@@ -90,11 +97,11 @@ def test_what_is_left_half_written_is_removed_by_the_owner_only(owner, tmp_path,
     (tmp_path / "unfinished" / "checkpoint-5").mkdir(parents=True)
     with pytest.raises(InputError), pytest.MonkeyPatch.context() as patch:
         patch.setattr("common.run.folder.lock_folder", lambda folder: lock_folder(folder, 0.1))
-        claim_output_folder(tmp_path, {"recipe": "a"})
+        Run(str(tmp_path)).claim({"recipe": "a"})
     assert (tmp_path / "unfinished" / "checkpoint-5").exists()
     owner.kill()
     owner.wait()
-    claim_output_folder(tmp_path, {"recipe": "a"})
+    Run(str(tmp_path)).claim({"recipe": "a"})
     assert not (tmp_path / "unfinished").exists() and "half-written when the run ended" in capsys.readouterr().out
 
 
@@ -153,11 +160,11 @@ def test_every_launch_is_recorded_and_what_changed_is_said(tmp_path, capsys):
     assert said == "note: versions.torch was '2.11' at the last launch, and is '2.13' now\n"
 
 
-def test_no_secret_reaches_the_record(wiki, monkeypatch, tmp_path):
+def test_no_secret_reaches_the_record(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_API_KEY", "hunter2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
-    training = wiki.TrainingArguments(output_dir=str(tmp_path), hub_token="hunter2", use_cpu=True, report_to="none")
-    launch = json.dumps(describe_launch(wiki.SharedArguments(), training))
+    training = TrainingArguments(output_dir=str(tmp_path), hub_token="hunter2", use_cpu=True, report_to="none")
+    launch = json.dumps(describe_launch(SharedArguments(), training))
     assert "hunter2" not in launch
     found = json.loads(launch)
     assert found["launcher"]["ACCELERATE_MIXED_PRECISION"] == "no" and found["versions"]["torch"]

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from test_memory import model_of
 from transformers import AutoConfig, Trainer, TrainerControl, TrainingArguments
 
 from common.console import InputError
+from common.distributed.launch import read_launch
 from common.model.memory import Setting
 from common.train.plan import StepTimer, advice, setting_of_run, setting_of_yaml
 
@@ -234,20 +235,24 @@ def test_every_yaml_is_understood(config, strategy):
 
 
 @pytest.mark.parametrize(
-    ("sharded", "zero", "expected"), [("true", None, "fsdp2"), ("false", 3, "zero3"), ("", None, "ddp")]
-)
-def test_the_strategy_of_a_run_on_two_cards(sharded, zero, expected, monkeypatch):
+    ("environment", "expected"),
+    [
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fsdp2"),
+        ({"ACCELERATE_USE_FSDP": "false", "ACCELERATE_USE_DEEPSPEED": "true"}
+         | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}, "zero3"),
+        ({}, "ddp"),
+    ],
+)  # fmt: skip
+def test_the_strategy_of_a_run_on_two_cards(environment, expected, monkeypatch):
     """As at run time, for --probe and for the advice when memory runs out."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", sharded)
-    monkeypatch.setenv("FSDP_VERSION", "2")
-    training = TrainingArguments(use_cpu=True)
-    names = ("optim", "bf16", "fp16", "mixed_precision", "gradient_checkpointing")
-    launched = SimpleNamespace(
-        **{name: getattr(training, name) for name in names},
-        **dict(per_device_train_batch_size=1, gradient_accumulation_steps=1, world_size=2),
-        deepspeed_plugin=None if zero is None else SimpleNamespace(zero_stage=zero, deepspeed_config={}),
-    )
-    assert setting_of_run(model_of("0.5B"), launched, 2048, "adamw").strategy == expected
+    monkeypatch.setattr("common.distributed.launch.take_over_compile", lambda: None)  # no launcher is above a test
+    for name, value in (environment | {"WORLD_SIZE": "2"}).items():
+        monkeypatch.setenv(name, value)
+    launch = replace(read_launch(), optimizer="adamw")
+    for name in (*environment, "WORLD_SIZE"):  # TrainingArguments would look for the other process
+        monkeypatch.delenv(name)
+    setting = setting_of_run(model_of("0.5B"), launch, TrainingArguments(use_cpu=True), 2048)
+    assert (setting.strategy, setting.processes, setting.optimizer) == (expected, 2, "adamw")
 
 
 @pytest.mark.parametrize("content", [None, "just text", "a: [", "distributed_type: TPU"])

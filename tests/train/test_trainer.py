@@ -61,7 +61,7 @@ def test_a_model_without_a_longest_row_is_sampled():
 
 def test_the_next_batches_are_fetched_before_the_check_waits_for_the_device(wiki, cache_dir, tmp_path, monkeypatch):
     events = []
-    fetch, check = Trainer.get_batch_samples, trainer.Safety.check_step
+    fetch, check = Trainer.get_batch_samples, trainer.PretrainingTrainer._check_step
 
     def note(name, function):
         def noted(*args, **kwargs):
@@ -71,7 +71,7 @@ def test_the_next_batches_are_fetched_before_the_check_waits_for_the_device(wiki
         return noted
 
     monkeypatch.setattr(Trainer, "get_batch_samples", note("fetch", fetch))
-    monkeypatch.setattr(trainer.Safety, "check_step", note("check", check))
+    monkeypatch.setattr(trainer.PretrainingTrainer, "_check_step", note("check", check))
     wiki.main(small_run(cache_dir, tmp_path))
     assert events == ["fetch", *["fetch", "check"] * 6]  # the last one finds nothing left
 
