@@ -8,16 +8,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from conftest import ROOT, small_run
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
+import common.train.batch as batch_module
 import common.train.preflight as preflight_module
 from common.arguments import SharedArguments
 from common.console import InputError
-from common.distributed.launch import launch_defaults
-from common.distributed.strategy import offloads, strategy_of
+from common.distributed.launch import Launch, read_launch
 from common.model.from_config import planned_model
 from common.model.memory import Setting
 from common.run.folder import lock_folder
@@ -28,20 +27,28 @@ SHAPE = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidd
 ZERO = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}
 
 
+# What a launcher brings is written as a dict: "environment" is its variables, the rest what TrainingArguments then say.
 def fsdp(**environment) -> dict:
-    """Return a launch by an FSDP YAML: what TrainingArguments say, and the environment."""
-    state = SimpleNamespace(distributed_type=DistributedType.FSDP)
+    """Return a launch by an FSDP YAML."""
     defaults = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
     # A GPU, as far as the preflight can tell: FSDP on a CPU is refused.
-    return dict(distributed_state=state, use_cpu=False, environment=defaults | environment)
+    return dict(use_cpu=False, environment=defaults | environment)
 
 
 def zero(stage: int, **config) -> dict:
     """Return a launch by a DeepSpeed YAML."""
-    return dict(deepspeed_plugin=SimpleNamespace(zero_stage=stage, deepspeed_config=ZERO | config))
+    environment = dict(ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE=str(stage))
+    environment |= dict(ACCELERATE_DYNAMO_BACKEND="no", LOCAL_RANK="1")  # not the process that looks after locks
+    plugin = SimpleNamespace(zero_stage=stage, deepspeed_config=ZERO | config)
+    return dict(deepspeed_plugin=plugin, environment=environment)
 
 
-def training_of(folder, environment=None, **changes):
+def size_of(model, guessed: bool = False) -> SimpleNamespace:
+    """Stand in for the size of a model that is known before it is made."""
+    return SimpleNamespace(guessed=guessed, planned=lambda context_length: model)
+
+
+def training_of(folder, **changes):
     """Return TrainingArguments of one CPU process, as a recipe makes them, with changes a launcher would make."""
     real = TrainingArguments(output_dir=str(folder), use_cpu=True, gradient_accumulation_steps=1, max_steps=5)
     names = [name for name in dir(real) if not name.startswith("_")]
@@ -51,12 +58,13 @@ def training_of(folder, environment=None, **changes):
     return SimpleNamespace(**plain | changes)
 
 
-def run(monkeypatch, folder, launch: dict, shared: dict | None = None, **more):
+def run(monkeypatch, folder, launched: dict, shared: dict | None = None, model=None, **more) -> Launch:
+    """Return what the preflight makes of a launch; ``model``: without memory, or None if it is not known."""
     arguments = SharedArguments(**dict(context_length=64, tokens_per_step=512, optimizer="adamw") | (shared or {}))
-    training = training_of(folder, **launch)
-    for name, value in (launch.get("environment") or {}).items():
+    training = training_of(folder, **{name: value for name, value in launched.items() if name != "environment"})
+    for name, value in launched.get("environment", {}).items():
         monkeypatch.setenv(name, value)
-    return preflight("a.py", arguments, training, **more)
+    return preflight("a.py", read_launch(), size_of(model), arguments, training, **more)
 
 
 LOW_BIT = dict(optim=OptimizerNames("adamw_8bit"))
@@ -66,7 +74,7 @@ WRONG = {
     "QLoRA under FSDP2": (fsdp(), {}, dict(method="qlora"), "QLoRA under fsdp2: .*ddp.yaml"),
     "QLoRA under ZeRO-3": (zero(3), {}, dict(method="qlora"), "QLoRA under zero3: .*ddp.yaml"),
     "Muon under ZeRO": (zero(1), dict(optimizer="muon"), {}, "cuts up the matrices.*Use --optimizer adamw"),
-    "Muon, offloaded": (fsdp(FSDP_OFFLOAD_PARAMS="true"), dict(optimizer="muon"), {}, "the CPU's.*--optimizer adamw"),
+    "Muon, offloaded": (fsdp(FSDP_OFFLOAD_PARAMS="true"), dict(optimizer="muon"), {}, "on the CPU.*--optimizer adamw"),
     "Muon on LoRA": ({}, dict(optimizer="muon"), dict(method="lora"), "Muon for LoRA's factors.*--optimizer adamw"),
     "FSDP1": (fsdp(FSDP_VERSION="1"), {}, {}, "Write fsdp_version: 2"),
     "FSDP2 in shards": (fsdp(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"), {}, {}, "Write FULL_STATE_DICT"),
@@ -109,19 +117,18 @@ WRONG = {
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_combinations_are_refused_with_what_works(monkeypatch, tmp_path, case):
-    launch, shared, more, message = WRONG[case]
+    launched, shared, more, message = WRONG[case]
     with pytest.raises(InputError, match=f"(?s){message}"):
-        run(monkeypatch, tmp_path / "run", launch, shared, **more)
+        run(monkeypatch, tmp_path / "run", launched, shared, **more)
     assert not (tmp_path / "run").exists(), "refused before anything is written"
 
 
 @pytest.mark.parametrize(("gib", "rows"), [(0.7, 1), (80, 8)])
 def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, capsys, gib, rows):
-    monkeypatch.setattr(preflight_module, "card_gib", lambda training: gib)
+    monkeypatch.setattr(batch_module, "card_gib", lambda training: gib)
     model = planned_model(SHAPE, 1000, 64)
-    launch = dict(per_device_train_batch_size=0, per_device_eval_batch_size=0)
-    rows_per_step, _ = run(monkeypatch, tmp_path, launch, model=model)
-    assert rows_per_step == 8, "the step stays what it is"
+    left_open = dict(per_device_train_batch_size=0, per_device_eval_batch_size=0)
+    assert run(monkeypatch, tmp_path, left_open, model=model).rows_per_step == 8, "the step stays what it is"
     assert f"batch: {rows} rows x 1 processes x 64 tokens x {8 // rows} accumulated" in capsys.readouterr().out
 
 
@@ -129,51 +136,70 @@ def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, caps
     ("known", "card", "unknown"), [(False, 80, "the model's size is not known"), (True, None, "memory is not known")]
 )
 def test_few_rows_on_a_card_are_said_aloud(monkeypatch, capsys, known, card, unknown):
-    monkeypatch.setattr(preflight_module, "card_gib", lambda training: card)
-    monkeypatch.setattr(preflight_module, "setting_of_run", lambda *_: Setting(rows=1, context_length=64))
-    training = SimpleNamespace(per_device_train_batch_size=0, per_device_eval_batch_size=0, world_size=1)
+    monkeypatch.setattr(batch_module, "card_gib", lambda training: card)
+    monkeypatch.setattr(batch_module, "setting_of_run", lambda *_: Setting(rows=1, context_length=64))
+    training = SimpleNamespace(per_device_train_batch_size=0, per_device_eval_batch_size=0)
     training.gradient_accumulation_steps = 0
     training.device = torch.device("meta")  # stands in for a card
     shared = SharedArguments(context_length=64, tokens_per_step=1 << 20)
-    derive_micro_batch(planned_model(SHAPE, 1000, 64) if known else None, training, shared, "adamw")
+    launch = Launch(optimizer="adamw")
+    derive_micro_batch(planned_model(SHAPE, 1000, 64) if known else None, launch, training, shared)
     assert training.per_device_train_batch_size == training.per_device_eval_batch_size == 8192 // 64
     assert f"{unknown} here. More: --per_device_train_batch_size" in capsys.readouterr().out
 
 
+TWO = dict(world_size=2, environment={"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"})
+
+
 @pytest.mark.parametrize(
-    ("launch", "strategy"),
-    [({}, "single"), (dict(world_size=2), "ddp"), (zero(1), "zero1"), (zero(3), "zero3"), (fsdp(), "fsdp2")],
+    ("launched", "strategy"),
+    [({}, "single"), (TWO, "ddp"), (zero(1), "zero1"), (zero(3), "zero3"), (fsdp(), "fsdp2")],
 )
-def test_right_ones_pass_and_the_table_says_what_they_are(monkeypatch, tmp_path, capsys, launch, strategy):
-    model = planned_model(SHAPE, 1000, 64)
-    rows, optimizer = run(monkeypatch, tmp_path, launch, model=model)
-    assert (rows, optimizer) == (8, "adamw")
+def test_right_ones_pass_and_the_table_says_what_they_are(monkeypatch, tmp_path, capsys, launched, strategy):
+    launch = run(monkeypatch, tmp_path, launched, model=planned_model(SHAPE, 1000, 64))
+    assert (launch.rows_per_step, launch.optimizer, launch.strategy) == (8, "adamw", strategy)
     table = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines() if not line.startswith("note"))
     names = "processes strategy precision compile batch optimizer memory disk folder"
     assert list(table) == names.split()
     assert table["strategy"] == f"{strategy}; trained: full"
     assert "= 512 tokens a step" in table["batch"]
+    processes = launched.get("world_size", 1)
+    assert table["processes"].startswith(f"{processes} on 1 machine, {processes} here on ")
 
 
 def test_offloading_is_seen_by_every_way(monkeypatch, tmp_path):
-    config = {"zero_optimization": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "none"}}}
-    plugin = SimpleNamespace(zero_stage=2, deepspeed_config=config)
-    assert offloads(training_of(tmp_path, deepspeed_plugin=plugin))
-    config["zero_optimization"]["offload_optimizer"]["device"] = "none"
-    assert not offloads(training_of(tmp_path, deepspeed_plugin=plugin))
-    launch = fsdp(FSDP_OFFLOAD_PARAMS="true")
-    for name, value in launch.pop("environment").items():
+    """In DeepSpeed's JSON, in the YAML's deepspeed_config, and in its fsdp_config."""
+    assert not read_launch().offloads
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "no")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    path = tmp_path / "zero.json"
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(path))
+    for optimizer, parameters in (("cpu", "none"), ("none", "nvme"), ("none", "none")):
+        offload = {"offload_optimizer": {"device": optimizer}, "offload_param": {"device": parameters}}
+        path.write_text(json.dumps({"zero_optimization": {"stage": 3, **offload}}))
+        launch = read_launch()
+        assert (launch.offload_optimizer, launch.offload_parameters) == (optimizer != "none", parameters != "none")
+        assert launch.offloads == (launch.offload_optimizer or launch.offload_parameters)
+        assert launch.strategy == "zero3"
+    monkeypatch.delenv("ACCELERATE_DEEPSPEED_CONFIG_FILE")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "cpu")
+    launch = read_launch()
+    assert (launch.strategy, launch.offload_optimizer, launch.offload_parameters) == ("zero2", True, False)
+    monkeypatch.delenv("ACCELERATE_USE_DEEPSPEED")
+    for name, value in fsdp(FSDP_OFFLOAD_PARAMS="true")["environment"].items():
         monkeypatch.setenv(name, value)
-    assert offloads(training_of(tmp_path, **launch)) and strategy_of(training_of(tmp_path, **launch)) == "fsdp2"
+    launch = read_launch()
+    assert launch.offloads and launch.strategy == "fsdp2"
 
 
 def test_more_processes_than_devices_are_refused_before_they_look_for_theirs(monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     with pytest.raises(InputError, match="8 processes.*2 devices.*--num_processes 2"):
-        launch_defaults()
+        read_launch()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    launch_defaults()
+    assert read_launch().local_processes == 2
 
 
 def test_a_full_disk_is_found_before_the_run(monkeypatch, tmp_path):
@@ -204,7 +230,7 @@ def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path, monkeypatch):
     other.kill()  # as kill -9: nothing is left to clean up
     other.wait()
     run(monkeypatch, tmp_path, {})
-    assert run(monkeypatch, tmp_path, {}) == (8, "adamw")  # the same process, as in a notebook
+    assert run(monkeypatch, tmp_path, {}).rows_per_step == 8  # the same process, as in a notebook
 
 
 @pytest.mark.parametrize(("wanted", "given", "expected"), [("muon", 0, 4), ("adamw", 0, 1), ("muon", 0.5, 0.5)])
@@ -214,6 +240,17 @@ def test_the_learning_rate_is_that_of_the_optimizer_unless_one_is_given(
     """As for zero2.yaml, under which the recipe's optimizer is AdamW."""
     training = training_of(tmp_path, learning_rate=given)
     shared = SharedArguments(context_length=64, tokens_per_step=512, optimizer=wanted)
-    preflight("a.py", shared, training, learning_rates={"muon": 4, "adamw": 1})
+    launch = preflight("a.py", Launch(), None, shared, training, learning_rates={"muon": 4, "adamw": 1})
+    assert launch.optimizer == wanted
     assert training.learning_rate == expected
     assert f"learning rate: {expected}" in capsys.readouterr().out
+
+
+def test_a_guessed_size_refuses_nothing(monkeypatch, tmp_path, capsys):
+    """The tokenizer, and so the number of parameters, is not known yet: neither memory nor disk is said to fit."""
+    monkeypatch.setattr(preflight_module.check_disk_space.__globals__["shutil"], "disk_usage", None)  # would be called
+    shared = SharedArguments(context_length=64, tokens_per_step=512)
+    size = size_of(planned_model(SHAPE, 1000, 64), guessed=True)
+    assert preflight("a.py", Launch(), size, shared, training_of(tmp_path)).rows_per_step == 8
+    printed = capsys.readouterr().out
+    assert "memory: " not in printed and "disk: " not in printed and "folder: " in printed

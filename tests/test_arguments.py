@@ -1,0 +1,118 @@
+"""Flags: the recipe's dicts are defaults, a flag may swap other defaults in, and what is typed always wins."""
+
+import re
+from dataclasses import dataclass, field
+
+import pytest
+
+from common.arguments import parse_flags
+from common.console import InputError
+
+
+@dataclass
+class Own:
+    sample: bool = field(default=False, metadata={"help": "Swap in small values."})
+    from_scratch: bool = field(default=False, metadata={"help": "Swap in others."})
+    prompts: list[str] = field(default_factory=lambda: ["once"], metadata={"help": "What to continue."})
+
+
+# As in a recipe: of the shared flags, and of TrainingArguments.
+DEFAULTS = dict(context_length=256, output_dir="out", learning_rate=0.004, max_steps=70, use_cpu=True, report_to="none")
+DEFAULTS |= dict(lr_scheduler_kwargs={"num_decay_steps": 0.3})
+SAMPLE = dict(context_length=64, max_steps=5, data=["small.jsonl"])
+
+
+def parse(*words: str, **more):
+    return parse_flags(Own, list(words), DEFAULTS, **dict(sample=SAMPLE) | more)
+
+
+def test_without_flags_the_dicts_count_then_the_flags_own_defaults():
+    own, shared, training = parse()
+    assert (own.sample, own.from_scratch, own.prompts) == (False, False, ["once"])
+    assert (shared.context_length, shared.data, shared.packing) == (256, None, "cross")
+    assert (training.output_dir, training.learning_rate, training.max_steps) == ("out", 0.004, 70)
+    assert training.lr_scheduler_kwargs == {"num_decay_steps": 0.3} and training.weight_decay == 0.0
+
+
+def test_a_flag_wins_over_the_dicts():
+    own, shared, training = parse("--context_length", "128", "--learning_rate", "1e-3", "--prompts", "a", "b")
+    assert (shared.context_length, training.learning_rate, own.prompts) == (128, 1e-3, ["a", "b"])
+
+
+def test_a_flag_swaps_other_defaults_in():
+    own, shared, training = parse("--sample")
+    assert own.sample and (shared.context_length, shared.data, training.max_steps) == (64, ["small.jsonl"], 5)
+    assert training.learning_rate == 0.004, "what the replacement does not name stays"
+
+
+def test_a_flag_wins_over_a_replacement_even_with_the_value_of_the_default():
+    _, shared, training = parse("--sample", "--context_length", "256", "--max_steps", "70")
+    assert (shared.context_length, training.max_steps, shared.data) == (256, 70, ["small.jsonl"])
+
+
+def test_a_flag_at_its_default_swaps_nothing_in():
+    own, _, training = parse("--sample", "false")
+    assert own.sample is False and training.max_steps == 70
+
+
+def test_what_is_true_by_default_can_be_switched_off_in_both_ways():
+    assert parse()[2].log_on_each_node is True
+    for words in (["--no_log_on_each_node"], ["--log_on_each_node", "false"]):
+        assert parse(*words)[2].log_on_each_node is False
+
+
+def test_of_two_replacements_the_later_wins():
+    others = dict(max_steps=9, learning_rate=0.5)
+    _, shared, training = parse("--from_scratch", "--sample", from_scratch=others)
+    assert (training.max_steps, training.learning_rate, shared.context_length) == (9, 0.5, 64)
+    _, shared, training = parse("--from_scratch", from_scratch=others)
+    assert (training.max_steps, training.learning_rate, shared.context_length) == (9, 0.5, 256)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--no_such", "5"], "unknown flags: --no_such 5"),
+        (["--context", "5"], "unknown flags: --context 5"),  # abbreviated
+        (["--sampl"], "unknown flags: --sampl"),
+        (["stray"], "unknown flags: stray"),
+        (["--max_steps", "many"], "argument --max_steps.*invalid int value: 'many'"),
+        (["--packing", "tight"], "argument --packing: invalid choice: 'tight'"),
+    ],
+)
+def test_what_is_not_understood_is_refused(words, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*words)
+    assert stopped.value.code == 2
+    printed = capsys.readouterr().err.splitlines()[-1]
+    assert re.search(message, printed), printed
+
+
+def test_a_flag_that_a_recipe_does_not_read_is_refused_unless_it_says_what_is_so_anyway(capsys):
+    unread = dict(not_read=["save_minutes", "weight_decay"])
+    parse(**unread)
+    assert parse("--weight_decay", "0.0", **unread)[2].weight_decay == 0.0
+    with pytest.raises(SystemExit):
+        parse("--weight_decay", "0.1", **unread)
+    assert "--weight_decay: this recipe does not read it" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse("--save_minutes", "5", **unread)
+    assert "--save_minutes: this recipe does not read it" in capsys.readouterr().err
+
+
+def test_help_shows_the_values_of_the_dicts(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse("--help")
+    assert stopped.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    for flag, value in (("--context_length", "256"), ("--learning_rate", "0.004"), ("--max_steps", "70")):
+        assert shown.split(f" {flag} ")[1].split("(default: ")[1].startswith(f"{value})"), flag
+    assert "Swap in small values. (default: False)" in shown
+    assert "_Default" not in shown
+
+
+@pytest.mark.parametrize("flag", ["--plan_config x.yaml", "--plan_processes 8", "--plan_memory_gib 80"])
+def test_what_only_a_plan_reads_is_refused_without_it(flag):
+    with pytest.raises(InputError, match=f"{flag}.*: it would be ignored"):
+        parse(*flag.split())
+    parse("--plan", *flag.split())
