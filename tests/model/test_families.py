@@ -7,12 +7,17 @@ from conftest import store_of_tokens
 from transformers import AutoModelForCausalLM, TrainingArguments
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from common.arguments import SharedArguments
+from common.dataset.mixture import training_order
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
+from common.dataset.rows import Rows
+from common.distributed.launch import Launch
 from common.model.attention import set_attention
 from common.model.counts import parameter_report
 from common.model.from_config import hands_on_bf16, keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import Setting, predict
+from common.run.folder import Run
 from common.tokens.train_tokenizer import train_tokenizer
 from common.train.trainer import PretrainingTrainer
 
@@ -76,7 +81,11 @@ def test_a_family_trains_saves_and_loads(family, tokenizer, rows, tmp_path):
         str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2, learning_rate=0.01,
         use_cpu=True, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
     )  # fmt: skip
-    trainer = PretrainingTrainer(model, training, rows, rows, 4, "muon", processing_class=tokenizer)
+    launch = Launch(optimizer="muon", rows_per_step=4)
+    order = training_order(rows, training, launch.rows_per_step)
+    trainer = PretrainingTrainer(
+        model, training, SharedArguments(), Rows(rows, rows, None, {}, []), order, launch, Run(str(tmp_path)), tokenizer
+    )
     before = trainer.evaluate()["eval_loss"]
     trainer.train()
     after = trainer.evaluate()["eval_loss"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.console import InputError
-from common.model.presets import shape_of
+from common.model.presets import shape_named
 from common.model.pretrained import (
     check_start,
     find_model,
@@ -263,13 +263,13 @@ def test_no_code_of_a_checkpoint_runs_nor_is_asked_about(folder, tokenizer, monk
     edit(folder / "tokenizer_config.json", auto_map=names)
     if known:  # transformers' own classes are taken
         pretrained_model(str(folder), tokenizer, 64)
-        shape_of(str(folder), None, {}, 384)
+        shape_named(str(folder))
         assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
     else:
         for load in (
             lambda: pretrained_model(str(folder), tokenizer, 64),
             lambda: model_without_memory(str(folder)),
-            lambda: shape_of(str(folder), None, {}, 384),
+            lambda: shape_named(str(folder)),
         ):
             with pytest.raises(InputError, match="custom code"):
                 load()

@@ -9,6 +9,8 @@ import torch
 
 from common.arguments import SharedArguments
 from common.console import InputError
+from common.distributed.launch import Launch
+from common.distributed.strategy import DDP, FSDP2, ZERO3
 from common.train.low_memory import (
     check_bitsandbytes,
     check_method,
@@ -46,11 +48,11 @@ def card(monkeypatch):
 
 def test_bitsandbytes_without_a_gpu_is_refused_with_the_switch_that_works():
     with pytest.raises(InputError, match="--optim adamw_8bit: bitsandbytes needs a GPU, .* cpu.* --optim adamw_torch$"):
-        check_method("full", "auto", SHARED, settings(optim="adamw_8bit"))
+        check_method("full", "auto", Launch(), SHARED, settings(optim="adamw_8bit"))
     with pytest.raises(InputError, match="--method qlora: bitsandbytes needs a GPU.*: --method lora --optim"):
-        check_method("qlora", "auto", SHARED, settings(optim="paged_adamw_8bit"))
-    check_method("full", "auto", SHARED, settings())
-    check_method("lora", "auto", SHARED, settings())
+        check_method("qlora", "auto", Launch(), SHARED, settings(optim="paged_adamw_8bit"))
+    check_method("full", "auto", Launch(), SHARED, settings())
+    check_method("lora", "auto", Launch(), SHARED, settings())
 
 
 def test_bitsandbytes_that_is_not_installed_is_refused_with_the_line_that_installs_it(monkeypatch):
@@ -101,27 +103,24 @@ def test_bitsandbytes_that_cannot_be_imported_is_refused(card, monkeypatch):
         ("full", "adamw_torch", "keeps all of the model on one card"),
     ],
 )
-@pytest.mark.parametrize("sharded", ["FSDP", "ZeRO"])
-def test_sharding_is_refused_with_the_yamls_that_work(monkeypatch, method, optim, why, sharded):
-    """FSDP is known by its variable: on several cards TrainingArguments' own state says MULTI_GPU, as under DDP."""
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", str(sharded == "FSDP").lower())
-    zero = SimpleNamespace(zero_stage=3) if sharded == "ZeRO" else None
+@pytest.mark.parametrize("strategy", [FSDP2, ZERO3])
+def test_sharding_is_refused_with_the_yamls_that_work(method, optim, why, strategy):
     with pytest.raises(InputError, match=rf"--method {method} --optim {optim} under FSDP or .*{why}.*single_gpu\.yaml"):
-        check_method(method, "auto", SHARED, settings(optim=optim, deepspeed_plugin=zero, world_size=2))
+        check_method(method, "auto", Launch(strategy=strategy, processes=2), SHARED, settings(optim=optim))
 
 
 def test_several_cards_under_ddp_are_not_refused():
-    check_method("lora", "auto", SHARED, settings(world_size=2))
+    check_method("lora", "auto", Launch(strategy=DDP, processes=2), SHARED, settings(world_size=2))
 
 
 def test_flags_that_would_be_ignored_are_refused():
     for method in ("lora", "qlora"):
         with pytest.raises(InputError, match=f"--weights fp32: with --method {method} .*Leave it out"):
-            check_method(method, "fp32", SHARED, settings())
+            check_method(method, "fp32", Launch(), SHARED, settings())
     with pytest.raises(InputError, match="--tokenizer train: .* Leave it out"):
-        check_method("full", "auto", SharedArguments(optimizer="adamw", tokenizer="train"), settings())
+        check_method("full", "auto", Launch(), SharedArguments(optimizer="adamw", tokenizer="train"), settings())
     with pytest.raises(InputError, match="--optimizer muon: here it is AdamW"):
-        check_method("full", "auto", SharedArguments(optimizer="muon"), settings())
+        check_method("full", "auto", Launch(), SharedArguments(optimizer="muon"), settings())
 
 
 @pytest.mark.parametrize(
