@@ -40,6 +40,7 @@ from common.model.attention import set_attention
 from common.model.counts import parameter_report
 from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
+from common.model.memory import state_bits
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
 from common.run.folder import open_run, run_identity
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         if shared.probe:
             return probe(trainer)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        state_bytes = 3 if "8bit" in training.optim else 8  # a parameter; Trainer's own keep the embedding's in fp32
+        state_bytes = 3 if state_bits(training.optim) == 8 else 8  # a parameter; the embedding's may stay in fp32
         merged_bytes = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0
         parameters = sum(parameter.numel() for parameter in trained)
         weight_bytes = trained[0].itemsize

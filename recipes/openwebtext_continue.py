@@ -180,8 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         load_start(model, shared.init_from)
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     start = {"weights": weights_fingerprint(model), "from_scratch": own.from_scratch}
-    isolated, divided = shared.packing == "isolated", launch.context_parallel > 1
-    set_attention(model, shared.attn_implementation, isolated, training.device, divided)
+    isolated = shared.packing == "isolated"
+    set_attention(model, shared.attn_implementation, isolated, training.device, launch.context_parallel > 1)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
     keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
 

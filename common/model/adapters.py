@@ -1,6 +1,6 @@
-"""LoRA and QLoRA: small trained matrices beside frozen ones, and merging them into a plain checkpoint.
+"""LoRA and QLoRA: small trained matrices beside frozen ones.
 
-Sources: https://arxiv.org/abs/2106.09685 (LoRA), https://arxiv.org/abs/2305.14314 (QLoRA: over a base in 4 bits).
+Sources: https://arxiv.org/abs/2106.09685 (LoRA), https://arxiv.org/abs/2305.14314 (QLoRA: the frozen ones in 4 bits).
 """
 
 import shutil
@@ -14,12 +14,12 @@ from transformers.pytorch_utils import Conv1D
 from common.console import InputError, say
 from common.model.pretrained import pretrained_model
 
-ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head; as in QLoRA, where it learns best
-MERGED = "merged"  # folder of the plain checkpoint, in that of the run
+ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head: what learns best, by the QLoRA paper
+MERGED = "merged"  # folder of the plain checkpoint, inside the run's folder
 
 
 def four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
-    """Return QLoRA's quantization: NF4, its scales quantized too, 4.13 bits a number; products in ``compute_dtype``."""
+    """Return QLoRA's quantization: NF4 with quantized scales, 4.13 bits a number; products in ``compute_dtype``."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -29,14 +29,18 @@ def four_bits(compute_dtype: torch.dtype) -> BitsAndBytesConfig:
 
 
 def check_adapters(model: PreTrainedModel, rank: int, targets: list[str]) -> list[str]:
-    """Return the last parts of the names of the layers ``targets``; the model may be on the meta device.
+    """Return the last parts of the names of the layers that ``targets`` means: q_proj, up_proj.
+
+    Args:
+        model: may be on the meta device.
+        targets: last parts of layers' names, or just ALL_LINEAR.
 
     Raises:
-        InputError: a target is no linear layer of the model, or it is the head; or the rank is below 1.
+        InputError: a target is not a linear layer of the model, or it is the head, or the rank is below 1.
     """
     if rank < 1:
         raise InputError(f"--lora_rank {rank}: must be at least 1.")
-    kinds = (torch.nn.Linear, Conv1D)  # Conv1D: GPT-2's name for it
+    kinds = (torch.nn.Linear, Conv1D)  # GPT-2's linear layers are Conv1D
     linear = {name.rpartition(".")[2]: module for name, module in model.named_modules() if isinstance(module, kinds)}
     known = sorted(name for name, module in linear.items() if module is not model.get_output_embeddings())
     wanted = known if targets == [ALL_LINEAR] else targets
@@ -50,11 +54,11 @@ def check_adapters(model: PreTrainedModel, rank: int, targets: list[str]) -> lis
 
 
 def add_adapters(model: PreTrainedModel, rank: int, targets: list[str], train_embedding: bool) -> PeftModel:
-    """Freeze ``model`` and put trained matrices of ``rank``, in fp32, beside its linear layers ``targets``.
+    """Freeze ``model`` and add trained matrices of ``rank``, in fp32, beside its linear layers ``targets``.
 
     Args:
         targets: last parts of the layers' names, or just ALL_LINEAR.
-        train_embedding: also train the input embedding, all of it, in fp32. A tied head stays what it was.
+        train_embedding: also train the whole input embedding, in fp32. A tied head keeps the embedding's old weights.
 
     Raises:
         InputError: see ``check_adapters``.
@@ -71,7 +75,8 @@ def add_adapters(model: PreTrainedModel, rank: int, targets: list[str], train_em
     adapted = get_peft_model(model, config)
     for parameter in adapted.parameters():
         if parameter.requires_grad:
-            parameter.data = parameter.data.float()  # of the embedding; the optimizer's steps are too small for bf16
+            # The embedding may be in bf16, for which the optimizer's steps are too small.
+            parameter.data = parameter.data.float()
     trained = sum(parameter.numel() for parameter in adapted.parameters() if parameter.requires_grad)
     say(f"LoRA: {trained:,} parameters are trained, rank {rank} beside {', '.join(wanted)}")
     return adapted
@@ -80,9 +85,10 @@ def add_adapters(model: PreTrainedModel, rank: int, targets: list[str], train_em
 def unpacked_gguf(
     place: str, tokenizer: PreTrainedTokenizerBase, context_length: int, dtype: torch.dtype, folder: str
 ) -> str:
-    """Return a folder with the weights of a .gguf file in ``dtype``, made if it is not there.
+    """Return a folder with the weights of the .gguf file ``place`` in ``dtype``; make it in ``folder`` if needed.
 
-    transformers cannot quantize while it reads such a file. Another file of the same name gets another folder.
+    QLoRA needs this, because transformers cannot quantize weights while it reads a .gguf file. The folder's name has
+    the file's size and time, so another file of the same name gets another folder.
     """
     file = Path(place).resolve().stat()
     precision = str(dtype).removeprefix("torch.")
@@ -90,7 +96,8 @@ def unpacked_gguf(
     if not unpacked.exists():
         say(f"{place}: its weights are unpacked into {unpacked}")
         model = pretrained_model(place, tokenizer, context_length, dtype)
-        partial = unpacked.with_name(f"{unpacked.name}.partial")  # an interrupted one must not be taken for whole
+        # After an interruption, half of the weights must not be taken for all of them.
+        partial = unpacked.with_name(f"{unpacked.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

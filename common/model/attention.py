@@ -1,14 +1,17 @@
-"""Which attention a model trains with, and attention that stays within a document of rows that several share.
+"""The attention that a model trains with; attention that keeps the documents of a row apart.
 
-Isolated rows carry position ids that start again at 0 with every document. There are two ways to use them:
+Rows with ``--packing isolated`` come with position ids that start again at 0 with every document. There are two ways to
+keep the documents apart by them:
 
-documents       flex attention with a block mask made once a batch: blocks without a common document cost nothing.
-a full mask     transformers reads the borders off the position ids, whenever no cache and no attention mask are given,
-                for every kind of layer (sliding windows too): slow next to plain causal attention, but right anywhere.
+documents       flex attention with a block mask that is made once a batch. Blocks without a common document are
+                skipped.
+a full mask     transformers finds the borders in the position ids if it is given neither a cache nor an attention
+                mask. This works for every kind of layer, also with sliding windows, but is slower.
 
-Rows whose documents see each other need no mask at all. transformers looks for borders all the same, and to do so
-waits for the GPU in every forward, which then runs dry. ``causal`` is its own sdpa under a name for which it knows no
-mask to make (what that gains: benchmarks/README.md). It must not be given padded rows: see ``generating``.
+With ``--packing cross``, the documents of a row see each other, and no mask is needed. transformers looks for borders
+all the same. To do so it waits for the GPU in every forward pass, and the GPU then has nothing to do. ``causal`` is
+transformers' own sdpa under another name, for which transformers makes no mask (what this gains: benchmarks/README.md).
+It does not understand padding: see ``generating``.
 """
 
 import importlib.util
@@ -28,10 +31,13 @@ from common.console import InputError, say
 from common.dataset.packing import document_positions
 from common.model.counts import head_size
 
-CAUSAL, DOCUMENTS = "causal", "documents"  # ours, beside transformers' own attention implementations
+# Our own attention implementations, registered with transformers beside its own.
+CAUSAL = "causal"
+DOCUMENTS = "documents"
 
-# Tiles of flex attention's kernels, by compute capability and head size: what torch's autotuning chose on an H100 in
-# 48 s, but for one stage. Without them torch takes others, a quarter slower at 512 tokens a row (benchmarks/README.md).
+# Tiles of flex attention's kernels, by compute capability and head size. torch's autotuning chose them on an H100 in
+# 48 s; only one number of stages is ours. torch's default tiles are a quarter slower at 512 tokens a row
+# (benchmarks/README.md).
 TILES = {
     ((9, 0), 64): dict(
         fwd_BLOCK_M=128, fwd_BLOCK_N=64, fwd_num_warps=4, fwd_num_stages=3,
@@ -42,15 +48,16 @@ TILES = {
 
 @torch.no_grad()
 def check_isolation(model: PreTrainedModel) -> None:
-    """Raise InputError unless ``model`` keeps documents in a row apart: another first one must not move the second.
+    """Raise InputError unless ``model`` keeps the documents of a row apart.
 
-    Not every architecture of transformers reads position ids (Bloom does not), and one that ignores them would train
-    on mixed-up documents without a word. The model's mode and random state are left as they were.
+    Changes the first document of two rows: the logits of the second document must stay the same. Not every architecture
+    of transformers reads position ids (Bloom does not); one that ignores them would train on mixed documents without
+    any message. The model's mode and the random state stay as they are.
     """
     was_training = model.training
     model.eval()
     length, border = 12, 7
-    # Two rows, because some code paths look at a batch of one only.
+    # Two rows, because transformers has code for batches of one row only.
     ids = torch.arange(1, 2 * length + 1, device=model.device).view(2, length) % model.config.vocab_size
     other = ids.clone()
     other[:, :border] = ids[:, :border].flip(1)
@@ -62,12 +69,12 @@ def check_isolation(model: PreTrainedModel) -> None:
             for row in (ids, other)
         )
         apart = torch.allclose(first, second, rtol=1e-3, atol=1e-4)
-    except TypeError:  # a forward without position_ids
+    except TypeError:  # the model's forward has no argument position_ids
         apart = False
     model.train(was_training)
     if not apart:
         raise InputError(
-            f"--packing isolated: {type(model).__name__} lets documents of a row see each other (it does not take "
+            f"--packing isolated: {type(model).__name__} lets documents of a row see each other (it does not read "
             "their borders from position ids). Use --packing cross."
         )
 
@@ -75,14 +82,24 @@ def check_isolation(model: PreTrainedModel) -> None:
 def set_attention(
     model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, context_parallel: bool = False
 ) -> None:
-    """Set the attention of ``model`` to ``wanted``, a name of transformers, and say which kernel that is.
+    """Decide which attention implementation ``model`` trains with, set it, and print which kernel that is.
 
-    ``auto`` is the fastest: ``documents`` for isolated rows and ``causal`` for others where they can be had, else what
-    transformers chose.
+    ``wanted`` "auto" takes the fastest one that is right:
+
+        isolated rows   documents, where flex attention works; else what transformers chose, with a full mask
+        other rows      causal, where every layer sees the whole row and the model's class allows it; else what
+                        transformers chose
+
+    Args:
+        wanted: --attn_implementation: "auto", or a name of transformers.
+        isolated: rows are those of --packing isolated.
+        context_parallel: several processes share the tokens of a row.
 
     Raises:
         InputError: the model or this machine does not support ``wanted``, or the model cannot keep documents apart.
     """
+    if wanted in (CAUSAL, DOCUMENTS):
+        raise InputError(f"--attn_implementation {wanted}: used automatically where it fits. Leave the flag out.")
     if isolated:
         check_isolation(model)
         if "flash" in wanted:
@@ -90,30 +107,21 @@ def set_attention(
                 f"--attn_implementation {wanted} with --packing isolated: transformers reads the borders of documents "
                 "in batches of one row only, and would mix them up here. Leave the flag out."
             )
-    AttentionInterface.register(CAUSAL, causal_attention)
-    AttentionInterface.register(DOCUMENTS, document_attention)
-    default, no_documents = model.config._attn_implementation, why_not_documents(model, device)
-    if wanted in (CAUSAL, DOCUMENTS):
-        raise InputError(f"--attn_implementation {wanted}: used by itself where it fits. Leave the flag out.")
-    if wanted == "auto" and isolated:
-        wanted = default if no_documents else DOCUMENTS
-    elif wanted == "auto":
-        wanted = CAUSAL if default == "sdpa" and may_change(model) and looks_at_all_before(model) else default
-    if context_parallel and (wanted not in (CAUSAL, "sdpa") or not looks_at_all_before(model)):
+    no_documents = why_not_documents(model, device)
+    if wanted == "auto":
+        wanted = fastest_attention(model, isolated, no_documents)
+    whole_rows = sees_whole_rows(model)
+    if context_parallel and (wanted not in (CAUSAL, "sdpa") or not whole_rows):
         raise InputError(
             f"context parallelism is for causal attention by torch's sdpa over whole rows; here {type(model).__name__} "
-            f"has {wanted} attention{'' if looks_at_all_before(model) else ' with windows'}. Use fsdp2.yaml."
+            f"has {wanted} attention{'' if whole_rows else ' with windows'}. Use fsdp2.yaml."
         )
     repeats = wanted == CAUSAL and repeats_heads(model, device)
-    if repeats:
-        AttentionInterface.register(CAUSAL, repeating_attention)
-    if wanted == DOCUMENTS:
-        tiles = TILES.get((torch.cuda.get_device_capability(device), head_size(model)))
-        AttentionInterface.register(DOCUMENTS, partial(document_attention, kernel_options=tiles))
+    register_attention(model, wanted, repeats, device)
     try:
         model.set_attn_implementation(wanted)
     except (ValueError, ImportError) as error:
-        raise InputError(f"--attn_implementation {wanted}: {error} Leave the flag out for the best there is.") from None
+        raise InputError(f"--attn_implementation {wanted}: {error} Leave the flag out for the best one.") from None
     if model.config._attn_implementation != wanted:
         raise InputError(f"--attn_implementation {wanted}: {type(model).__name__} has no choice. Leave the flag out.")
     if wanted == CAUSAL:
@@ -127,14 +135,40 @@ def set_attention(
         say(f"attention: {wanted}")
 
 
-def may_change(model: PreTrainedModel) -> bool:
-    """Whether the attention of ``model`` can be chosen: an older class (Falcon) has its own."""
+def fastest_attention(model: PreTrainedModel, isolated: bool, no_documents: str | None) -> str:
+    """Return the name of the attention that --attn_implementation auto stands for: see ``set_attention``.
+
+    Args:
+        no_documents: the reason why ``model`` cannot train with flex attention, or None.
+    """
+    default = model.config._attn_implementation
+    if isolated:
+        return default if no_documents else DOCUMENTS
+    return CAUSAL if default == "sdpa" and can_change_attention(model) and sees_whole_rows(model) else default
+
+
+def register_attention(model: PreTrainedModel, wanted: str, repeats: bool, device: torch.device) -> None:
+    """Make our own attention known to transformers, as ``model`` needs it on ``device``.
+
+    Args:
+        repeats: causal attention repeats keys and values for every query head.
+    """
+    AttentionInterface.register(CAUSAL, repeating_attention if repeats else causal_attention)
+    documents = document_attention
+    if wanted == DOCUMENTS:
+        tiles = TILES.get((torch.cuda.get_device_capability(device), head_size(model)))
+        documents = partial(document_attention, kernel_options=tiles)
+    AttentionInterface.register(DOCUMENTS, documents)
+
+
+def can_change_attention(model: PreTrainedModel) -> bool:
+    """Whether transformers can change the attention of ``model``. Older classes (Falcon) have their own."""
     return model._can_set_attn_implementation()
 
 
 @contextmanager
 def generating(model: PreTrainedModel) -> Iterator[None]:
-    """Give ``model`` an attention that understands caches and padding, and is not compiled for each new length."""
+    """Give ``model`` an attention that understands caches and padding, and that is not compiled for each new length."""
     trained_with = model.config._attn_implementation
     if trained_with in (CAUSAL, DOCUMENTS):
         model.set_attn_implementation("sdpa")
@@ -146,20 +180,20 @@ def generating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def why_not_documents(model: PreTrainedModel, device: torch.device) -> str | None:
-    """Return what keeps ``model`` from training with flex attention on ``device``, or None."""
+    """Return the reason why ``model`` cannot train with flex attention on ``device``; None if it can."""
     if device.type != "cuda":
         return "it trains on CUDA devices only"
     if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return f"{torch.cuda.get_device_name(device)} is older than Ampere"
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed"
-    if not model._supports_flex_attn or not looks_at_all_before(model):
+    if not model._supports_flex_attn or not sees_whole_rows(model):
         return f"{type(model).__name__} does not support it here"
     return None
 
 
-def looks_at_all_before(model: PreTrainedModel) -> bool:
-    """Whether every layer's attention goes back to the row's beginning: no sliding windows, no chunks."""
+def sees_whole_rows(model: PreTrainedModel) -> bool:
+    """Whether the attention of every layer reaches back to the beginning of a row: no sliding windows, no chunks."""
     config = model.config.get_text_config()
     kinds = getattr(config, "layer_types", None)
     if kinds is not None:
@@ -168,12 +202,15 @@ def looks_at_all_before(model: PreTrainedModel) -> bool:
 
 
 def causal_attention(module, query, key, value, attention_mask=None, **kwargs):
-    """Attend to all before, in rows without padding: transformers' sdpa, for (rows, heads, tokens, size) each."""
+    """Let each token attend to all tokens before it, in rows without padding, by transformers' sdpa.
+
+    ``query``, ``key`` and ``value`` have the shape (rows, heads, tokens, head size).
+    """
     return sdpa_attention_forward(module, query, key, value, None, **kwargs)
 
 
 def repeating_attention(module, query, key, value, attention_mask=None, *, dropout=0.0, scaling=None, **kwargs):
-    """The same, with keys and values repeated for every query head, for a kernel that wants as many of each."""
+    """Do the same with keys and values repeated for every query head, for kernels without grouped heads."""
     key, value = (part.repeat_interleave(query.shape[1] // part.shape[1], dim=1) for part in (key, value))
     output = torch.nn.functional.scaled_dot_product_attention(
         query, key, value, dropout_p=dropout, scale=scaling, is_causal=query.shape[2] > 1
@@ -182,15 +219,19 @@ def repeating_attention(module, query, key, value, attention_mask=None, *, dropo
 
 
 def document_attention(module, query, key, value, attention_mask=None, *, document_mask=None, **kwargs):
-    """Attend to what ``document_mask`` leaves, which the batch brings along."""
+    """Let each token attend to those that ``document_mask`` of the batch leaves, by flex attention."""
     if document_mask is None:
-        raise InputError("the model does not hand document_mask on to its attention: --attn_implementation sdpa.")
+        raise InputError("the model does not pass document_mask on to its attention: --attn_implementation sdpa.")
     return flex_attention_forward(module, query, key, value, document_mask, **kwargs)
 
 
 @torch.compile(dynamic=False)
 def block_mask(positions: torch.Tensor) -> BlockMask:
-    """Return the mask of causal attention within documents, which begin where ``positions`` (rows, tokens) are 0."""
+    """Return the mask of causal attention within documents.
+
+    Args:
+        positions: (rows, tokens). A document begins where they are 0: [0, 1, 2, 0, 1] are two documents.
+    """
     documents = (positions == 0).cumsum(1)
 
     def seen(row, head, query, key):
@@ -203,16 +244,17 @@ def block_mask(positions: torch.Tensor) -> BlockMask:
 def repeats_heads(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether torch has a fused kernel for ``model`` only if keys and values are repeated for every query head.
 
-    So it is before Ampere: its one kernel there, "efficient", knows no grouped heads, and the way out, "math", holds
-    all scores of a layer.
+    This is so on GPUs older than Ampere. The only fused kernel there, "efficient", has no grouped heads; "math", which
+    torch takes instead, holds all scores of a layer.
     """
     return sdpa_kernel_name(model, device) == "math" != sdpa_kernel_name(model, device, grouped=False)
 
 
 def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool = True) -> str:
-    """Return which of its kernels scaled_dot_product_attention takes for plain causal rows of ``model``.
+    """Return the name of the kernel that scaled_dot_product_attention takes for causal rows of ``model``.
 
-    ``grouped``: with as many heads of keys and values as the model has, or one for every query head.
+    Args:
+        grouped: keys and values have as many heads as the model's config says; else, as many as the queries.
     """
     config = model.config.get_text_config()
     heads = config.num_attention_heads

@@ -1,8 +1,8 @@
-"""Cross entropy and its gradient for a chunk of logits, in place, as one Triton kernel.
+"""Cross entropy and its gradient for a chunk of logits, in place, in one Triton kernel.
 
-The logits are the largest tensor of a training step, so what counts is how often they pass through memory. Here: one
-read for the softmax's maximum and sum (online softmax), one read and one write for the gradient. torch's log_softmax,
-nll_loss and their backward make at least twice as many passes, over an fp32 copy.
+The logits are the largest tensor of a training step, so the number of passes over them decides the time. Here they are
+read once for the softmax's maximum and sum (online softmax), and read and written once for the gradient. torch's
+log_softmax, nll_loss and their backward make at least twice as many passes, over an fp32 copy.
 
 Source: https://arxiv.org/abs/1805.02867 (online softmax).
 """
@@ -11,11 +11,11 @@ import torch
 import triton
 import triton.language as tl
 
-# Numbers a program takes at once, at most, and a warp of it: of 23 choices the fastest for 151,680 words on an H100
-# (benchmarks/README.md). A program fills a multiprocessor, so that the rows at work, 303 KB each, are partly in the L2
-# cache when they are read again.
+# How many numbers a program takes at once, at most, and each of its warps. Of 23 choices these were the fastest for
+# 151,680 logits on an H100 (benchmarks/README.md). A program fills a multiprocessor, so few rows are in work at a time.
+# They have 303 KB each, and are partly still in the L2 cache when they are read again.
 BLOCK = 32_768
-NUMBERS_A_WARP = 2048 if torch.version.hip else 1024  # AMD's have 64 threads, and a program at most 1,024
+NUMBERS_A_WARP = 2048 if torch.version.hip else 1024  # AMD's warps have 64 threads, and a program at most 1,024
 
 
 def cross_entropy_in_place(
@@ -28,9 +28,9 @@ def cross_entropy_in_place(
 ) -> torch.Tensor:
     """Return the loss of each row, fp32, shape (rows,); overwrite ``logits`` with the gradient of the losses' sum.
 
-    Arguments as ``cross_entropy_plain`` of linear_cross_entropy.py, which does the same in plain torch. Where rows are
-    wider than the vocabulary (``logits`` is a view), the gradient of the rest is 0. A target outside the vocabulary
-    gives NaN.
+    ``cross_entropy_plain`` in linear_cross_entropy.py does the same in plain torch, and explains the arguments. If the
+    rows in memory are wider than the vocabulary (``logits`` is a view), the gradient of the rest is set to 0. A target
+    outside the vocabulary gives NaN.
     """
     losses = torch.empty(len(logits), dtype=torch.float32, device=logits.device)
     block = min(BLOCK, max(NUMBERS_A_WARP, triton.next_power_of_2(logits.stride(0))))
@@ -66,7 +66,11 @@ def _cross_entropy(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program, one row. Bounds are the row's width, whose factors of two let memory be read 16 bytes at a time."""
+    """Compute one row in each program.
+
+    Loads are bounded by the row's width in memory, not by the vocabulary: a width with factors of two lets the compiler
+    read 16 bytes at a time.
+    """
     row = tl.program_id(0).to(tl.int64)  # rows x vocabulary goes beyond 32 bits
     logits += row * width
     columns = tl.arange(0, BLOCK)

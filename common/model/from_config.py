@@ -1,4 +1,4 @@
-"""A config dict -> a randomly initialised causal language model, and a report of its parameters."""
+"""A config dict -> a causal language model with random weights; the residual stream in bf16."""
 
 import torch
 from accelerate.utils import gather_object
@@ -15,11 +15,12 @@ from transformers.integrations import unset_hf_deepspeed_config
 from common.console import InputError
 from common.tokens.tokenizer import padded_vocabulary
 
-BUILT_SHARE = 1 / 3  # of a card: a whole model up to this size is built there, before it is divided
+# A whole model is built on the card, before it is sharded, if it takes up to this share of the card's memory.
+BUILT_SHARE = 1 / 3
 
 
 def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> PreTrainedModel:
-    """Build what model_from_config would, without memory (on torch's meta device) and without a tokenizer."""
+    """Build the model that ``model_from_config`` would build, on torch's meta device: it takes no memory."""
     settings = {"vocab_size": padded_vocabulary(vocabulary_size), "max_position_embeddings": context_length, **shape}
     build_whole()
     with torch.device("meta"):
@@ -32,14 +33,14 @@ def model_from_config(
     context_length: int,
     training: TrainingArguments | None = None,
 ) -> PreTrainedModel:
-    """Build a model of ``shape`` in float32, for the vocabulary of ``tokenizer``.
+    """Build a model of ``shape`` in float32 with random weights, for the vocabulary of ``tokenizer``.
 
-    The embedding gets the next multiple of VOCABULARY_MULTIPLE rows; the rows beyond the tokenizer's are never a
-    target, so training only teaches the model not to predict them.
+    The embedding has as many rows as the tokenizer has ids, rounded up to a multiple of VOCABULARY_MULTIPLE. The rows
+    beyond the tokenizer's ids are never a target, so training only teaches the model not to predict them.
 
     Args:
         shape: ``model_type`` (any causal model of transformers) and arguments of its config class.
-        training: builds on its device, see device_to_build_on; None: on the CPU.
+        training: decides the device to build on, see ``device_to_build_on``. None: the CPU.
 
     Raises:
         InputError: transformers refuses the shape.
@@ -49,8 +50,8 @@ def model_from_config(
         "max_position_embeddings": context_length,
         **shape,
     }
-    # No padding token while the model is built: transformers starts its embedding at zero and gives it no gradient.
-    # Qwen's is the end-of-document token, and a zero vector at the start of a row stays zero through every norm: a
+    # No padding token while the model is built: transformers sets its embedding to zero and gives it no gradient. For
+    # Qwen it is the end-of-document token. A zero vector at the start of a row stays zero through every norm, and a
     # gradient norm of 1.9e26 was measured.
     settings |= {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": None}
     build_whole()
@@ -60,7 +61,8 @@ def model_from_config(
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(f"MODEL {shape}: transformers cannot build it ({error}).") from None
-    # Samples of a base model are drawn, not searched for; kept with the checkpoint for whoever generates from it.
+    # Text of a base model is sampled, not searched for. The settings are saved with the checkpoint, for everybody who
+    # generates text with it.
     sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
@@ -68,11 +70,14 @@ def model_from_config(
 
 
 def keep_residual_in_bf16(model: PreTrainedModel) -> None:
-    """Make what ``model``'s layers hand on to each other bf16 wherever autocast computes in it.
+    """Keep the residual stream of ``model`` in bf16 wherever autocast computes in bf16.
 
-    Autocast leaves the embedding's result in fp32, and so all sums that layers add to it: twice the memory and twice
-    the traffic of what FSDP2 and DeepSpeed, which cast the parameters, train with. Parameters stay as they are, and
-    models that hands_on_bf16 is false of as a whole. Once, before anything wraps them. Measured: benchmarks/README.md.
+    Autocast leaves the embedding's result in fp32, and so the sums that every layer adds to it. They take twice the
+    memory and twice the traffic of those under FSDP2 and DeepSpeed, which cast the parameters. (What this gains:
+    benchmarks/README.md.)
+
+    Call it once, before anything wraps the model. Parameters do not change. A model of which ``hands_on_bf16`` is false
+    stays as it is.
     """
     if not hands_on_bf16(model):
         return
@@ -86,10 +91,10 @@ def keep_residual_in_bf16(model: PreTrainedModel) -> None:
 
 
 def hands_on_bf16(model: PreTrainedModel) -> bool:
-    """Whether an embedding's result in bf16 would stay so through the layers, under autocast.
+    """Whether a residual stream that begins in bf16 stays in bf16 through the layers of ``model``, under autocast.
 
-    It would not where positions are embedded, too, and added in fp32 (GPT-2, OPT), nor where what experts or the last
-    norm of a layer give to the sum is in fp32 (Mixtral, Qwen2-MoE, GLM-4).
+    It does not if embedded positions are added in fp32 (GPT-2, OPT), or if experts or the last norm of a layer add
+    something in fp32 (Mixtral, Qwen2-MoE, GLM-4).
     """
     config = model.config.get_text_config()
     embeddings = sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
@@ -97,10 +102,10 @@ def hands_on_bf16(model: PreTrainedModel) -> bool:
 
 
 def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:
-    """Return where a model of ``config`` is to get its random weights: on ``training``'s device, if it is small there.
+    """Return the device on which a model of ``config`` gets its random weights: ``training``'s, if it is small there.
 
-    Drawing the numbers of 7B parameters takes a CPU minutes, and a GPU seconds. All processes decide alike, and as they
-    would under any other YAML, because the two draw other numbers from the same seed.
+    To draw the numbers of 7B parameters takes a CPU minutes and a GPU seconds. CPU and GPU draw different numbers from
+    the same seed, so all processes take the same one, and they take the same one under every YAML.
     """
     with torch.device("meta"):
         size = 4 * AutoModelForCausalLM.from_config(config).num_parameters()  # bytes in float32
@@ -110,15 +115,15 @@ def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) ->
 
 
 def card_bytes(device: torch.device) -> int | None:
-    """Return the memory of a card, None where it cannot be asked for."""
+    """Return the bytes of memory of a card; None for a device that is no card."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def build_whole() -> None:
-    """Make models that are built from here on have all their weights on every process, under ZeRO-3 too.
+    """Build all models after this call whole on every process, under ZeRO-3, too.
 
-    transformers would divide each layer as it is made: drawing its random numbers in another order (other losses than
-    under any other YAML), and leaving parameters that count as empty (no FLOPs, no fingerprint). DeepSpeed divides
-    them all the same when training starts; Trainer tells transformers of ZeRO-3 again when it is made.
+    Under ZeRO-3, transformers would shard each layer as it builds it. The random numbers would then be drawn in another
+    order (other losses than under every other YAML), and the parameters would look empty (no FLOPs, no fingerprint).
+    DeepSpeed still shards the model when training starts: Trainer tells transformers about ZeRO-3 again.
     """
     unset_hf_deepspeed_config()

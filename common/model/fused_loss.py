@@ -1,25 +1,25 @@
-"""The loss of a causal language model of transformers without the logits of all rows, in the model's own forward.
+"""The loss of a transformers model without the logits of all rows, computed inside the model's own forward.
 
     use_fused_loss(model)         # once, before the model is wrapped by peft, Trainer, Accelerate, DDP, FSDP, DeepSpeed
-    loss = model(**batch).loss    # fused wherever labels are given; without labels there are logits, as ever
+    loss = model(**batch).loss    # fused whenever labels are given; without labels the model returns logits as before
 
-How. In nearly every causal model of transformers forward ends like this:
+How it works. In nearly every causal model of transformers, forward ends like this:
 
-    logits = self.lm_head(hidden)                      # rows x vocabulary: what must not be held
+    logits = self.lm_head(hidden)                      # rows x vocabulary: too large to hold
     logits = logits * self.logit_scale                 # Cohere; Granite divides; Gemma caps by a tanh
     loss = self.loss_function(logits, labels, ...)
     loss += self.router_aux_loss_coef * aux_loss       # mixtures of experts
 
-That forward is left as it is. This one model's head is exchanged, by ``set_output_embeddings``, for a linear layer with
-the same parameters which hands out DeferredLogits when there are labels: no numbers, only a note of what the model
-does to them. ``loss_function``, which transformers lets one set on a model, redeems them chunk by chunk. Whatever else
-forward does (auxiliary losses, masks, caches) stays the model's own, and what it does to its logits beyond scaling
-and capping is refused by name, not guessed at.
+This code stays as it is. Two parts of the model are replaced. The head becomes a linear layer with the same parameters,
+which returns DeferredLogits when there are labels: they hold no logits, only the hidden states and the scale and cap
+that the model applies. And ``loss_function``, which transformers allows to set on a model, computes the loss from them,
+chunk by chunk. Auxiliary losses, masks and caches stay the model's own. If a model does anything to its logits but
+scale and cap them, DeferredLogits raises an error that names it.
 
-Why so. The product happens in the head's forward, inside the model's: so hooks run that gather the weight (FSDP,
-ZeRO-3), reduce its gradient (DDP) or cast (autocast), and parameter names, checkpoints and ``generate`` are unchanged.
-Rewriting forward for each family, as Liger and cut-cross-entropy do by patching classes, must keep up with every
-model; calling body and head from the training loop goes past the hooks of the wrappers.
+Why inside the model. The product is computed in the head's forward, so the hooks run that gather the weight (FSDP,
+ZeRO-3), reduce its gradient (DDP) or cast (autocast). Parameter names, checkpoints and ``generate`` do not change. Two
+other ways are worse: to rewrite forward for each family, as Liger and cut-cross-entropy do, means work for every new
+model; to call body and head from the training loop skips the hooks of the wrappers.
 """
 
 from functools import wraps
@@ -34,13 +34,13 @@ from common.model.linear_cross_entropy import CHUNK_BYTES, fused_linear_cross_en
 
 
 def use_fused_loss(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> None:
-    """Make ``model`` compute its loss in chunks of ``chunk_bytes``, from the next forward with labels on.
+    """Make ``model`` compute its loss in chunks of ``chunk_bytes`` in every forward pass with labels.
 
-    ``loss`` and gradients are those of transformers, ``num_items_in_batch``, ``shift_labels`` and labels of -100
-    included; ``logits`` of a forward with labels are DeferredLogits.
+    Loss and gradients are those of transformers, also with ``num_items_in_batch``, ``shift_labels`` and labels of -100.
+    In a forward pass with labels, ``logits`` are DeferredLogits.
 
     Raises:
-        InputError: the model is wrapped already, its head is no plain linear layer, or its loss is another one.
+        InputError: the model is wrapped already, its head is not a plain linear layer, or it has a loss of its own.
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel) or "forward" in vars(model):
@@ -56,10 +56,10 @@ def use_fused_loss(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> No
 
 
 class DeferringHead(torch.nn.Linear):
-    """A linear layer which, while ``deferring``, promises its product instead of computing it."""
+    """A linear layer that returns DeferredLogits instead of logits while ``deferring`` is true."""
 
     def __init__(self, head: torch.nn.Linear, chunk_bytes: int):
-        """Take over the parameters of ``head``, themselves, so that tied ones stay tied."""
+        """Take over the parameter objects of ``head``, so that a tied head stays tied."""
         super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
         self.weight, self.bias = head.weight, head.bias
         self.chunk_bytes, self.deferring = chunk_bytes, False
@@ -67,12 +67,12 @@ class DeferringHead(torch.nn.Linear):
 
     def __call__(self, hidden, *loss_arguments):
         if self.deferring and not loss_arguments:
-            return DeferredLogits(self, hidden)  # past the hooks, which would gather the weight (ZeRO-3) for nothing
+            return DeferredLogits(self, hidden)  # without the hooks, which would gather the weight (ZeRO-3) in vain
         return super().__call__(hidden, *loss_arguments)
 
-    @torch.compiler.disable  # FSDP2's regional compilation would compile the head, chunks, kernel and all
+    @torch.compiler.disable  # FSDP2's regional compilation would compile the head with its chunks and its kernel
     def forward(self, hidden, targets=None, scale=1.0, soft_cap=None, ignore_index=-100, num_items=None):
-        """Return logits or, given ``targets`` of shape hidden.shape[:-1], the loss."""
+        """Return logits, or the loss if there are ``targets`` of shape hidden.shape[:-1]."""
         if targets is not None:
             return fused_linear_cross_entropy(
                 hidden.reshape(-1, hidden.shape[-1]),
@@ -89,14 +89,14 @@ class DeferringHead(torch.nn.Linear):
 
 
 class DeferredLogits:
-    """Logits not computed: x = head(hidden), then scale * x, or soft_cap * tanh(scale * x / soft_cap).
+    """Logits that are not computed yet: scale * x of x = head(hidden), or soft_cap * tanh(scale * x / soft_cap).
 
-    Understands what models do between head and loss; anything else is refused.
+    Supports what models do between head and loss: scaling, capping, casting. Everything else raises InputError.
     """
 
     def __init__(self, head: DeferringHead, hidden: torch.Tensor, scale: float = 1.0, soft_cap: float | None = None):
         self.head, self.hidden, self.scale, self.soft_cap = head, hidden, scale, soft_cap
-        self.dtype = hidden.dtype  # Accelerate asks, to make outputs fp32
+        self.dtype = hidden.dtype  # Accelerate reads it, to cast outputs to fp32
 
     def __mul__(self, factor):
         if not isinstance(factor, int | float):
@@ -147,14 +147,17 @@ class DeferredLogits:
         )
 
 
-@torch.compiler.disable  # one graph up to here; unrolling the chunks in it gains nothing
+@torch.compiler.disable  # the graph ends here; unrolling the chunks in it gains nothing
 def loss_of_deferred_logits(
     logits, labels, vocab_size=None, num_items_in_batch=None, ignore_index=-100, shift_labels=None, **_
 ):
-    """Compute what ``transformers.loss.loss_utils.ForCausalLMLoss`` does; its interface, with names it may not use."""
+    """Return the loss that ``transformers.loss.loss_utils.ForCausalLMLoss`` returns, for DeferredLogits.
+
+    The arguments are those of ForCausalLMLoss; ``vocab_size`` is not needed.
+    """
     if not isinstance(logits, DeferredLogits):
         raise InputError(
-            "the model's head was exchanged after use_fused_loss (by peft or resize_token_embeddings): leave the head "
+            "the model's head was replaced after use_fused_loss (by peft or resize_token_embeddings): leave the head "
             "out of target_modules and modules_to_save, and resize before."
         )
     if shift_labels is None:

@@ -1,17 +1,17 @@
-"""Linear + cross entropy over chunks of rows: the logits of all rows are never held.
+"""Output layer and cross entropy together, over chunks of rows: the logits of all rows are never held.
 
-16,384 rows of 151,680 logits are 4.6 GiB in bf16, and twice that again for an fp32 copy and its softmax. Here a chunk
-of rows at a time goes through three products and is forgotten:
+16,384 rows of 151,680 logits take 4.6 GiB in bf16; an fp32 copy and its softmax take twice as much each. Here, one
+chunk of rows after another goes through three products, and its logits are overwritten by the next chunk's:
 
-    logits = hidden @ weight.T              (rows of the chunk, vocabulary)
-    loss, logits <- softmax(logits) - 1 at the target, in place
+    logits = hidden @ weight.T                                      # (rows of the chunk, vocabulary)
+    loss = cross entropy; logits = softmax(logits) - 1 at the target, in place
     hidden's gradient = logits @ weight
     weight's gradient += logits.T @ hidden
 
-So the gradients are there before backward is called; backward only multiplies them by the gradient of the loss. They
-are summed in fp32, before they are scaled: 1 / (targets of a step) would leave the range of fp16.
+So the gradients are there before backward is called. Backward only multiplies them by the gradient of the loss. They
+are summed in fp32 before they are scaled: scaled by 1 / (targets of a step), they would be too small for fp16.
 
-Sources: https://arxiv.org/abs/2410.10989 (Liger Kernel: gradients in the forward pass, chunks of rows).
+Source: https://arxiv.org/abs/2410.10989 (Liger Kernel: gradients in the forward pass, chunks of rows).
 """
 
 import torch
@@ -19,14 +19,16 @@ from torch.autograd.function import once_differentiable
 
 try:
     from common.model.cross_entropy_kernel import cross_entropy_in_place
-except ImportError:  # Triton comes with torch for CUDA on Linux
+except ImportError:  # no Triton, which comes with torch for CUDA on Linux
     cross_entropy_in_place = None
 
-# 4,096 rows of 151,680 logits in bf16 are 1.16 GiB: enough for the products to run at full speed on an H100 (measured).
+# 1.25 GiB. 4,096 rows of 151,680 logits in bf16 take 1.16 GiB, and let the products run at full speed on an H100
+# (measured).
 CHUNK_BYTES = 5 * 2**28
-TILE = 128  # rows: what matrix products work in
-# Products are slow when a side is odd, and most vocabularies are: 262k tokens/s with 151,646 rows, 394k with 151,680
-# (measured on an H100). So the weight, which is copied to cast it anyway, is padded.
+TILE = 128  # rows: the unit in which GPUs compute matrix products
+# Products are slow if the vocabulary is not a multiple of some power of two, and most are not: 262k tokens/s with
+# 151,646 rows, 394k with 151,680 (measured on an H100). The weight is copied anyway to cast it, so the copy is padded
+# to a multiple of this number of rows.
 PADDING = 64
 
 
@@ -44,17 +46,20 @@ def fused_linear_cross_entropy(
 ) -> torch.Tensor:
     """Return the cross entropy of scale * (hidden @ weight.T + bias) against ``targets``, fp32, shape ().
 
-    Under autocast the products run in its dtype; the gradients come in the dtypes of their tensors all the same.
-    Backward can be called once.
+    Under autocast the products are computed in autocast's dtype. Each gradient has the dtype of its tensor. Backward
+    can be called once only.
 
     Args:
         hidden: (rows, hidden_size).
         weight: (vocabulary, hidden_size).
-        targets: (rows,), int64; ``ignore_index`` where there is none.
+        targets: (rows,), int64; ``ignore_index`` where a row has no target.
         bias: (vocabulary,).
         soft_cap: logits become soft_cap * tanh(scale * logits / soft_cap).
-        num_items: what the sum of the losses is divided by; None: the number of targets.
-        chunk_bytes: what a chunk's logits may take, with the copies that plain torch makes of them.
+        num_items: the sum of the losses is divided by it; None: by the number of targets.
+        chunk_bytes: the most that a chunk's logits may take, with the copies that plain torch makes of them.
+
+    Raises:
+        ValueError: ``hidden`` and ``targets`` differ in their number of rows.
     """
     if not len(hidden) == len(targets) == targets.numel():
         raise ValueError(f"{len(hidden)} rows of hidden states against targets of shape {tuple(targets.shape)}")
@@ -72,7 +77,7 @@ def fused_linear_cross_entropy(
 
 
 class _GradientsInForward(torch.autograd.Function):
-    """The sum of the losses; its gradients are made in forward, and only scaled in backward."""
+    """The sum of the losses. Its gradients are computed in forward and only scaled in backward."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, *options):
@@ -85,8 +90,9 @@ class _GradientsInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_output):
         if ctx.gradients is None:
-            raise RuntimeError("backward a second time: the gradients of the chunked loss are given away by the first")
-        gradients, ctx.gradients = ctx.gradients, None  # so that autograd may keep them, not copy them
+            raise RuntimeError("backward a second time: the first call has used up the gradients of the chunked loss")
+        gradients = ctx.gradients
+        ctx.gradients = None  # with no other reference to them, autograd keeps the tensors and makes no copy
         scaled = (
             None if gradient is None else gradient.mul_(grad_output).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
@@ -95,11 +101,15 @@ class _GradientsInForward(torch.autograd.Function):
 
 
 def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_index, chunk_bytes, wanted):
-    """Return the sum of the losses, and its gradients by hidden, weight and bias in fp32, None where not ``wanted``."""
+    """Return the sum of the losses, and its gradients with respect to hidden, weight and bias.
+
+    The gradients are in fp32, or in fp64 if the weight is; None where not ``wanted``.
+    """
     device, rows, vocabulary = hidden.device, len(hidden), len(weight)
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     hidden = hidden.to(dtype or hidden.dtype)
-    weight, bias = _padded(weight, dtype), None if bias is None else _padded(bias, dtype)  # once, not once a chunk
+    weight = _padded(weight, dtype)  # once, not once a chunk
+    bias = None if bias is None else _padded(bias, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
     use_kernel = _kernel_runs_on(device) and wide == torch.float32
     cross_entropy = cross_entropy_in_place if use_kernel else cross_entropy_plain
@@ -128,7 +138,8 @@ def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_i
                 _add_product(weight_gradient, logits.t(), hidden[chunk])
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0, dtype=wide)
-    # Shortened in place: to a view of it, autograd would add a tied embedding's other gradient in a new tensor.
+    # The padding is cut off in place. If this returned a view, autograd would add the other gradient of a tied
+    # embedding into a new tensor of the same size.
     for part in (weight_gradient, bias_gradient):
         if part is not None:
             part.resize_(vocabulary, *part.shape[1:])
@@ -136,7 +147,7 @@ def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_i
 
 
 def _padded(part: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
-    """Return ``part`` in ``dtype`` with zeros appended up to the next multiple of PADDING rows; itself if it is so."""
+    """Return ``part`` in ``dtype``, with rows of zeros up to a multiple of PADDING; itself if nothing changes."""
     rows = -(-len(part) // PADDING) * PADDING
     if rows == len(part):
         return part.to(dtype or part.dtype)
@@ -153,11 +164,11 @@ def cross_entropy_plain(
     ignore_index: int,
     with_gradient: bool,
 ) -> torch.Tensor:
-    """Return the loss of each row, in fp32 or wider, shape (rows,); 0 where the target is ``ignore_index``.
+    """Return the loss of each row, in fp32 or fp64, shape (rows,); 0 where the target is ``ignore_index``.
 
-    Overwrites ``logits``, shape (rows, vocabulary): with the gradient of the losses' sum if ``with_gradient``.
+    Overwrites ``logits``, shape (rows, vocabulary); if ``with_gradient``, with the gradient of the sum of the losses.
     """
-    values = logits.to(torch.promote_types(logits.dtype, torch.float32))  # fp32 logits: no copy
+    values = logits.to(torch.promote_types(logits.dtype, torch.float32))  # no copy if the logits are in fp32
     slope = scale
     if scale != 1:
         values.mul_(scale)
@@ -178,9 +189,10 @@ def cross_entropy_plain(
 
 
 def rows_of_a_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
-    """Divide ``rows`` into as few chunks as ``chunk_bytes`` allow, of equal size, and return that size.
+    """Return the number of rows in a chunk: the fewest chunks that ``chunk_bytes`` allows, all of about the same size.
 
-    At least one row; a multiple of TILE where a chunk has room for a tile.
+    It is at least 1, and a multiple of TILE where a chunk has room for a tile: 16,384 rows, of which 4,400 fit into
+    ``chunk_bytes``, are 4 chunks of 4,096.
     """
     most = max(1, chunk_bytes // row_bytes)
     if rows <= most:
@@ -191,17 +203,18 @@ def rows_of_a_chunk(rows: int, row_bytes: int, chunk_bytes: int) -> int:
 
 
 def _add_product(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> None:
-    """Add left @ right to ``total``, which is wider than the two."""
+    """Add left @ right to ``total``, whose dtype is as wide as theirs or wider."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     elif left.is_cuda:
         torch.addmm(total, left, right, out_dtype=total.dtype, out=total)
-    else:  # no such product elsewhere: that of a chunk is rounded, their sum is not
+    else:
+        # Other devices have no product with a wider result: the product of each chunk is rounded, their sum is not.
         total.add_(left @ right)
 
 
 def _kernel_runs_on(device: torch.device) -> bool:
-    """Whether the Triton kernel can be used: Turing (T4) or newer, and Triton is installed."""
+    """Whether the Triton kernel can be used: Triton is installed, and the GPU is Turing (T4) or newer."""
     return (
         cross_entropy_in_place is not None
         and device.type == "cuda"

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from common.distributed.strategy import SINGLE, Strategy
+from common.distributed.strategy import DDP, SINGLE, Strategy
 from common.model.counts import (
     embedding_and_head,
     embeddings,
@@ -48,7 +48,7 @@ class Setting:
 
     rows: int  # of a micro-batch
     context_length: int
-    strategy: Strategy = SINGLE
+    strategy: Strategy = SINGLE  # or its name
     processes: int = 1
     precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
@@ -61,6 +61,9 @@ class Setting:
     method: str | None = None  # of recipes/low_memory_16gb.py: full, lora, qlora; None: another recipe
     offload_optimizer: bool = False
     offload_parameters: bool = False
+
+    def __post_init__(self):
+        object.__setattr__(self, "strategy", Strategy(self.strategy))
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,9 @@ def state_bits(optimizer: str) -> int:
 def predict(model: PreTrainedModel, setting: Setting) -> Need:
     """Return what training ``model`` needs on each card. The model may be on the meta device."""
     number_bytes = 4 if setting.precision == "no" else 2  # of the computation
-    divided = setting.strategy.startswith("zero") or setting.strategy == "fsdp2"
-    autocast = number_bytes == 2 and not divided and model.get_input_embeddings().weight.itemsize == 4
+    # DeepSpeed and FSDP2 cast the parameters themselves. Elsewhere, autocast makes a copy of fp32 parameters.
+    casts = setting.strategy.is_deepspeed or setting.strategy.is_fsdp
+    autocast = number_bytes == 2 and not casts and model.get_input_embeddings().weight.itemsize == 4
     cast = setting.bf16_stream and setting.precision in ("bf16", "fp8") and hands_on_bf16(model)
     residual_bytes = 4 if number_bytes == 4 or (autocast and not cast) else 2
     parameters, gradients, states, buffers = bytes_by_strategy(model, setting, number_bytes)
@@ -146,16 +150,16 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, number_bytes: in
     states = optimizer_bytes(model, setting.optimizer)
     gradients = sum(map(stored_bytes, trained))
     count, processes = sum(map(numbers_of, model.parameters())), setting.processes
-    buffers = gradients if setting.strategy == "ddp" else 0.0
-    if setting.strategy.startswith("zero"):
-        stage = int(setting.strategy[-1])
+    buffers = gradients if setting.strategy == DDP else 0.0
+    if setting.strategy.is_deepspeed:
         masters = 4 * sum(map(numbers_of, trained))
-        parameters = number_bytes * count / (processes if stage == 3 else 1)
-        gradients = masters / (1 if stage == 1 else processes)
+        parameters = number_bytes * count / (processes if setting.strategy.shards_parameters else 1)
+        gradients = masters / (processes if setting.strategy.shards_gradients else 1)
         states = (states + (masters if number_bytes == 2 else 0)) / processes
-        if stage == 3:  # gathered parameters, and a bucket of gradients, which is there from the start
+        if setting.strategy.shards_parameters:
+            # Gathered parameters, and a bucket of gradients, which is there from the start.
             buffers = number_bytes * (min(count, LIVE_PARAMETERS) + BUCKET_PARAMETERS)
-    elif setting.strategy == "fsdp2":
+    elif setting.strategy.is_fsdp:
         parameters, gradients, states = parameters / processes, gradients / processes, states / processes
         ends = sum(map(numbers_of, embedding_and_head(model)))
         buffers = number_bytes * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
@@ -170,7 +174,9 @@ def bucket_bytes(setting: Setting, number_bytes: int) -> float:
     Its size does not depend on the model. DeepSpeed makes it with the first gradient of a backward pass and frees it at
     the end of the pass.
     """
-    return BUCKET_PARAMETERS * {"zero1": 4, "zero2": number_bytes}.get(setting.strategy, 0)
+    if setting.strategy.zero_stage not in (1, 2):
+        return 0.0
+    return BUCKET_PARAMETERS * (number_bytes if setting.strategy.shards_gradients else 4)
 
 
 def gradients_in_backward(model: PreTrainedModel, gradients: float, in_backward: bool) -> tuple[float, float]:

@@ -1,8 +1,8 @@
 """A name -> a causal language model, with its weights or, from its config alone, with random ones.
 
-Refused, each with what to do: weights that the checkpoint does not have, quantized ones, a tokenizer with more ids
-than the embedding has rows, more positions than the model knows, and weights that predict text hardly better than
-chance.
+Refused, each with what to do instead: a checkpoint in which weights are missing, quantized weights, a tokenizer with
+more ids than the embedding has rows, rows longer than the model's positions, and weights that predict text hardly
+better than chance.
 """
 
 import hashlib
@@ -24,34 +24,38 @@ from common.console import InputError, say
 from common.hub import fetch_model
 from common.model.from_config import build_whole
 
-# Of ln(vocabulary), which is what predicting every token alike costs. Measured on SmolLM2-135M: English, Chinese and
-# Python 0.22 to 0.27, letters drawn at random 0.51; ids of five other tokenizers 0.80 to 1.16; embedding, body or both
-# replaced by random numbers, or shuffled, 1.03 to 3.65 (CPU, 6,156 tokens, 2026-11-22). Damage in part is not caught:
-# one layer of random numbers gave 0.29, permuted queries and keys 0.52.
+# Weights are refused if their loss is above this share of ln(vocabulary), the loss of predicting all tokens alike.
+# Measured on SmolLM2-135M (CPU, 6,156 tokens, 2026-11-22):
+#     English, Chinese and Python                                             0.22 to 0.27
+#     letters drawn at random                                                 0.51
+#     ids of five other tokenizers                                            0.80 to 1.16
+#     embedding, body or both replaced by random numbers, or shuffled         1.03 to 3.65
+# Partial damage is not noticed: one layer of random numbers gave 0.29, permuted queries and keys 0.52.
 NEAR_RANDOM = 0.7
-NUMBERS_HASHED = 1024  # of each tensor, in a fingerprint
+NUMBERS_HASHED = 1024  # of each tensor, for a fingerprint
 
 
 def find_model(name: str, weights: bool) -> str:
-    """Return where the model called ``name`` lies: a folder (fetched, if it is an id of a hub) or a .gguf file.
+    """Return the place of the model called ``name``: a folder or a .gguf file. An id of a hub is fetched.
 
     Args:
-        weights: whether they are wanted, or config and tokenizer only.
+        weights: fetch the weights, too; else config and tokenizer only.
 
     Raises:
-        InputError: no such file or folder, what ``fetch_model`` raises, or a .gguf file without the package to read it.
+        InputError: there is no such file or folder, the package that reads .gguf files is missing, or see
+            ``fetch_model``.
     """
     if not name.endswith(".gguf"):
         return fetch_model(name, weights)
     if not Path(name).is_file():
         raise InputError(f"--model {name}: no such file.")
     if not is_gguf_available():
-        raise InputError(f"--model {name}: reading .gguf files takes a package: pip install 'gguf>=0.17,<1'")
+        raise InputError(f"--model {name}: reading .gguf files needs a package: pip install 'gguf>=0.17,<1'")
     return name
 
 
 def check_fit(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int) -> None:
-    """Raise the InputErrors of a model's config now, before its text is tokenized for nothing."""
+    """Raise InputError if tokenizer or row length do not fit the model's config, before text is tokenized in vain."""
     _config_for(place, tokenizer, context_length)
 
 
@@ -63,16 +67,16 @@ def pretrained_model(
     device: torch.device | None = None,
     quantization: BitsAndBytesConfig | None = None,
 ) -> PreTrainedModel:
-    """Load the model that lies at ``place``, as ``find_model`` returned it, in ``dtype``.
+    """Load the model at ``place``, which ``find_model`` returned, in ``dtype``.
 
-    The weights of a .gguf file are dequantized: what quantization took from them is not had back.
+    The weights of a .gguf file are dequantized, but what they lost when they were quantized stays lost.
 
     Args:
-        device: load straight to it, tensor by tensor, without a copy in the CPU's memory (except of a .gguf file).
-        quantization: keep the matrices of the layers as it says, for adapters to be trained beside them.
+        device: load to it tensor by tensor, without a copy in the CPU's memory (except from a .gguf file).
+        quantization: quantize the matrices of the layers, for adapters that are trained beside them.
 
     Raises:
-        InputError: see this module; or transformers cannot load it.
+        InputError: see this module; or transformers cannot load the model.
     """
     config = _config_for(place, tokenizer, context_length)
     folder, in_file = _as_transformers_asks(place)
@@ -90,16 +94,16 @@ def pretrained_model(
             **in_file,
             **where,
         )
-    except Exception as error:  # of safetensors, gguf, torch or transformers: whatever it stumbled over
+    except Exception as error:  # each of safetensors, gguf, torch and transformers raises its own
         raise _cannot_load(place, error) from None
     if found["missing_keys"]:
         raise InputError(
             f"{place}: {len(found['missing_keys'])} tensors of {type(model).__name__} are not in it and would start at "
-            f"random: {_some(found['missing_keys'])}. Fetch it again, or give the whole checkpoint."
+            f"random: {_some(found['missing_keys'])}. Download it again, or give the whole checkpoint."
         )
     if found["unexpected_keys"]:
         names = _some(found["unexpected_keys"])
-        say(f"note: {place} holds tensors that {type(model).__name__} has no place for, left out: {names}")
+        say(f"note: {place} has tensors that {type(model).__name__} has no place for, left out: {names}")
     if in_file:
         model = _plain(model, config)
         say(f"note: {place}: dequantized to {str(dtype).removeprefix('torch.')}")
@@ -113,25 +117,29 @@ def random_model(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> PreTrainedModel:
-    """Build the model whose config lies at ``place`` with random weights in ``dtype``, on ``device`` if it is given.
+    """Build the model whose config is at ``place`` with random weights in ``dtype``, on ``device`` or on the CPU.
 
     Raises:
-        InputError: see this module; or transformers cannot build it.
+        InputError: see this module; or transformers cannot build the model.
     """
     config = _config_for(place, tokenizer, context_length)
     build_whole()
     try:
-        with torch.device(device or "cpu"):
+        with torch.device("cpu" if device is None else device):
             model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     except ValueError as error:
         raise _cannot_load(place, error) from None
-    # As in model_from_config: drawn, not searched for.
+    # As in model_from_config: text is sampled, not searched for.
     model.generation_config.update(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
     return _with_tokens_of(model, tokenizer)
 
 
 def model_without_memory(place: str) -> PreTrainedModel:
-    """Build the model whose config lies at ``place`` on torch's meta device, for --plan."""
+    """Build the model whose config is at ``place`` on torch's meta device, where it takes no memory.
+
+    Raises:
+        InputError: transformers cannot build the model.
+    """
     folder, in_file = _as_transformers_asks(place)
     try:
         build_whole()
@@ -144,15 +152,20 @@ def model_without_memory(place: str) -> PreTrainedModel:
 
 
 def check_start(loss: float, vocabulary_rows: int) -> None:
-    """Raise InputError if pretrained weights start at a held-out ``loss`` (nats a token) near that of random ones."""
+    """Raise InputError if pretrained weights begin with a held-out loss that is hardly better than chance.
+
+    Args:
+        loss: nats a token.
+        vocabulary_rows: of the embedding.
+    """
     chance = math.log(vocabulary_rows)
-    if not loss <= NEAR_RANDOM * chance:  # NaN, too
+    if not loss <= NEAR_RANDOM * chance:  # true for NaN, too
         raise InputError(
             f"the loaded weights start at {loss:.2f} nats a token on the held-out documents. To predict all tokens "
-            f"alike costs ln({vocabulary_rows:,}) = {chance:.2f}; above {NEAR_RANDOM:.0%} of that they know next to "
-            "nothing of this text. Either its ids are of another tokenizer: give the one that the weights were trained "
-            "with, and tokenize the text with it. Or the checkpoint is damaged: fetch it again. To start at random on "
-            "purpose: recipes/openwebtext_continue.py --from_scratch"
+            f"alike costs ln({vocabulary_rows:,}) = {chance:.2f}; above {NEAR_RANDOM:.0%} of that, weights know next "
+            "to nothing of this text. Either its ids are from another tokenizer: give the one that the weights were "
+            "trained with, and tokenize the text with it. Or the checkpoint is damaged: download it again. To start "
+            "at random on purpose: recipes/openwebtext_continue.py --from_scratch"
         )
 
 
@@ -166,11 +179,11 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
 
 
 def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: int):
-    """Return the config at ``place``, if the tokenizer and rows of ``context_length`` fit it."""
+    """Return the config at ``place``; raise InputError unless tokenizer and ``context_length`` fit it."""
     folder, in_file = _as_transformers_asks(place)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file)
-    except Exception as error:  # as many kinds as there are of damaged files
+    except Exception as error:  # a damaged file may raise anything
         raise _cannot_load(place, error) from None
     method = getattr(config, "quantization_config", None)
     if method is not None:
@@ -179,7 +192,7 @@ def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: 
     if len(tokenizer) > text.vocab_size:
         raise InputError(
             f"{place}: its embedding has {text.vocab_size:,} rows, the tokenizer {len(tokenizer):,} ids. Give the "
-            "tokenizer that it was trained with, or none: its own is taken. For tokens of your own, grow it first: "
+            "tokenizer that it was trained with, or none, to take its own. To add tokens of your own, grow it first: "
             f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(FOLDER), --model FOLDER"
         )
     positions = getattr(text, "max_position_embeddings", None)
@@ -187,13 +200,13 @@ def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: 
         raise InputError(
             f"--context_length {context_length:,}: the model knows {positions:,} positions. Use at most that."
         )
-    # See model_from_config: the embedding of a padding token gets no gradient, and it often is the end token.
+    # As in model_from_config: the embedding of a padding token gets no gradient, and the end token often is one.
     config.pad_token_id = text.pad_token_id = None
     return config
 
 
 def _plain(model: PreTrainedModel, config) -> PreTrainedModel:
-    """Return the same model without transformers' mark of quantization, with which it could not be saved."""
+    """Return the same model without transformers' note of its quantization, with which it could not be saved."""
     plain = AutoModelForCausalLM.from_config(config, dtype=model.dtype)
     plain.load_state_dict(model.state_dict())
     return plain
@@ -205,13 +218,14 @@ def _with_tokens_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
         config.eos_token_id, config.pad_token_id = tokenizer.eos_token_id, tokenizer.pad_token_id
     try:
         model.generation_config.validate(strict=True)
-    except ValueError as error:  # transformers would raise it when the first checkpoint is written
+    except ValueError as error:  # else transformers would raise it when it writes the first checkpoint
         say(f"note: the model's generation config contradicts itself and is replaced by the default ({error})")
         model.generation_config = GenerationConfig.from_model_config(model.config)
     return model
 
 
 def _as_transformers_asks(place: str) -> tuple[str, dict[str, str]]:
+    """Return the folder of ``place`` for from_pretrained, and its argument that names a .gguf file, if it is one."""
     path = Path(place)
     return (str(path.parent), {"gguf_file": path.name}) if path.suffix == ".gguf" else (place, {})
 
@@ -219,7 +233,7 @@ def _as_transformers_asks(place: str) -> tuple[str, dict[str, str]]:
 def _cannot_load(place: str, error: Exception) -> InputError:
     reason = (str(error).strip().splitlines() or [""])[0]
     return InputError(
-        f"{place}: no causal language model that transformers can load ({type(error).__name__}: {reason})."
+        f"{place}: not a causal language model that transformers can load ({type(error).__name__}: {reason})."
     )
 
 

@@ -1,7 +1,8 @@
-"""Both sides of continued pretraining, before and after: what is learnt, and what must not be forgotten.
+"""Continued pretraining, measured before and after: what the model learns, and what it must not forget.
 
-The second held-out set is retained documents, of which none is trained on. What is measured before the first step is
-in the log of every checkpoint, at step 0, so that a run continued from one reports the same.
+What it must not forget is a second held-out set, the documents of --retain, none of which is trained on. The figures
+from before the first step are in the log of every checkpoint, at step 0. A run that is continued from a checkpoint
+reports them, too.
 """
 
 from dataclasses import asdict, dataclass
@@ -18,13 +19,19 @@ from common.model.pretrained import check_start
 from common.tokens.store import TokenStore, make_hashes_comparable
 from common.train.trainer import PretrainingTrainer
 
-SETS = {"eval": "held out", "retain": "retained"}  # prefix of the metrics, name in the table
+SETS = {"eval": "held out", "retain": "retained"}  # prefix of the metrics: name in the table
 FIGURES = ("loss", "perplexity", "bits_per_byte")
 
 
 @dataclass
 class Retained:
-    """The rows that must not be forgotten, None without --retain; what the results say of them; their stores."""
+    """The documents of --retain, as rows.
+
+    Attributes:
+        rows: None without --retain.
+        counts: entries of the results file: documents left out, ledgers.
+        fingerprints: of the token stores.
+    """
 
     rows: JoinedRows | None
     counts: dict
@@ -34,13 +41,13 @@ class Retained:
 def retained_rows(
     stores: dict[str, TokenStore], training: dict[str, TokenStore], train_rows: JoinedRows, arguments: SharedArguments
 ) -> Retained:
-    """Return rows of the documents of ``stores`` that are not trained on.
+    """Return rows of the documents of ``stores`` that are not trained on; without stores, no rows.
 
-    Left out, and counted as duplicates in each source's ledger: documents that are trained on, and (unless they are
-    to be kept) copies of an earlier one. Dropped: the last partial row of each source.
+    Left out, and counted as duplicates in the ledger of each source: documents that are trained on, and copies of an
+    earlier document (unless --keep_duplicates). Dropped: the last partial row of each source.
 
     Args:
-        training: the stores that ``train_rows`` were made of.
+        training: the token stores that ``train_rows`` are made of.
 
     Raises:
         InputError: less than one row is left.
@@ -53,10 +60,11 @@ def retained_rows(
     hashes = np.concatenate([store.document_hashes() for store in stores.values()])
     in_training = np.isin(hashes, np.concatenate(trained_on))
     left_out = in_training if arguments.keep_duplicates else in_training | repeated(hashes)
-    packed, ledgers, first = [], {}, 0
+    packed, ledgers, first = [], {}, 0  # first: of the documents of all stores
+    isolated = arguments.packing == "isolated"
     for name, store in stores.items():
-        out, nothing = left_out[first : first + store.documents], np.zeros(store.documents, dtype=bool)
-        isolated = arguments.packing == "isolated"
+        out = left_out[first : first + store.documents]
+        nothing = np.zeros(store.documents, dtype=bool)
         rows = PackedRows(store, ~out, arguments.context_length, isolated, arguments.max_eval_rows)
         ledgers[name] = Ledger.of(store, Split(nothing, ~out, nothing, out), {"held_out": rows})
         say(f"ledger of --retain {name}: {ledgers[name]}")
@@ -75,18 +83,19 @@ def retained_rows(
 
 
 class MeasureBefore(TrainerCallback):
-    """Evaluate both held-out sets before the first step; stop a pretrained model that starts near random.
+    """Evaluate both held-out sets before the first step; stop if pretrained weights are hardly better than chance.
 
-    In training's first moment and not before it, because DeepSpeed and FSDP have the model ready only then.
+    It does so when training begins and not earlier, because DeepSpeed and FSDP have the model ready only then.
     """
 
     def __init__(self, trainer: PretrainingTrainer, retained: JoinedRows | None, pretrained: bool):
         self.trainer, self.retained, self.pretrained = trainer, retained, pretrained
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step > 0:  # a continued run: its checkpoint has the figures
+        if state.global_step > 0:  # a continued run, whose checkpoint has the figures
             return
-        held_out, rows = self.trainer.evaluate(), model.config.get_text_config().vocab_size
+        held_out = self.trainer.evaluate()
+        rows = model.config.get_text_config().vocab_size
         say(f"before training: {held_out['eval_loss']:.4f} nats a token; by chance ln({rows:,}) = {np.log(rows):.4f}")
         if self.pretrained:
             check_start(held_out["eval_loss"], rows)
@@ -96,7 +105,7 @@ class MeasureBefore(TrainerCallback):
 
 
 def figures_before(log_history: list[dict]) -> dict[str, float]:
-    """Return what MeasureBefore measured, as ``before_eval_loss`` and so on, from the log of a run."""
+    """Return the figures that MeasureBefore measured, from the log of a run: ``before_eval_loss`` and so on."""
     wanted = [f"{prefix}_{figure}" for prefix in SETS for figure in FIGURES]
     return {
         f"before_{name}": entry[name] for entry in log_history if entry["step"] == 0 for name in wanted if name in entry
@@ -104,7 +113,11 @@ def figures_before(log_history: list[dict]) -> dict[str, float]:
 
 
 def before_and_after(results: dict) -> str:
-    """Return a table of both held-out sets from the results of a run."""
+    """Return a table, as text, of both held-out sets before and after training.
+
+    Args:
+        results: of the run, with the entries of ``figures_before``.
+    """
     lines = [f"{'':<16} {'tokens':>11}   {'loss':^19}   {'perplexity':^23}   {'bits per byte':^19}"]
     for prefix, name in SETS.items():
         if f"before_{prefix}_loss" not in results:

@@ -1,12 +1,14 @@
-"""AdamW for weights in bf16, with states in 8 bits, that can step inside backward: 4 bytes a parameter in all.
+"""AdamW for weights in bf16, with 8-bit states, that can step inside backward: 4 bytes a parameter in all.
 
-A chunk of one parameter at a time is updated in fp32 and rounded stochastically back to bf16, so there is neither a
-master copy nor a second copy of the model. The states are bitsandbytes' (its kernels too): one byte a number, scaled by
-the largest of every 256, for embeddings as well. In backward, a gradient is freed as soon as it is used.
+One chunk of a parameter at a time is updated in fp32 and rounded stochastically to bf16. So there is no master copy of
+the weights, and no other copy of the model. States and kernels are those of bitsandbytes: a byte for each number, and a
+scale for each block of 256 numbers, also of embeddings. With ``in_backward``, each gradient is freed once it is used.
 
-Why rounding at random: bf16 keeps eight bits of a number: the next one above 1 is 1.0078. An optimizer's step of 1e-5
-added to a weight of 1 is rounded away, every time, and such a weight never moves. Rounded up with probability
-1e-5 / 0.0078 instead, it moves by the right amount on average.
+Why the rounding is stochastic: bf16 keeps eight significant bits, so the next number above 1 is 1.0078. If a step of
+1e-5 is added to a weight of 1 and the sum is rounded to the nearest number, the weight stays 1, and never moves. If it
+is rounded up with probability 1e-5 / 0.0078 instead, the weight moves by the right amount on average.
+
+torchao has such an optimizer, too. Why it is not used: docs/libraries.md.
 
 Sources: https://arxiv.org/abs/2110.02861 (8-bit states), https://arxiv.org/abs/2306.09782 (steps inside backward),
 https://arxiv.org/abs/2010.06192 (training in bf16 alone), https://arxiv.org/abs/1502.02551 (the rounding).
@@ -19,29 +21,32 @@ from common.model.memory import NUMBERS_A_BLOCK, SMALLEST_IN_8_BITS
 
 
 def round_stochastically(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Return ``values`` (fp32, left as they are) in bf16, each one of its two neighbours there, drawn by distance.
+    """Return ``values`` in bf16, each rounded up or down at random, so that the expected result is the value.
 
-    The expected value is the value itself. Numbers that bf16 has stay; infinity and NaN, too.
+    The nearer neighbour in bf16 is the more probable one. Numbers that bf16 can represent stay as they are; infinity
+    and NaN, too.
 
     Args:
+        values: fp32; not changed.
         generator: on the device of ``values``.
     """
-    # bf16 is the upper half of an fp32: adding a random lower half carries into it as often as the lower half is large.
-    # The sign is apart in both, so a negative number is rounded alike.
+    # bf16 is the upper 16 bits of fp32. Adding 16 random bits to the lower ones carries into the upper ones with a
+    # probability in proportion to the lower ones: 0x4000 of 0x10000 carries in one of four cases. The sign is a bit of
+    # its own, so negative numbers are rounded in the same way.
     bits = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
     bits.add_(values.view(torch.int32)).bitwise_and_(-1 << 16)
     rounded = bits.view(torch.float32)
-    return torch.where(values.isnan(), values, rounded).bfloat16()  # a carry in a NaN would make a number of it
+    return torch.where(values.isnan(), values, rounded).bfloat16()  # a carry would turn some NaNs into -0.0
 
 
 CHUNK = 1 << 16 << 8  # numbers updated at a time: 64 MiB in fp32. A multiple of NUMBERS_A_BLOCK
 
 
 class LowMemoryAdamW(torch.optim.Optimizer):
-    """AdamW whose arithmetic is in fp32, whatever the parameters are in (bf16 or fp32).
+    """AdamW that computes in fp32, for parameters in bf16 or fp32.
 
-    States are kept by parameter: ``step``, ``exp_avg``, ``exp_avg_sq`` and, with 8 bits, the scales of both. The random
-    bits of a step follow from seed, step and parameter, so a resumed run draws the same.
+    The states of a parameter are ``step``, ``exp_avg``, ``exp_avg_sq`` and, with 8 bits, the scales of both. The random
+    bits of a step depend on the seed, the step and the parameter, so a resumed run draws the same ones.
     """
 
     def __init__(
@@ -57,17 +62,22 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         in_backward: bool = False,
         seed: int = 0,
     ):
-        """Take parameters or groups of them, as any optimizer does.
+        """Take parameters or groups of parameters, as every optimizer of torch does.
 
         Args:
             state_bits: 8 (by bitsandbytes) or 32.
-            stochastic: how to round to bf16; False: to the nearest, which loses small updates.
-            in_backward: update each parameter as soon as its gradient is complete, and drop the gradient. ``step`` then
-                only ends the step. For one micro-batch a step, one process and no fp16 scaler: the caller sees to it.
+            stochastic: how to round to bf16. False rounds to the nearest number, which loses small updates.
+            in_backward: update each parameter as soon as its gradient is complete, and free the gradient. ``step`` then
+                only ends the step. The caller makes sure that there is one micro-batch a step, one process, and no
+                fp16 scaler.
         """
         super().__init__(params, dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay))
         self.state_bits, self.stochastic, self.in_backward, self.seed = state_bits, stochastic, in_backward, seed
-        self.squares, self.step_ended, self.maps, self.generator = [], False, None, None
+        self.squares: list[torch.Tensor] = []  # sums of squares of the gradients, a chunk each
+        self.step_ended = False
+        self.maps = None
+        self.generator = None
+        # The number of each parameter over all groups, and its group.
         numbered = [(group, p) for group in range(len(self.param_groups)) for p in self.param_groups[group]["params"]]
         self.places = {parameter: (number, group) for number, (group, parameter) in enumerate(numbered)}
         if in_backward:
@@ -84,10 +94,11 @@ class LowMemoryAdamW(torch.optim.Optimizer):
 
     @property
     def grad_norm(self) -> torch.Tensor:
-        """The norm of all gradients of the step at hand, or of the last one, as if they had been held."""
+        """The norm of all gradients of this step, or of the last one between steps; only with ``in_backward``."""
         return torch.stack(self.squares).sum().sqrt()
 
     def update_and_drop_gradient(self, parameter: torch.nn.Parameter) -> None:
+        """Update one parameter and free its gradient: the hook of ``in_backward``."""
         self.update(parameter)
         parameter.grad = None
 
@@ -107,8 +118,8 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         weights, gradients = parameter.view(-1), parameter.grad.reshape(-1)
         for start in range(0, weights.numel(), CHUNK):
             chunk = slice(start, start + CHUNK)
-            gradient, weight = gradients[chunk].float(), weights[chunk].float()  # of fp32: the same memory
-            if self.in_backward:  # elsewhere whoever clips has the norm
+            gradient, weight = gradients[chunk].float(), weights[chunk].float()  # copies of bf16, views of fp32
+            if self.in_backward:  # else the norm is computed where gradients are clipped
                 self.squares.append(gradient.dot(gradient))
             self._adamw(weight, gradient, state, chunk, self.param_groups[group])
             if parameter.dtype == torch.bfloat16:
@@ -132,7 +143,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
                 weight_decay=decay,
             )  # fmt: skip
         else:
-            before = torch.tensor(float(state["step"] - 1))  # adamw counts this step itself
+            before = torch.tensor(float(state["step"] - 1))  # adamw adds this step itself
             parts = ([weight], [gradient], *([average] for average in averages))
             adamw(
                 *parts, [], [before], amsgrad=False, beta1=beta1, beta2=beta2, lr=lr, weight_decay=decay, eps=eps,
@@ -150,7 +161,7 @@ class LowMemoryAdamW(torch.optim.Optimizer):
         return {"step": 0, **averages, **scales}
 
     def _quantization_maps(self, device: torch.device) -> list[torch.Tensor]:
-        """Return what the 256 codes of a byte stand for: of averages, and of averages of squares."""
+        """Return the numbers that the 256 values of a byte stand for: in ``exp_avg``, and in ``exp_avg_sq``."""
         if self.maps is None:
             from bitsandbytes.functional import create_dynamic_map
 
@@ -159,7 +170,11 @@ class LowMemoryAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict) -> None:
-        """Take over saved states and groups. Replaces: casting the states to the dtype of their parameters."""
+        """Take over saved states and groups. Replaces: casting the states to the dtype of their parameters.
+
+        Raises:
+            ValueError: the saved groups have other numbers of parameters.
+        """
         groups = state_dict["param_groups"]
         if [len(group["params"]) for group in groups] != [len(group["params"]) for group in self.param_groups]:
             raise ValueError("the saved optimizer has other parameter groups")

@@ -1,12 +1,13 @@
-"""Muon for the weight matrices of a model's body, AdamW for everything else, as one optimizer.
+"""Muon for the matrices of a model's layers, AdamW for everything else, as one optimizer.
 
-Muon replaces the (momentum of the) gradient of a matrix by the nearest matrix whose singular values are all about 1,
-so that every direction is learnt at the same pace. torch.optim.Muon does that one matrix after another, some 25 small
-kernels each; here matrices of the same shape go through the iteration together. Sharded matrices (FSDP2) are gathered
-for it, those of a shape at once; DeepSpeed's ZeRO flattens them beyond recognition, so there the optimizer is AdamW.
+Muon takes the momentum of a matrix's gradient and replaces it by the nearest matrix whose singular values are all about
+1, so that the matrix learns in every direction at the same pace. torch.optim.Muon does this for one matrix after
+another, with some 25 small kernels each. Here, matrices of the same shape go through the iteration together. Matrices
+that FSDP2 shards are gathered for it, all of a shape at once. DeepSpeed's ZeRO flattens the parameters into one vector,
+in which the matrices cannot be found; under ZeRO, the optimizer is AdamW.
 
 Sources: https://kellerjordan.github.io/posts/muon/ (the method, its coefficients), https://arxiv.org/abs/2502.16982
-(the scale by which the two optimizers share learning rate and weight decay).
+(the scale of the updates, with which both optimizers can have the same learning rate and weight decay).
 """
 
 import torch
@@ -18,18 +19,18 @@ from common.model.counts import layer_matrices
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
-UPDATE_SIZE = 0.2  # root mean square of a matrix's update at a learning rate of 1: what AdamW's usually are
-STACK_NUMBERS = 1 << 27  # of the matrices that go through the iteration together: 256 MiB in bf16
+UPDATE_SIZE = 0.2  # root mean square of a matrix's update at a learning rate of 1; AdamW's is usually about the same
+STACK_NUMBERS = 1 << 27  # so many numbers of matrices go through the iteration together: 256 MiB in bf16
 
 
 class MuonWithAdamW(torch.optim.AdamW):
-    """AdamW whose parameter groups may say ``matrices=True``: these are updated by Muon."""
+    """AdamW in which Muon updates the parameter groups that have ``matrices=True``."""
 
     def __init__(self, model: PreTrainedModel, decayed: list[str], lr: float, weight_decay: float, **adamw):
         """Sort the trainable parameters of ``model`` into groups.
 
         Args:
-            decayed: the names of those that ``weight_decay`` applies to.
+            decayed: names of the parameters that ``weight_decay`` applies to.
             adamw: ``betas``, ``eps``, ``fused`` of torch.optim.AdamW.
         """
         matrices = layer_matrices(model)
@@ -45,7 +46,8 @@ class MuonWithAdamW(torch.optim.AdamW):
             lr=lr,
             **adamw,
         )
-        # Fused AdamW lets fp16's scaler call step with gradients of infinity and leaves them out itself. Muon does not.
+        # With fused AdamW, the fp16 scaler calls step even if gradients are infinite, and AdamW skips the step itself.
+        # Muon does not, so the scaler must.
         self._step_supports_amp_scaling = False
 
     @torch.no_grad()
@@ -66,7 +68,8 @@ class MuonWithAdamW(torch.optim.AdamW):
                 alike.setdefault(parameter.shape, []).append(parameter)
         for shape, parameters in alike.items():
             at_once = max(1, STACK_NUMBERS // shape.numel())
-            rate = group["lr"] * UPDATE_SIZE * max(shape) ** 0.5  # the orthogonal matrix has 1 / max(shape) ** 0.5
+            # The numbers of an orthogonal matrix have a root mean square of 1 / max(shape) ** 0.5.
+            rate = group["lr"] * UPDATE_SIZE * max(shape) ** 0.5
             for first in range(0, len(parameters), at_once):
                 some = parameters[first : first + at_once]
                 updates = orthogonalized(gathered(self._with_momentum(some), some[0]))
@@ -75,11 +78,11 @@ class MuonWithAdamW(torch.optim.AdamW):
                 torch._foreach_add_(weights, placed_like(some[0], updates).unbind(), alpha=-rate)
 
     def _with_momentum(self, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
-        """Return this process's gradients of ``parameters`` after Nesterov's momentum."""
+        """Update the momenta of ``parameters`` and return their gradients with Nesterov's momentum, as sharded."""
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                self.state[parameter]["step"] = torch.zeros(())  # AdamW looks for it in every loaded state
+                self.state[parameter]["step"] = torch.zeros(())  # AdamW reads it from every state that it loads
         momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
         gradients = [local(parameter.grad) for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
@@ -87,10 +90,10 @@ class MuonWithAdamW(torch.optim.AdamW):
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
-    """Return, for each of ``matrices`` (n, rows, columns), about U V^T of its singular value decomposition U S V^T.
+    """Return U V^T, approximately, for each of ``matrices`` (n, rows, columns) = U S V^T (singular values).
 
-    By Newton and Schulz's iteration with coefficients that raise small singular values fast: the results are between
-    0.7 and 1.2. In bf16 where the device computes in it, else in fp32.
+    By Newton and Schulz's iteration, with coefficients that raise small singular values fast: the singular values of
+    the result are between 0.7 and 1.2. In bf16 if the device computes in it, else in fp32.
     """
     a, b, c = COEFFICIENTS
     fast = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device) >= (8, 0)
@@ -104,19 +107,23 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return all of a tensor that may be sharded."""
+    """Return the whole of a tensor, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return what this process has of a tensor that may be sharded: the same memory."""
+    """Return the part of a tensor that this process has: the same memory, and all of it if it is not sharded."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gathered(shards: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
-    """Stack matrices (n, rows, columns), whole, of which every process has ``shards``, cut as ``parameter`` is.
+    """Gather n matrices of the same shape and return them as one stack (n, rows, columns).
 
-    All of them in one exchange: with one for each matrix, the CPU could not keep up with the GPUs.
+    They are gathered in one exchange: with one exchange for each, the CPU could not keep up with the GPUs.
+
+    Args:
+        shards: this process's parts of the matrices.
+        parameter: one that is sharded as they are.
     """
     stack = torch.stack(shards)
     if not isinstance(parameter, DTensor):
@@ -128,7 +135,11 @@ def gathered(shards: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tenso
 
 
 def placed_like(parameter: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
-    """Return this process's part of a ``stack`` of matrices, which all have whole, cut as ``parameter`` is."""
+    """Return this process's part of ``stack`` (n, rows, columns), sharded as ``parameter`` is, in its dtype.
+
+    Args:
+        stack: whole, and the same on every process.
+    """
     stack = stack.to(parameter.dtype)
     if not isinstance(parameter, DTensor):
         return stack
@@ -141,5 +152,5 @@ def placed_like(parameter: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
 
 
 def _of_stack(parameter: DTensor) -> list[Placement]:
-    """Return the placements of ``parameter`` for a stack of such: its dimensions come one later."""
+    """Return the placements of a stack of matrices that are sharded as ``parameter``: each dimension is one later."""
     return [Shard(place.dim + 1) if place.is_shard() else place for place in parameter.placements]

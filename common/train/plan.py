@@ -20,11 +20,9 @@ from common.console import InputError, say
 from common.distributed.launch import Launch, precision_of
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
 from common.model.fused_loss import DeferringHead
-from common.model.memory import CONTEXT_BYTES, Setting, predict
+from common.model.memory import CONTEXT_BYTES, Setting, optimizer_name, predict, state_bits
 from common.system import GIB, memory_gib
 from common.train.metrics import synchronize
-
-LOW_BIT = ("8bit", "4bit")  # in the names of --optim
 
 
 def choose_optimizer(wanted: str, launch: Launch, training: TrainingArguments) -> str:
@@ -47,10 +45,6 @@ def choose_optimizer(wanted: str, launch: Launch, training: TrainingArguments) -
     return "muon" if wanted == "muon" or (wanted == "auto" and reason is None) else "adamw"
 
 
-def optimizer_name(training: TrainingArguments) -> str:
-    return getattr(training.optim, "value", training.optim)
-
-
 def check_combinations(launch: Launch, training: TrainingArguments, method: str) -> None:
     """Refuse what is known to go wrong together.
 
@@ -62,7 +56,7 @@ def check_combinations(launch: Launch, training: TrainingArguments, method: str)
         InputError: with the reason, and what works.
     """
     strategy = launch.strategy
-    low_bit = launch.optimizer != "muon" and any(bits in optimizer_name(training) for bits in LOW_BIT)
+    low_bit = launch.optimizer != "muon" and state_bits(optimizer_name(training)) < 32
     for wrong, what, where, why, works in (
         (
             low_bit and strategy.shards_states,
@@ -282,7 +276,7 @@ def setting_of_run(
     optimizer = launch.optimizer
     if own_optimizer is not None:
         optimizer = f"rounding_{own_optimizer[1]['state_bits']}bit"
-    elif "8bit" in training.optim and optimizer != "muon":
+    elif state_bits(optimizer_name(training)) == 8 and optimizer != "muon":
         optimizer = "adamw_8bit"
     head = model.get_output_embeddings()
     return Setting(
@@ -377,7 +371,7 @@ def switches(setting: Setting) -> list[tuple[str, Setting]]:
         switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
     if not now.recompute:
         switch("--gradient_checkpointing true: activations are computed twice", recompute=True)
-    if "8bit" not in now.optimizer and not now.strategy.shards_states:
+    if state_bits(now.optimizer) == 32 and not now.strategy.shards_states:
         optimizer = "rounding_8bit" if now.optimizer.startswith("rounding") else "adamw_8bit"
         switch("--optimizer adamw --optim adamw_8bit", optimizer=optimizer)
     if now.method is not None:

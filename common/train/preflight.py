@@ -16,12 +16,12 @@ from common.distributed.context_parallel import check_parallelism
 from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import take_over_recompute
-from common.model.memory import predict
+from common.model.memory import optimizer_name, predict
 from common.model.presets import ModelSize, PretrainedSize
 from common.run.folder import check_disk_space, check_folder, lock_folder
 from common.system import GIB, take_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
-from common.train.plan import check_combinations, choose_optimizer, optimizer_name, setting_of_run
+from common.train.plan import check_combinations, choose_optimizer, setting_of_run
 from common.train.schedule import check_schedule
 
 

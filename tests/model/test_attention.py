@@ -150,7 +150,7 @@ def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
 @pytest.mark.parametrize(
     ("wanted", "isolated", "message"),
     [
-        ("documents", True, "documents: used by itself where it fits"),
+        ("documents", True, "documents: used automatically where it fits"),
         ("nonsense", False, "--attn_implementation nonsense"),
         ("flash_attention_2", False, "--attn_implementation flash_attention_2"),
         ("flash_attention_2", True, "batches of one row only, and would mix them up"),
@@ -177,7 +177,7 @@ def test_the_block_mask_keeps_documents_apart():
         mask = block_mask(positions)
         found = model(input_ids=ids, position_ids=positions, use_cache=False, document_mask=mask).logits
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
-        with pytest.raises(InputError, match="does not hand document_mask on"):
+        with pytest.raises(InputError, match="does not pass document_mask on"):
             model(input_ids=ids, position_ids=positions, use_cache=False)
 
 

@@ -119,13 +119,3 @@ def test_a_model_is_built_on_the_card_where_it_is_small_there_for_all(monkeypatc
     monkeypatch.setattr(model_module, "card_bytes", lambda device: card * size)
     monkeypatch.setattr(model_module, "gather_object", lambda mine: [*mine, others])
     assert device_to_build_on(config, SimpleNamespace(device=torch.device("meta"))).type == device
-
-
-@pytest.mark.parametrize("offload", [True, False])
-def test_an_offloaded_model_starts_like_any_other_and_moves_to_main_memory(monkeypatch, tokenizer, offload):
-    moved = []
-    monkeypatch.setattr(torch.nn.Module, "cpu", lambda model: moved.append(model) or model)
-    monkeypatch.setattr(model_module, "offloads", lambda training: offload)
-    shape = dict(model_type="gpt2", n_embd=32, n_layer=1, n_head=2)
-    model = model_from_config(shape, tokenizer, 16, SimpleNamespace(device=torch.device("cpu")))
-    assert moved == ([model] if offload else [])

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from common.console import InputError
-from common.model.presets import shape_of
+from common.model.presets import shape_named
 from common.model.pretrained import (
     check_start,
     find_model,
@@ -86,7 +86,7 @@ def test_a_random_model_needs_the_config_alone(folder, tokenizer):
     matrix = "model.layers.0.mlp.up_proj.weight"
     assert parameters[matrix].std().item() == pytest.approx(0.02, rel=0.1)  # Qwen2's initializer_range
     assert not torch.allclose(parameters[matrix], stored[matrix].float(), atol=1e-3)
-    with pytest.raises(InputError, match="no causal language model that transformers can load"):
+    with pytest.raises(InputError, match="not a causal language model that transformers can load"):
         pretrained_model(str(folder), tokenizer, 64)
 
 
@@ -114,14 +114,14 @@ def test_weights_too_many_are_named(folder, tokenizer, capsys):
 
 def test_weights_of_another_shape_are_refused(folder, tokenizer):
     edit(folder / "config.json", intermediate_size=96)
-    with pytest.raises(InputError, match="no causal language model that transformers can load"):
+    with pytest.raises(InputError, match="not a causal language model that transformers can load"):
         pretrained_model(str(folder), tokenizer, 64)
 
 
 def test_a_damaged_file_is_one_clear_error(folder, tokenizer):
     content = (folder / "model.safetensors").read_bytes()
     (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
-    with pytest.raises(InputError, match="no causal language model that transformers can load"):
+    with pytest.raises(InputError, match="not a causal language model that transformers can load"):
         pretrained_model(str(folder), tokenizer, 64)
 
 
@@ -148,7 +148,7 @@ def test_quantized_weights_are_refused(folder, tokenizer):
 
 def test_a_model_that_is_no_causal_language_model_is_refused(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model", "vocab_size": 384}', encoding="utf-8")
-    with pytest.raises(InputError, match="no causal language model that transformers can load"):
+    with pytest.raises(InputError, match="not a causal language model that transformers can load"):
         random_model(str(tmp_path), tokenizer, 64)
 
 
@@ -189,7 +189,7 @@ def test_a_model_that_is_not_there(name, message):
 
 
 def test_a_model_without_config_or_on_no_hub(tokenizer, tmp_path):
-    with pytest.raises(InputError, match="no causal language model"):
+    with pytest.raises(InputError, match="not a causal language model"):
         pretrained_model(str(tmp_path), tokenizer, 64)
 
 
@@ -263,13 +263,13 @@ def test_no_code_of_a_checkpoint_runs_nor_is_asked_about(folder, tokenizer, monk
     edit(folder / "tokenizer_config.json", auto_map=names)
     if known:  # transformers' own classes are taken
         pretrained_model(str(folder), tokenizer, 64)
-        shape_of(str(folder), None, {}, 384)
+        shape_named(str(folder))
         assert load_tokenizer(str(folder)).get_vocab() == tokenizer.get_vocab()
     else:
         for load in (
             lambda: pretrained_model(str(folder), tokenizer, 64),
             lambda: model_without_memory(str(folder)),
-            lambda: shape_of(str(folder), None, {}, 384),
+            lambda: shape_named(str(folder)),
         ):
             with pytest.raises(InputError, match="custom code"):
                 load()

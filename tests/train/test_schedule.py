@@ -45,7 +45,7 @@ def test_steps_stay_steps_and_other_schedules_are_left_alone():
 @pytest.mark.parametrize(
     ("kind", "settings", "warmup", "message"),
     [
-        ("polynomial", {"lr_end": 0.1}, 20, "--warmup_steps 20: nothing of the 20 steps"),
+        ("polynomial", {"lr_end": 0.1}, 20, "--warmup_steps 20: none of the 20 steps"),
         ("warmup_stable_decay", {"num_decay_steps": 15}, 6, "--warmup_steps 6 and num_decay_steps 15 .* the 20 steps"),
     ],
 )
