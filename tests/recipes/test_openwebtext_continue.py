@@ -198,7 +198,7 @@ def test_ids_of_another_tokenizer_of_the_same_size_are_stopped(recipe, weights, 
     store_of_tokens(tmp_path, documents, end=[tokenizer.eos_token_id])
     (tmp_path / "tokens.hashes.npy").unlink()
     flags = run(weights, cache_dir, tmp_path / "run", "--data", str(tmp_path / "tokens.bin"))
-    refused_before_training(recipe, tmp_path / "run", flags, "ids are of another tokenizer")
+    refused_before_training(recipe, tmp_path / "run", flags, "ids are from another tokenizer")
 
 
 def test_the_same_ids_unpermuted_train(recipe, weights, cache_dir, tmp_path):
@@ -215,7 +215,7 @@ def test_the_same_ids_unpermuted_train(recipe, weights, cache_dir, tmp_path):
 def test_text_with_another_tokenizer_is_stopped(recipe, weights, cache_dir, tmp_path):
     train_tokenizer(texts_of(CHINESE), IDS).save_pretrained(tmp_path / "other")
     flags = run(weights, cache_dir, tmp_path / "run", "--tokenizer", str(tmp_path / "other"))
-    refused_before_training(recipe, tmp_path / "run", flags, "of another tokenizer")
+    refused_before_training(recipe, tmp_path / "run", flags, "from another tokenizer")
 
 
 def test_a_store_of_another_tokenizer_is_refused_by_its_sidecar(recipe, weights, cache_dir, tmp_path):
@@ -290,7 +290,7 @@ def test_from_scratch_is_random_with_the_guides_hyperparameters(recipe, weights,
 
 def test_a_warm_up_as_long_as_the_run_is_refused(recipe, weights, cache_dir, tmp_path):
     flags = run(weights, cache_dir, tmp_path / "run", "--from_scratch", "--warmup_steps", "3", "--max_steps", "3")
-    with pytest.raises(InputError, match="--warmup_steps 3: nothing of the 3 steps is left"):
+    with pytest.raises(InputError, match="--warmup_steps 3: none of the 3 steps is left"):
         recipe.main(flags)
 
 

@@ -118,7 +118,7 @@ def test_the_held_out_loss_is_that_of_the_saved_model(wiki, finished, cache_dir)
     model, tokenizer = AutoModelForCausalLM.from_pretrained(finished), AutoTokenizer.from_pretrained(finished)
     arguments = SharedArguments(held_out_fraction=0.05, context_length=64, cache_dir=str(cache_dir))
     [source] = wiki.resolve_sources([str(ROOT / "data" / "sample_zh.jsonl")])
-    _, rows, _, _ = wiki.split_rows({source.name: wiki.tokenize(source, tokenizer, arguments)}, arguments)
+    rows = wiki.build_rows({source.name: wiki.tokenize(source, tokenizer, arguments)}, arguments).held_out
     nats, target_bytes = 0.0, b""
     for index in range(5):
         ids, targets = rows[index]["input_ids"], rows[index]["shift_labels"]

@@ -13,6 +13,7 @@ from conftest import losses, small_run
 from test_distributed import RECIPE, launch
 
 from common.console import InputError
+from common.distributed.launch import Launch
 from common.run.checkpoints import finish_checkpoint, unfinished
 from common.run.init_from import check_resumable, writer_of
 from common.train.batch import set_batch
@@ -86,7 +87,8 @@ def test_any_number_of_processes_takes_as_many_steps(tmp_path):
 
     rows_a_step = {
         set_batch(
-            SimpleNamespace(per_device_train_batch_size=8, world_size=processes, gradient_accumulation_steps=0),
+            Launch(processes=processes),
+            SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=0),
             131_072, 512,
         )
         for processes in (1, 2, 4, 8, 32, 256)

@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 
 from common.console import InputError
 from common.corpus.records import file_records
+from common.dataset.mixture import TrainingOrder
 from common.run.checkpoints import MANIFEST, problem_of, read_manifest
-from common.run.folder import finished_results, read_status
+from common.run.folder import Run, read_status
 from common.tokens.megatron import read_index, read_legacy_index, read_sidecar
 from common.tokens.store import TokenStore
 from common.train.step_guard import read_guard
@@ -211,7 +212,9 @@ def test_manifests(tmp_path):
 def test_our_own_state(tmp_path):
     guard = {"losses": [5.0, 4.5], "left_out": 1, "spikes": 0, "in_a_row": 0}
     status = {"state": "running", "step": 3, "max_steps": 9, "pid": 1, "host": "h", "time": "t"}
-    results = {"steps": 3, "eval_loss": 2.0, "ledger": {"tokens_trained": 9}}
+    results = {"steps": 3, "eval_loss": 2.0, "ledger": {"rows_trained": 9}}
+    order = TrainingOrder([9], seed=1)
+    order.rows_in_run = order.positions_in_run = 9
 
     def read(content, name):
         path = Path(tmp_path) / name
@@ -221,7 +224,9 @@ def test_our_own_state(tmp_path):
         elif name == "status.json":
             assert read_status(tmp_path) is None or "state" in read_status(tmp_path)
         else:
-            finished_results(str(tmp_path), 3, 9)
+            run = Run(str(tmp_path))
+            run.claimed = True
+            run.finished(order)
 
     contents = [json.dumps(content).encode() for content in (guard, status, results)]
     fuzz(10_000, contents, read, ["guard.json", "status.json", "all_results.json"])
