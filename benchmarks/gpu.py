@@ -18,6 +18,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,18 +26,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DataLoaderConfiguration
 from launching import compact, launcher, one_gpu, result_of
+from trainers import trainer_on
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
-from common.distributed.launch import launch_defaults
-from common.distributed.strategy import launched_precision
+from common.distributed.launch import read_launch
 from common.model.attention import set_attention
 from common.model.counts import flops_per_token, peak_tflops
 from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
-from common.train.trainer import PretrainingTrainer
 
 WARM_STEPS, INTERVAL = 4, 2
 
@@ -176,14 +176,15 @@ def work(described: dict, profile: bool, folder: str) -> dict:
     set_seed(0)
     loop, rows = described["loop"], described["rows"]
     rows_per_step = described["tokens_per_step"] // described["context_length"]
+    launch = read_launch()
     training = TrainingArguments(
         output_dir=folder, max_steps=described["steps"], per_device_train_batch_size=rows,
         gradient_accumulation_steps=rows_per_step // rows, optim=described.get("optim", "adamw_torch_fused"),
         learning_rate=1e-4, weight_decay=0.1, logging_steps=10, logging_nan_inf_filter=False, report_to="none",
         save_strategy="no", disable_tqdm=True, gradient_checkpointing=described.get("recompute", False),
-        **launch_defaults(),
+        **launch.defaults(),
     )  # fmt: skip
-    training.mixed_precision = launched_precision()  # also FP8, which has no flag
+    training.mixed_precision = launch.precision  # also FP8, which has no flag
     assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     shape = {**described["shape"], "max_position_embeddings": described["context_length"]}
     with torch.device("cuda"):
@@ -200,8 +201,9 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         set_attention(model, "auto", described.get("isolated", False), training.device)
         use_fused_loss(model)
         keep_residual_in_bf16(model)
+        launch = replace(launch, rows_per_step=rows_per_step, optimizer=described.get("optimizer", "adamw"))
         train = train_bare if loop == "bare" else train_recipe
-        train(model, training, data, rows_per_step, described.get("optimizer", "adamw"), clock)
+        train(model, training, data, launch, clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
     peak = peak_tflops(training.device, half_precision=training.mixed_precision != "fp8")  # FP8 has another peak
     return {
@@ -224,9 +226,9 @@ def train_tutorial(model, training, data, clock) -> None:
     Trainer(model, training, train_dataset=rows, callbacks=[clock]).train()
 
 
-def train_recipe(model, training, data, rows_per_step, optimizer, clock) -> None:
+def train_recipe(model, training, data, launch, clock) -> None:
     before = first_rows(model)
-    trainer = PretrainingTrainer(model, training, data, data, rows_per_step, optimizer, callbacks=[clock])
+    trainer = trainer_on(data, data, model, training, launch, callbacks=[clock])
     trainer.train()
     check_all_trained(model, trainer.optimizer, before)
 
@@ -245,7 +247,7 @@ def check_all_trained(model, optimizer, before: list[list[torch.Tensor]]) -> Non
         assert not all(map(torch.equal, was, now)), f"no matrix of layer {layer} was trained"
 
 
-def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
+def train_bare(model, training, data, launch, clock) -> None:
     """Train the same without Trainer. The difference in speed is what Trainer costs."""
     accelerator = Accelerator(dataloader_config=DataLoaderConfiguration(non_blocking=True))  # the YAML sets the rest
     matrices = [parameter for parameter in model.parameters() if parameter.dim() >= 2]
@@ -262,7 +264,7 @@ def train_bare(model, training, data, rows_per_step, optimizer, clock) -> None:
     for _ in range(training.max_steps):
         for _ in range(training.gradient_accumulation_steps):
             batch = next(batches)
-            accelerator.backward(model(**batch, num_items_in_batch=rows_per_step * data.context_length).loss)
+            accelerator.backward(model(**batch, num_items_in_batch=launch.rows_per_step * data.context_length).loss)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

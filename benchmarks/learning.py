@@ -24,17 +24,19 @@ import math
 import re
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from launching import ROOT, circumstances, compact, error_in, launcher, load_recipe, one_gpu, run
+from trainers import trainer_on
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
-from common.distributed.launch import launch_defaults
+from common.distributed.launch import read_launch
 from common.model.attention import generating, set_attention
 from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
@@ -44,8 +46,7 @@ from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.batch import derive_micro_batch, set_batch
 from common.train.metrics import synchronize
-from common.train.preflight import choose_optimizer
-from common.train.trainer import PretrainingTrainer
+from common.train.plan import choose_optimizer
 
 CONTEXT_LENGTH = 512
 POINTS = 8  # evaluations a run
@@ -156,7 +157,8 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
     )
     race = Race(race_rows, tokenizer)
     settings = dict(report_to="none", save_strategy="no", disable_tqdm=True, output_dir=arguments.output)
-    settings |= launch_defaults()
+    launch = read_launch()
+    settings |= launch.defaults()
     if name == "tutorial":
         shape = {**recipe.MODEL, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
@@ -174,18 +176,17 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         optimizer = wanted.pop("optimizer")
         wanted["max_steps"] = round(tokens / tokens_per_step)
         training = TrainingArguments(**wanted)
-        optimizer = choose_optimizer(optimizer, training)
-        training.learning_rate = training.learning_rate or recipe.LEARNING_RATES[optimizer]
+        launch = replace(launch, optimizer=choose_optimizer(optimizer, launch, training))
+        if training.learning_rate == 0:
+            training.learning_rate = recipe.LEARNING_RATES[launch.optimizer]
         model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH, training)
         shared.tokens_per_step, shared.context_length = tokens_per_step, CONTEXT_LENGTH
-        derive_micro_batch(model, training, shared, optimizer)
-        rows_per_step = set_batch(training, tokens_per_step, CONTEXT_LENGTH)
+        derive_micro_batch(model, launch, training, shared)
+        launch = replace(launch, rows_per_step=set_batch(launch, training, tokens_per_step, CONTEXT_LENGTH))
         set_attention(model, "auto", False, training.device)
         use_fused_loss(model)
         keep_residual_in_bf16(model)
-        trainer = PretrainingTrainer(
-            model, training, rows, race_rows, rows_per_step, optimizer, processing_class=tokenizer
-        )
+        trainer = trainer_on(rows, race_rows, model, training, launch, tokenizer)
     assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     trainer.add_callback(race)
     trainer.train()

@@ -24,12 +24,14 @@ import json
 import statistics
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from launching import ROOT, compact, launcher, one_gpu, result_of
 from torch import nn
+from trainers import trainer_on
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -41,7 +43,7 @@ from transformers import (
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows
-from common.distributed.launch import launch_defaults
+from common.distributed.launch import read_launch
 from common.model.adapters import ALL_LINEAR, add_adapters
 from common.model.attention import set_attention
 from common.model.counts import numbers_of
@@ -56,7 +58,6 @@ from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
 from common.train.low_memory import compute_dtype, optimizer_for
 from common.train.plan import StepTimer, setting_of_trainer
-from common.train.trainer import PretrainingTrainer
 
 WARM_STEPS, STEPS = 3, 10
 CAPS = {"bf16": 15.5, "T4": 14.5}  # GiB
@@ -141,7 +142,7 @@ def training_arguments(described: dict, folder: str, **settings) -> TrainingArgu
     training = TrainingArguments(
         output_dir=folder, optim=described["optim"], gradient_checkpointing=described["recompute"],
         gradient_accumulation_steps=1, weight_decay=0.1, adam_beta2=0.95, logging_nan_inf_filter=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, **settings, **launch_defaults(),
+        report_to="none", save_strategy="no", disable_tqdm=True, **settings, **read_launch().defaults(),
     )  # fmt: skip
     assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     return training
@@ -174,7 +175,8 @@ def work(described: dict, capped: bool, folder: str) -> dict:
     dtype = None if described["method"] != "full" else model.dtype
     own = optimizer_for(dtype, in_backward, training)
     timer = StepTimer()
-    trainer = PretrainingTrainer(model, training, data, data, 1, optimizer_cls_and_kwargs=own, callbacks=[timer])
+    launch = replace(read_launch(), rows_per_step=1, optimizer="adamw")
+    trainer = trainer_on(data, data, model, training, launch, optimizer_cls_and_kwargs=own, callbacks=[timer])
     predicted = predict(model, setting_of_trainer(trainer)).total - CONTEXT_BYTES
     trainer.train()
     allocated = torch.cuda.max_memory_allocated()
@@ -270,10 +272,10 @@ def work_on_loss(described: dict, arguments: argparse.Namespace, folder: str) ->
     if own is not None:
         own[1]["stochastic"] = described.get("stochastic", True)
     timer = StepTimer()
-    trainer = PretrainingTrainer(
-        model, training, train_rows, held_out_rows, rows, processing_class=tokenizer, optimizer_cls_and_kwargs=own,
-        callbacks=[timer],
-    )  # fmt: skip
+    launch = replace(read_launch(), rows_per_step=rows, optimizer="adamw")
+    trainer = trainer_on(
+        train_rows, held_out_rows, model, training, launch, tokenizer, optimizer_cls_and_kwargs=own, callbacks=[timer]
+    )
     trainer.train()
     held_out = trainer.evaluate()
     return {

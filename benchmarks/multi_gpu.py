@@ -109,7 +109,7 @@ def work(until: str, recipe: str, flags: list[str]) -> None:
     """
     module = load_recipe(recipe)
     if until == "data":
-        module.split_rows = lambda *_: sys.exit()  # the first step after tokenizing
+        module.build_rows = lambda *_: sys.exit()  # the first step after tokenizing
     else:
         module.PretrainingTrainer = TrainingOnly
     module.main(flags)
