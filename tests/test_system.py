@@ -31,5 +31,4 @@ def test_the_processes_of_a_machine_share_its_cores(monkeypatch):
     before, threads = torch.get_num_threads(), []
     monkeypatch.setattr(system, "usable_cores", lambda: 16)
     monkeypatch.setattr(torch, "set_num_threads", threads.append)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
-    assert system.take_cores() == before and threads == [5]
+    assert system.take_cores(3) == before and threads == [5]

@@ -23,32 +23,32 @@ from common.train.plan import setting_of_yaml
 YAML = "accelerate_configs/fsdp2_context_parallel.yaml"
 
 
-def asked(monkeypatch, **sizes):
+def asked(monkeypatch, processes=1, process=0, **sizes) -> Launch:
+    """Return what a process reads of an environment as the launcher leaves it."""
     monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
-    for kind, size in sizes.items():
-        monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", str(size))
-
-
-def launch_on(monkeypatch, processes, process=0) -> Launch:
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setenv("RANK", str(process))
+    for kind, size in sizes.items():
+        monkeypatch.setenv(f"PARALLELISM_CONFIG_{kind.upper()}_SIZE", str(size))
     return read_launch()
 
 
 def test_without_a_parallelism_config_every_process_reads_its_own_rows(monkeypatch):
     monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "2")  # left over, not asked for
-    launch = launch_on(monkeypatch, 8, process=3)
+    monkeypatch.setenv("WORLD_SIZE", "8")
+    monkeypatch.setenv("RANK", "3")
+    launch = read_launch()
     assert launch.context_parallel == 1 and launch.row_readers == 8 and launch.reads_rows
     check_parallelism(launch, 511, isolated=True)
 
 
 def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
-    asked(monkeypatch, dp_shard=4, cp=2)
-    assert [launch_on(monkeypatch, 8, process).reads_rows for process in range(4)] == [True, False, True, False]
-    launch = launch_on(monkeypatch, 8)
-    assert launch.row_readers == 4
+    launches = [asked(monkeypatch, processes=8, process=process, dp_shard=4, cp=2) for process in range(4)]
+    assert launches[0].row_readers == 4
+    assert [launch.reads_rows for launch in launches] == [True, False, True, False]
     training = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=0)
-    assert set_batch(launch, training, 131_072, 4096) == 32
+    monkeypatch.setenv("RANK", "0")  # the process that prints
+    assert set_batch(launches[0], training, 131_072, 4096) == 32
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 2)
     assert "4 rows x 4 processes x 4096 tokens x 2 accumulated" in capsys.readouterr().out
 
@@ -66,16 +66,16 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
     ],
 )
 def test_what_cannot_work_is_refused_with_what_does(monkeypatch, sizes, processes, length, isolated, words):
-    asked(monkeypatch, **sizes)
+    launch = asked(monkeypatch, processes=processes, **sizes)
     with pytest.raises(InputError, match=words):
-        check_parallelism(launch_on(monkeypatch, processes), length, isolated)
+        check_parallelism(launch, length, isolated)
 
 
 def test_the_yaml_and_two_machines_of_it_pass(monkeypatch):
-    asked(monkeypatch, dp_replicate=1, dp_shard=1, cp=2)
-    check_parallelism(launch_on(monkeypatch, 2), 8192, isolated=False)
-    asked(monkeypatch, dp_replicate=2, dp_shard=4, cp=1)
-    check_parallelism(launch_on(monkeypatch, 8), 511, isolated=True)
+    launch = asked(monkeypatch, processes=2, dp_replicate=1, dp_shard=1, cp=2)
+    check_parallelism(launch, 8192, isolated=False)
+    launch = asked(monkeypatch, processes=8, dp_replicate=2, dp_shard=4, cp=1)
+    check_parallelism(launch, 511, isolated=True)
 
 
 TINY = dict(

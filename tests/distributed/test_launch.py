@@ -11,11 +11,11 @@ from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import common.distributed.hardware as hardware
-import common.distributed.launch as launch_module
+import common.distributed.launch as launch
 from common.console import InputError
 from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
 from common.distributed.launch import Launch, check_launch, lost_process, precision_of, read_launch
-from common.distributed.strategy import SINGLE, ZERO2
+from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3
 from common.distributed.workarounds import compile_settings, launcher_flags, take_over_compile
 from common.train.batch import set_batch
 from common.train.plan import choose_optimizer
@@ -42,8 +42,9 @@ def test_an_explicit_accumulation_wins_and_is_said(capsys):
 
 @pytest.mark.parametrize(("processes", "micro_batch", "accumulation"), [(8, 16, 2), (32, 8, 1), (3, 16, 5)])
 def test_a_process_with_fewer_rows_than_a_micro_batch_takes_them_at_once(processes, micro_batch, accumulation):
-    training, launch = batch_of(per_device=16 if processes != 3 else 17), Launch(processes=processes)
-    assert set_batch(launch, training, 8 * 16 * 2 * 512 if processes != 3 else 3 * 80 * 512, 512) % processes == 0
+    training = batch_of(per_device=16 if processes != 3 else 17)
+    tokens_per_step = 8 * 16 * 2 * 512 if processes != 3 else 3 * 80 * 512
+    assert set_batch(Launch(processes=processes), training, tokens_per_step, 512) % processes == 0
     assert training.per_device_train_batch_size == micro_batch
     assert training.gradient_accumulation_steps == accumulation
 
@@ -56,26 +57,32 @@ def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
     set_batch(Launch(), batch_of(), suggested, 512)
 
 
+FUSED, OFFLOADED = "adamw_torch_fused", Launch(strategy=FSDP2, offload_parameters=True)
+
+
 @pytest.mark.parametrize(
-    ("wanted", "strategy", "optim", "chosen", "said"),
+    ("wanted", "launched", "optim", "chosen", "said"),
     [
-        ("auto", SINGLE, "adamw_torch_fused", "muon", ""),
-        ("muon", SINGLE, OptimizerNames.ADAMW_TORCH, "muon", ""),
-        ("adamw", SINGLE, "adamw_torch_fused", "adamw", ""),
-        ("auto", ZERO2, "adamw_torch_fused", "adamw", "not Muon: DeepSpeed's ZeRO cuts up the matrices"),
-        ("auto", SINGLE, "adamw_8bit", "adamw", "not Muon: --optim adamw_8bit names another one"),
+        ("auto", Launch(), FUSED, "muon", ""),
+        ("muon", Launch(strategy=FSDP2), OptimizerNames.ADAMW_TORCH, "muon", ""),
+        ("adamw", Launch(), FUSED, "adamw", ""),
+        ("auto", Launch(strategy=ZERO2), FUSED, "adamw", "not Muon: DeepSpeed's ZeRO cuts up the matrices"),
+        ("auto", OFFLOADED, FUSED, "adamw", "not Muon: its matrix products would run on the CPU"),
+        ("auto", Launch(), "adamw_8bit", "adamw", "not Muon: --optim adamw_8bit names another one"),
     ],
 )
-def test_the_optimizer_is_muon_where_it_can_be(wanted, strategy, optim, chosen, said, capsys):
-    assert choose_optimizer(wanted, Launch(strategy=strategy), SimpleNamespace(optim=optim)) == chosen
+def test_the_optimizer_is_muon_where_it_can_be(wanted, launched, optim, chosen, said, capsys):
+    assert choose_optimizer(wanted, launched, SimpleNamespace(optim=optim)) == chosen
     printed = capsys.readouterr().out
     assert said in printed and bool(said) == bool(printed)
 
 
-@pytest.mark.parametrize(("strategy", "optim"), [(ZERO2, "adamw_torch_fused"), (SINGLE, "paged_adamw_8bit")])
-def test_muon_where_it_cannot_be_is_refused(strategy, optim):
+@pytest.mark.parametrize(
+    ("launched", "optim"), [(Launch(strategy=ZERO2), FUSED), (OFFLOADED, FUSED), (Launch(), "paged_adamw_8bit")]
+)
+def test_muon_where_it_cannot_be_is_refused(launched, optim):
     with pytest.raises(InputError, match=r"--optimizer muon: .* Use --optimizer adamw"):
-        choose_optimizer("muon", Launch(strategy=strategy), SimpleNamespace(optim=optim))
+        choose_optimizer("muon", launched, SimpleNamespace(optim=optim))
 
 
 @pytest.mark.parametrize(("device", "missing"), [("cpu", "C\\+\\+ compiler"), ("cuda", "Triton")])
@@ -97,6 +104,7 @@ def test_the_yaml_owns_the_precision(monkeypatch, precision):
 
 def arguments(**changes):
     defaults = dict(world_size=1, n_gpu=0, use_cpu=True, bf16=False, fp16=False, device=torch.device("cpu"))
+    defaults["mixed_precision"] = "no"
     defaults |= dict(
         label_smoothing_factor=0,
         auto_find_batch_size=False,
@@ -109,16 +117,18 @@ def arguments(**changes):
         report_to=[],
     )
     defaults |= dict(resume_from_checkpoint=None, deepspeed=None, fsdp=None, torch_compile=False)
-    defaults |= dict(gradient_checkpointing=False, deepspeed_plugin=None, mixed_precision="no")
+    defaults |= dict(gradient_checkpointing=False, deepspeed_plugin=None)
     defaults["accelerator_config"] = SimpleNamespace(split_batches=False)
     return SimpleNamespace(**defaults | changes)
 
 
 def test_processes_that_train_alone_are_refused(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    launched = read_launch()
+    assert (launched.processes, launched.strategy) == (2, DDP)
     with pytest.raises(InputError, match="2 independent models"):
-        check_launch(read_launch(), arguments())
-    check_launch(read_launch(), arguments(world_size=2))
+        check_launch(launched, arguments())
+    check_launch(launched, arguments(world_size=2))
 
 
 def test_fsdp_on_a_cpu_is_refused(monkeypatch):
@@ -214,24 +224,26 @@ FP8 = {"ACCELERATE_FP8_BACKEND": "AO", "ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GA
 
 
 @pytest.mark.parametrize(
-    ("capability", "environment", "message"),
+    ("strategy", "capability", "environment", "message"),
     [
-        ((9, 0), FP8, None),
-        ((9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag says it
-        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "ao"}, None),  # likewise
-        ((8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
-        ((9, 0), FP8 | {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, "fp8 under fsdp2: .*bf16 with this YAML"),
-        ((9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
-        ((9, 0), {"ACCELERATE_FP8_BACKEND": "AO"}, "accelerate's default: .*never trained. Use fp8.yaml"),
+        (SINGLE, (9, 0), FP8, None),
+        (DDP, (9, 0), FP8, None),
+        (SINGLE, (9, 0), FP8 | {"ACCELERATE_FP8_ENABLE_FSDP_FLOAT8_ALL_GATHER": "0"}, None),  # as the launcher's flag
+        (SINGLE, (9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "ao"}, None),  # likewise
+        (SINGLE, (8, 6), FP8, "8.9 or more .*CUDA has 8.6. Use another YAML, or --mixed_precision bf16"),
+        (FSDP2, (9, 0), FP8, "fp8 under fsdp2: .*bf16 with this YAML"),
+        (ZERO3, (9, 0), FP8, "fp8 under zero3: .*bf16 with this YAML"),
+        (SINGLE, (9, 0), FP8 | {"ACCELERATE_FP8_BACKEND": "TE"}, "backend TE: .*Use fp8.yaml"),
+        (SINGLE, (9, 0), {"ACCELERATE_FP8_BACKEND": "AO"}, "accelerate's default: .*never trained. Use fp8.yaml"),
     ],
 )
-def test_fp8_is_for_cards_that_have_it_and_settings_that_train(capability, environment, message, monkeypatch):
-    for name in (*FP8, "ACCELERATE_USE_FSDP", "FSDP_VERSION"):
+def test_fp8_is_for_cards_that_have_it_and_settings_that_train(strategy, capability, environment, message, monkeypatch):
+    for name in FP8:
         monkeypatch.delenv(name, raising=False)
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
-    strategy, training = read_launch().strategy, SimpleNamespace(device=torch.device("cuda"))
+    training = SimpleNamespace(device=torch.device("cuda"))
     if message is None:
         check_fp8(strategy, training)
         assert FP8BackendType(os.environ["ACCELERATE_FP8_BACKEND"]) == FP8BackendType.AO
@@ -243,11 +255,11 @@ def test_fp8_is_for_cards_that_have_it_and_settings_that_train(capability, envir
 def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch, tmp_path):
     """TrainingArguments have no flag for it: everything but the layers' products is bf16."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    monkeypatch.setattr(launch_module, "check_fp8", lambda strategy, training: None)
-    launch = read_launch()
-    training = TrainingArguments(output_dir=str(tmp_path), **launch.defaults())
+    monkeypatch.setattr(launch, "check_fp8", lambda strategy, training: None)
+    launched = read_launch()
+    training = TrainingArguments(output_dir=str(tmp_path), **launched.defaults())
     assert training.bf16 and training.mixed_precision == "bf16"
-    check_launch(launch, training)
+    check_launch(launched, training)
     assert precision_of(training) == "fp8"
 
     class Found(Exception):
@@ -259,6 +271,82 @@ def test_the_yamls_fp8_reaches_accelerate_through_trainers_arguments(monkeypatch
     monkeypatch.setattr("transformers.trainer.Accelerator", accelerator)
     with pytest.raises(Found, match="fp8"):
         Trainer(torch.nn.Linear(2, 2), training)
+
+
+# The environment that the launcher leaves -> strategy, offloading of states and parameters, recompute.
+ENVIRONMENTS = [
+    ({}, SINGLE, (False, False), None),
+    ({"WORLD_SIZE": "4"}, DDP, (False, False), None),
+    ({"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, ZERO2, (False, False), None),
+    ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}, FSDP2, (False, False), None),
+    ({"ACCELERATE_USE_FSDP": "true"}, "fsdp1", (False, False), None),
+    (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+        FSDP2,
+        (True, True),
+        None,
+    ),
+    (
+        {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+        FSDP2,
+        (False, False),
+        "fsdp_activation_checkpointing in the YAML's fsdp_config",
+    ),
+    (
+        {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{ROOT}/accelerate_configs/zero3_offload.json",
+        },
+        ZERO3,
+        (True, True),
+        f"activation_checkpointing in {ROOT}/accelerate_configs/zero3_offload.json",
+    ),
+    (
+        {
+            "ACCELERATE_USE_DEEPSPEED": "true",
+            "ACCELERATE_DEEPSPEED_CONFIG_FILE": f"{ROOT}/accelerate_configs/zero2_recompute.json",
+        },
+        ZERO2,
+        (False, False),
+        f"activation_checkpointing in {ROOT}/accelerate_configs/zero2_recompute.json",
+    ),
+]
+
+
+@pytest.mark.parametrize(("environment", "strategy", "offloaded", "recompute"), ENVIRONMENTS)
+def test_what_the_launcher_decided_is_read(monkeypatch, environment, strategy, offloaded, recompute):
+    monkeypatch.setattr(launch, "remove_dead_locks", lambda: None)
+    monkeypatch.setattr(launch, "take_over_compile", lambda: None)
+    for name in ("WORLD_SIZE", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP", "ACCELERATE_DEEPSPEED_CONFIG_FILE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    found = read_launch()
+    assert found.strategy == strategy
+    assert (found.offload_optimizer, found.offload_parameters) == offloaded
+    assert found.recompute == recompute
+
+
+@pytest.mark.parametrize(
+    ("strategy", "states", "gradients", "parameters", "stage"),
+    [
+        (SINGLE, False, False, False, 0),
+        (DDP, False, False, False, 0),
+        ("zero1", True, False, False, 1),
+        (ZERO2, True, True, False, 2),
+        (ZERO3, True, True, True, 3),
+        (FSDP2, True, True, True, 0),
+    ],
+)
+def test_what_a_strategy_shards(strategy, states, gradients, parameters, stage):
+    """As https://arxiv.org/abs/1910.02054, figure 1, has it."""
+    strategy = launch.Strategy(strategy)
+    assert (strategy.shards_states, strategy.shards_gradients, strategy.shards_parameters) == (
+        states,
+        gradients,
+        parameters,
+    )
+    assert strategy.zero_stage == stage and strategy.is_deepspeed == (stage > 0)
 
 
 def test_another_process_that_is_gone_is_told_from_other_errors():

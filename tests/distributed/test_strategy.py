@@ -1,4 +1,4 @@
-"""What follows from a strategy: what a process holds of it, in which precision sums are made, how ZeRO-3 gathers."""
+"""What a launch decided, and in which precision sums are made under it."""
 
 from types import SimpleNamespace
 
@@ -9,28 +9,9 @@ from test_fused_loss import assert_same_gradients, batch, gradients, tiny_model
 from torch._dynamo import lookup_backend
 
 from common.distributed.launch import Launch
-from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO1, ZERO2, ZERO3
+from common.distributed.strategy import DDP, FSDP2, ZERO2
 from common.distributed.workarounds import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
 from common.model.fused_loss import use_fused_loss
-
-
-@pytest.mark.parametrize(
-    ("strategy", "states", "gradients", "parameters"),
-    [  # whether each is sharded: the ZeRO paper, figure 1, https://arxiv.org/abs/1910.02054; FSDP is as stage 3
-        (SINGLE, False, False, False),
-        (DDP, False, False, False),
-        (ZERO1, True, False, False),
-        (ZERO2, True, True, False),
-        (ZERO3, True, True, True),
-        (FSDP2, True, True, True),
-    ],
-)
-def test_a_process_holds_its_share_of_what_the_strategy_shards(strategy, states, gradients, parameters):
-    assert (strategy.shards_states, strategy.shards_gradients, strategy.shards_parameters) == (
-        states,
-        gradients,
-        parameters,
-    )
 
 
 def test_micro_batches_are_added_up_in_fp32():
@@ -63,7 +44,7 @@ def test_fsdp2_adds_up_in_fp32_and_returns_the_loss_as_it_is(precision, computed
 
 @pytest.fixture(autouse=True)
 def views():
-    """torch's own setting, before and after a test that changes it."""
+    """torch's own setting, before and after a test that changes it; nothing is compiled."""
     with torch._functorch.config.patch(recompute_views=False):
         yield lambda: torch._functorch.config.recompute_views
 
@@ -78,10 +59,11 @@ def test_zero3_gathers_whole_layers(views, compiled):
 
     No run here can show that: it takes that release.
     """
+    two, three, model = zero_plugin(2), zero_plugin(3, memory_efficient_linear=True), tiny_model()
     gather_layers_whole(None, tiny_model(), compiled)
-    gather_layers_whole(two := zero_plugin(2), tiny_model(), compiled)
+    gather_layers_whole(two, tiny_model(), compiled)
     assert two == zero_plugin(2) and not views()
-    gather_layers_whole(three := zero_plugin(3, memory_efficient_linear=True), model := tiny_model(), compiled)
+    gather_layers_whole(three, model, compiled)
     zero = three.deepspeed_config["zero_optimization"]
     assert zero["leaf_module"] == {"classes": [type(model.model.layers[0]).__name__]}
     assert (zero["memory_efficient_linear"], views()) == ((False, True) if compiled else (True, False))
@@ -111,16 +93,18 @@ def no_names(model) -> None:
 )
 def test_what_zero3_does_not_gather_whole_is_not_compiled(views, capsys, change, own, why):
     """DeepSpeed reduces a layer's gradients at once: what another layer adds to a shared one would be lost."""
-    change(model := tiny_model())
-    gather_layers_whole(plugin := zero_plugin(3, **own), model, compiled=True)
+    model, plugin = tiny_model(), zero_plugin(3, **own)
+    change(model)
+    gather_layers_whole(plugin, model, compiled=True)
     assert plugin == zero_plugin(3, **own) and not views()
-    assert "not compiled: " in (printed := capsys.readouterr().out) and why in printed
+    printed = capsys.readouterr().out
+    assert "not compiled: " in printed and why in printed
     compile_regions_deepspeed(model, backend="aot_eager", dynamic=False)
     model.compile(backend="aot_eager", dynamic=False)
     assert not any("forward" in vars(module) or module._compiled_call_impl for module in model.modules())
 
 
-def test_the_first_layers_hooks_come_in_time_behind_a_frozen_embedding():
+def test_the_first_layers_hooks_come_in_time_after_a_frozen_embedding():
     """Seen: without a gradient for the layer's input, DeepSpeed lets its parameters go before backward is done."""
     model = tiny_model()
     model.get_input_embeddings().weight.requires_grad_(False)
