@@ -110,7 +110,8 @@ WRONG = {
         "--lr_scheduler_type linear.*unexpected keyword argument 'num_decay_steps'.*none: --lr_scheduler_kwargs '{}'",
     ),
     "a schedule without its settings": (
-        dict(lr_scheduler_type=SchedulerType("warmup_stable_decay")), {}, {}, "Give the schedule's own",
+        dict(lr_scheduler_type=SchedulerType("warmup_stable_decay")), {}, {},
+        "missing .* 'num_decay_steps'. Give settings of this schedule",
     ),
 }  # fmt: skip
 
