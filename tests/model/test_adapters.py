@@ -1,4 +1,4 @@
-"""LoRA on random models: what is trained, which targets are refused, and a .gguf file's weights, unpacked."""
+"""LoRA on random models: what is trained, which targets are refused; unpacking the weights of a .gguf file."""
 
 import os
 from types import SimpleNamespace
@@ -27,7 +27,7 @@ def trained(model) -> set[str]:
 @pytest.mark.parametrize("tied", [True, False])
 def test_beside_all_linear_layers_but_the_head(tied, capsys):
     model = add_adapters(random_model(tie_word_embeddings=tied), 4, [ALL_LINEAR], train_embedding=False)
-    sizes = [(32, 32)] * 4 + [(32, 64)] * 3  # in and out of q, k, v, o; of gate, up, down, whichever way round
+    sizes = [(32, 32)] * 4 + [(32, 64)] * 3  # in and out of q, k, v, o; of gate, up, down, in either order
     by_hand = 2 * 4 * sum(map(sum, sizes))  # layers, rank
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == by_hand
     assert not any("head" in name or "embed" in name for name in trained(model))
@@ -41,7 +41,7 @@ def test_gpt2_whose_linear_layers_have_another_class(capsys):
     assert capsys.readouterr().out.strip().endswith("beside c_attn")
 
 
-def test_the_embedding_is_trained_in_fp32_if_it_is_asked_for():
+def test_the_embedding_is_trained_in_fp32_if_the_flag_says_so():
     model = add_adapters(random_model().bfloat16(), 4, ["q_proj"], train_embedding=True)
     assert [name for name in trained(model) if "lora" not in name] == [
         "base_model.model.model.embed_tokens.modules_to_save.default.weight"
@@ -52,7 +52,7 @@ def test_the_embedding_is_trained_in_fp32_if_it_is_asked_for():
 @pytest.mark.parametrize(
     "targets", ["query", "q_proj query", "lm_head", "embed_tokens", "0.q_proj", "all-linear q_proj"]
 )
-def test_targets_that_match_nothing_are_refused_with_those_there_are(targets):
+def test_targets_that_match_nothing_are_refused_and_those_that_exist_are_listed(targets):
     wrong = targets.removeprefix("q_proj ").removesuffix(" q_proj")
     message = f"^--lora_targets: Qwen2ForCausalLM has no linear layers {wrong} beside its head. It has: {LINEAR}. Or"
     with pytest.raises(InputError, match=message):
@@ -65,8 +65,8 @@ def test_adapters_that_train_nothing_are_refused(rank):
         add_adapters(random_model(), rank, [ALL_LINEAR], train_embedding=False)
 
 
-def test_a_gguf_file_is_unpacked_once_and_another_of_its_name_again(weights, tmp_path, monkeypatch, capsys):
-    """Half an unpacked one, as an interruption leaves it, is not taken for whole."""
+def test_a_gguf_file_is_unpacked_once_and_another_file_of_its_name_again(weights, tmp_path, monkeypatch, capsys):
+    """A half-unpacked folder, as an interruption leaves it, is not taken for a whole one."""
     gguf = pytest.importorskip("gguf")
     from test_pretrained import write_gguf
 
@@ -99,7 +99,7 @@ def test_merging_a_folder_without_a_run_is_refused(weights, tmp_path):
         save_merged(str(weights), str(tmp_path))
 
 
-def test_merging_names_the_memory_it_needs_before_it_takes_it(weights, tmp_path, monkeypatch):
+def test_merging_says_how_much_memory_it_needs_before_it_uses_it(weights, tmp_path, monkeypatch):
     for name in ("all_results.json", "adapter_config.json"):
         (tmp_path / name).write_text("{}", encoding="utf-8")
     (tmp_path / "run.json").write_text('{"model": {"dtype": "bfloat16"}}', encoding="utf-8")

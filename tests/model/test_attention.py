@@ -1,4 +1,4 @@
-"""Isolated packing against the same documents trained one by one."""
+"""Isolated rows against the same documents trained one by one; which attention is set, and what is refused."""
 
 import numpy as np
 import pytest
@@ -35,8 +35,8 @@ def model_of(shape: dict, attention: str = "sdpa"):
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-def test_heads_are_repeated_where_no_fused_kernel_knows_groups(monkeypatch, capsys):
-    """As on a T4: torch would take the kernel that holds all scores. The numbers are the same."""
+def test_heads_are_repeated_where_no_fused_kernel_has_grouped_heads(monkeypatch, capsys):
+    """As on a T4, where torch would take the kernel that holds all scores. The logits are the same."""
     ids = torch.arange(24).view(2, 12) * 7 % 1000
     grouped, repeated = model_of(QWEN2), model_of(QWEN2)
     set_attention(grouped, "auto", False, torch.device("cpu"))
@@ -55,14 +55,14 @@ def test_heads_are_repeated_where_no_fused_kernel_knows_groups(monkeypatch, caps
     assert AttentionInterface()["causal"] is causal_attention  # as many heads of each
 
 
-def test_positions_start_again_with_every_document():
+def test_positions_begin_at_0_in_every_document():
     starts = np.array([False, False, True, True, False, True])
     assert document_positions(starts).tolist() == [0, 1, 0, 0, 1, 0]
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("shape", [QWEN2, GEMMA3, GPT2], ids=lambda shape: shape["model_type"])
-def test_isolated_rows_train_as_their_documents_do_one_by_one(tmp_path, shape, attention):
+def test_isolated_rows_have_the_loss_and_gradients_of_their_documents_one_by_one(tmp_path, shape, attention):
     generator = np.random.default_rng(0)
     documents = [generator.integers(1, 1000, length).tolist() for length in (9, 1, 30, 3, 14, 2, 7)]
     store = store_of_tokens(tmp_path, documents)
@@ -82,7 +82,7 @@ def test_isolated_rows_train_as_their_documents_do_one_by_one(tmp_path, shape, a
         starts = [0, *(np.flatnonzero(rows.sources[0].starts_in(row * context_length, context_length + 1)[1:]) + 1)]
         for begin, end in zip(starts, [*starts[1:], context_length + 1], strict=True):
             part = torch.from_numpy(window[begin:end])[None]
-            if part.shape[1] > 1:  # the document that starts with the row's last target is not seen in it
+            if part.shape[1] > 1:  # a document that begins with the row's last target has no input in it
                 logits = model(input_ids=part[:, :-1], use_cache=False).logits
                 loss = torch.nn.functional.cross_entropy(logits[0], part[0, 1:], reduction="sum")
                 unpacked, targets = unpacked + loss, targets + part.shape[1] - 1
@@ -113,7 +113,7 @@ WHOLE_MISTRAL = MISTRAL | {"sliding_window": None}
 
 
 @pytest.mark.parametrize("shape", [QWEN2, LLAMA, GPT2, WHOLE_MISTRAL], ids=lambda shape: shape["model_type"])
-def test_causal_attention_is_sdpa_without_a_look_for_borders(shape, capsys, monkeypatch):
+def test_causal_attention_is_sdpa_that_does_not_look_for_borders(shape, capsys, monkeypatch):
     model, ids = model_of(shape).eval(), torch.randint(0, 1000, (2, 20))
     expected = model(input_ids=ids, labels=ids, use_cache=False).loss
     expected.backward()
@@ -133,14 +133,14 @@ FALCON = dict(model_type="falcon", **SHAPE)
 
 
 @pytest.mark.parametrize("shape", [GEMMA3, MISTRAL, BLOOM, FALCON], ids=lambda shape: shape["model_type"])
-def test_windows_keep_their_masks_and_old_classes_their_attention(shape):
+def test_models_with_windows_and_old_classes_keep_their_attention(shape):
     model = model_of(shape, "eager" if shape is BLOOM else "sdpa")
     before = model.config._attn_implementation
     set_attention(model, "auto", False, CPU)
     assert model.config._attn_implementation == before
 
 
-def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
+def test_isolated_rows_on_a_cpu_get_a_full_mask_and_a_message_says_so(capsys):
     model = model_of(QWEN2)
     set_attention(model, "auto", True, CPU)
     assert model.config._attn_implementation == "sdpa"
@@ -156,7 +156,7 @@ def test_isolated_rows_on_a_cpu_get_a_full_mask_and_are_told_so(capsys):
         ("flash_attention_2", True, "batches of one row only, and would mix them up"),
     ],
 )
-def test_attention_that_cannot_be_had_is_refused(wanted, isolated, message):
+def test_attention_that_does_not_work_is_refused(wanted, isolated, message):
     with pytest.raises(InputError, match=message):
         set_attention(model_of(QWEN2), wanted, isolated, CPU)
 
@@ -181,7 +181,7 @@ def test_the_block_mask_keeps_documents_apart():
             model(input_ids=ids, position_ids=positions, use_cache=False)
 
 
-def test_generating_knows_padding_and_gives_the_attention_back():
+def test_generating_understands_padding_and_restores_the_attention():
     model = model_of(QWEN2).eval()
     ids = torch.tensor([[0, 0, 5, 6, 7], [1, 2, 3, 4, 5]])
     settings = dict(attention_mask=(ids > 0).long(), max_new_tokens=4, do_sample=False, pad_token_id=0)

@@ -61,7 +61,7 @@ def test_experts_are_stacks_of_matrices_and_only_counted_if_asked_for():
 
 
 def test_matrices_that_zero3_has_emptied_are_found():
-    """As after its first step: ``ds_shape`` is what is left of each."""
+    """After its first step, ZeRO-3 leaves of each parameter only ``ds_shape``."""
     model = model_of(SHAPES["llama"][0])
     expected = list(layer_matrices(model))
     for parameter in model.parameters():

@@ -1,4 +1,4 @@
-"""Model builder, packing, fused loss, attention and Trainer on every family: two steps, save, load."""
+"""Every family of models: built, trained for two steps with fused loss and our attention, saved, loaded."""
 
 import numpy as np
 import pytest
@@ -99,7 +99,7 @@ def test_a_family_trains_saves_and_loads(family, tokenizer, rows, tmp_path):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_residual_stream_is_in_bf16_where_it_stays_so(family, tokenizer):
+def test_the_residual_stream_is_in_bf16_in_all_layers_or_in_none(family, tokenizer):
     model, stream = model_from_config(FAMILIES[family], tokenizer, context_length=16), []
     keep_residual_in_bf16(model)
     for layer in (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)):

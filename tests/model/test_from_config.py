@@ -1,4 +1,4 @@
-"""Parameter counts and FLOPs by hand."""
+"""Models from a config; parameter counts and FLOPs by hand."""
 
 from types import SimpleNamespace
 
@@ -58,7 +58,7 @@ def test_the_vocabulary_is_padded_and_the_model_is_float32(tokenizer):
 
 
 def test_the_end_token_is_embedded_like_any_other(tokenizer):
-    """Were it the padding token, its zero vector at a row's start would give gradients of 1e10 and more."""
+    """If it were the padding token, its zero vector at the start of a row would give gradients of 1e10 and more."""
     shape = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=6, num_attention_heads=2)
     model = model_from_config({**shape, "num_key_value_heads": 1}, tokenizer, context_length=16)
     embedding = model.get_input_embeddings()
@@ -97,7 +97,7 @@ def test_a_shape_that_transformers_refuses_is_one_clear_error(tokenizer):
         model_from_config({"model_type": "no-such-model"}, tokenizer, 16)
 
 
-def test_peaks_are_known_or_absent(monkeypatch):
+def test_the_peak_of_a_device_is_known_or_none(monkeypatch):
     names = {
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA H20": 148,
         "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA L4": 121, "NVIDIA L40S": 362,
@@ -112,8 +112,8 @@ def test_peaks_are_known_or_absent(monkeypatch):
 
 
 @pytest.mark.parametrize(("card", "others", "device"), [(100, True, "meta"), (2, True, "cpu"), (100, False, "cpu")])
-def test_a_model_is_built_on_the_card_where_it_is_small_there_for_all(monkeypatch, card, others, device):
-    """The meta device stands in for a card; ``card`` is its memory over the model's size in float32."""
+def test_a_model_is_built_on_the_card_if_it_is_small_there_on_every_process(monkeypatch, card, others, device):
+    """The meta device stands for a card; ``card`` is its memory divided by the model's size in float32."""
     config = AutoConfig.for_model("gpt2", n_embd=16, n_head=2, n_layer=1, vocab_size=100)
     size = 4 * AutoModelForCausalLM.from_config(config).num_parameters()
     monkeypatch.setattr(model_module, "card_bytes", lambda device: card * size)

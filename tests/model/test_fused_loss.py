@@ -79,7 +79,7 @@ def gradients(model):
 
 
 def assert_same_gradients(found, expected, tolerance=1e-5):
-    """To ``tolerance`` of the largest gradient of a parameter; those of fp32 noise alone (k_proj.bias) are noise."""
+    """Compare to ``tolerance`` of a parameter's largest gradient; the gradient of k_proj.bias is fp32 noise only."""
     assert found.keys() == expected.keys() and len(expected) > 0
     for name, gradient in expected.items():
         limit = tolerance * gradient.abs().max().item() + 1e-8
@@ -121,8 +121,10 @@ def problem(rows, hidden_size, vocabulary, biased, dtype, device="cpu", seed=0, 
 def compare(
     rows, hidden_size, vocabulary, biased, scale, soft_cap, num_items, chunk_bytes, dtype, device="cpu", **more
 ):
-    """Loss and gradients may be as far from float64 as twice those of materialised logits of the same dtype, and a
-    little. Source of the criterion: tests of https://github.com/apple/ml-cross-entropy.
+    """Compare loss and gradients with float64.
+
+    The error may be twice that of materialised logits in the same dtype, and a little more. Source of the criterion:
+    the tests of https://github.com/apple/ml-cross-entropy.
     """
     hidden, weight, bias, targets = problem(rows, hidden_size, vocabulary, biased, dtype, device, **more)
 
@@ -139,7 +141,7 @@ def compare(
     reference = loss_and_gradients(plain, tensors, upstream)
     found = loss_and_gradients(fused, tensors, upstream)
     tolerance = {torch.float64: 1e-6, torch.float32: 5e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]
-    # A gradient may be what is left of larger numbers: 1 - 1 at a probable target, chunks that cancel each other.
+    # Larger numbers may cancel in a gradient: 1 - 1 at a probable target, or the parts of several chunks.
     largest = max(x.abs().max().item() for x in tensors if x is not None)
     cancelled = max(2e-6, torch.finfo(dtype).eps) * upstream.item() * scale / (num_items or 1) * max(1, largest)
     for true, other, ours in zip(truth, reference, found, strict=True):
@@ -166,7 +168,7 @@ def compare(
 )
 def test_any_shape(seed, ignored, rows, num_items, **arguments):
     if num_items is None and bool((problem(rows, 1, 2, False, torch.float32, seed=seed, ignored=ignored)[3] < 0).all()):
-        num_items = 5  # 0 / 0 is the next test's
+        num_items = 5  # 0 / 0 is tested below
     compare(rows, num_items=num_items or 5, seed=seed, ignored=ignored, **arguments)
 
 
@@ -220,7 +222,7 @@ def test_wrong_targets_are_errors():
             fused_linear_cross_entropy(hidden, weight, targets)
 
 
-def test_a_second_backward_says_why_not():
+def test_a_second_backward_raises_an_error_that_says_why():
     hidden, weight, _, targets = problem(6, 4, 9, False, torch.float32)
     loss = fused_linear_cross_entropy(hidden.requires_grad_(), weight, targets)
     loss.backward(retain_graph=True)
@@ -253,7 +255,7 @@ def test_half_precision_gradients_of_a_huge_batch_do_not_vanish():
 
 
 class LargestTensor(TorchDispatchMode):
-    """Records the elements of the largest tensor that any operation allocates: views and in-place results are none."""
+    """Records the size of the largest tensor that an operation allocates. Views and in-place results do not count."""
 
     elements = 0
 
@@ -276,7 +278,7 @@ def test_all_logits_are_never_held():
     hidden.requires_grad_()
     with LargestTensor() as materialising:
         materialised(hidden, weight, targets, None, 1.0, None, None).backward()
-    assert materialising.elements == rows * vocabulary  # the recorder sees them
+    assert materialising.elements == rows * vocabulary  # so the recorder does see logits
     chunk_bytes = 64 * 1024 * (4 + 8)  # 64 rows of the padded vocabulary, with two copies
     with LargestTensor() as chunked:
         fused_linear_cross_entropy(hidden, weight, targets, chunk_bytes=chunk_bytes).backward()
@@ -481,7 +483,7 @@ class Odd(torch.nn.Linear):
     pass
 
 
-def test_what_it_cannot_do_is_refused():
+def test_models_that_it_does_not_support_are_refused():
     wrapped = tiny_model()
     use_fused_loss(wrapped)
     with pytest.raises(InputError, match="before anything wraps it"):
@@ -522,7 +524,7 @@ def test_a_model_with_a_loss_of_its_own_is_refused():
         lambda logits: F.relu(logits),
     ],
 )
-def test_deferred_logits_are_no_logits(use):
+def test_other_uses_of_deferred_logits_are_refused(use):
     model = tiny_model()
     use_fused_loss(model)
     logits = model(**batch()).logits
@@ -618,7 +620,7 @@ def test_ddp_and_fsdp2_give_the_gradients_of_one_process(tmp_path):
 
 @pytest.mark.parametrize("vocabulary", [128, 100])  # no multiple of PADDING: the padded rows are cut off
 def test_a_tied_embeddings_gradient_is_added_in_place(vocabulary):
-    """A third tensor of its size, half a GiB of Qwen2.5-0.5B's, would be the peak of a step with fp32 weights."""
+    """A third tensor of its size (Qwen2.5-0.5B: half a GiB) would be the peak of a step with fp32 weights."""
     weight = torch.randn(vocabulary, 16, requires_grad=True)
     hidden = F.embedding(torch.arange(40), weight) * 1.0
     loss = fused_linear_cross_entropy(hidden, weight, torch.arange(40))

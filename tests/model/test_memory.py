@@ -1,4 +1,4 @@
-"""Predicted memory against peaks that were measured on H100s (torch.cuda.max_memory_allocated)."""
+"""Predicted memory against peaks measured on H100s and H200s (torch.cuda.max_memory_allocated)."""
 
 import pytest
 import torch
@@ -19,17 +19,18 @@ SHAPES = {
     ),
 }  # fmt: skip
 SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
-OLD = dict(bf16_stream=False)  # before keep_residual_in_bf16
+OLD = dict(bf16_stream=False)  # measured before keep_residual_in_bf16 existed
 TUTORIAL = dict(compiled=False, fused_loss=False, **OLD)
 MOVED = dict(offload_optimizer=True, offload_parameters=True)
 ONCE = dict(accumulated=False)
 EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
-# GiB, of 2026-11-22: one card by benchmarks/gpu.py and the recipe at commits 983c6e9, 13bb85c, 435ba6a and a few of the
-# same day's (torch 2.11); the tutorials on two cards by plain Trainer, in the measurements this project began with.
-# ZeRO-1, and uncompiled ZeRO-2 with 128 rows, on two cards had buckets of 50M numbers, a tenth of DeepSpeed's default.
-# The compiled ones on two cards with 128 rows, 0.5B and 7B are of 2026-11-25, commits 68bf142 and 72d4b01; those on one
-# card with the residual stream in bf16, and in FP8, of 2026-11-26, 453b047 and what followed it. The last ones, on two
-# H200s, are of the same day, e72ad4a and d8d72f2.
+# GiB. Unless said otherwise below, measured on 2026-11-22 with torch 2.11: on one card by benchmarks/gpu.py and the
+# recipe at commits 983c6e9, 13bb85c, 435ba6a and a few others of that day; the tutorials on two cards with plain
+# Trainer, in the first measurements of this project. Others:
+#     ZeRO-1, and ZeRO-2 uncompiled with 128 rows, two cards: buckets of 50M numbers, a tenth of DeepSpeed's default
+#     two cards, compiled, with 128 rows, 0.5B or 7B: 2026-11-25, commits 68bf142 and 72d4b01
+#     one card with the residual stream in bf16, or FP8: 2026-11-26, commit 453b047 and later
+#     the last ones, on two H200s: 2026-11-26, commits e72ad4a and d8d72f2
 MEASURED = [
     ("123M", Setting(64, 512, **OLD), 11.13),
     ("123M", Setting(128, 512, **OLD), 18.67),
@@ -135,8 +136,8 @@ def test_optimizer_states_by_hand(models, optimizer, bytes_a_matrix_parameter):
     assert optimizer_bytes(model, optimizer) == expected
 
 
-def test_parameters_that_zero3_has_emptied_count_whole(models):
-    """As after its first step: ``ds_shape`` is what is left of each."""
+def test_parameters_that_zero3_has_emptied_count_in_full(models):
+    """After its first step, ZeRO-3 leaves of each parameter only ``ds_shape``."""
     setting, emptied = Setting(16, 512, "zero3", 2), model_of("123M")
     for parameter in emptied.parameters():
         parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0, device="meta")

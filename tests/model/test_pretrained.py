@@ -1,4 +1,4 @@
-"""Weights: which are loaded, which are refused, and from what start."""
+"""Pretrained weights: which are loaded, which are refused, and how a run may start."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def tokenizer():
 
 @pytest.fixture
 def folder(tokenizer, tmp_path) -> Path:
-    """A model saved as Qwen's are: bf16, tied, its end token for padding."""
+    """A model saved like Qwen's: in bf16, tied, with the end token as padding token."""
     torch.manual_seed(1)
     end = tokenizer.eos_token_id
     config = Qwen2Config(
@@ -46,7 +46,7 @@ def folder(tokenizer, tmp_path) -> Path:
         **SHAPE,
     )
     model = Qwen2ForCausalLM(config).to(torch.bfloat16)
-    torch.nn.init.normal_(model.get_input_embeddings().weight)  # transformers has set the padding token's to 0
+    torch.nn.init.normal_(model.get_input_embeddings().weight)  # transformers has set that of the padding token to 0
     model.save_pretrained(tmp_path / "saved")
     tokenizer.save_pretrained(tmp_path / "saved")
     return tmp_path / "saved"
@@ -66,7 +66,7 @@ def test_the_weights_are_those_of_the_file_in_float32(folder, tokenizer):
 
 
 def test_the_end_token_is_trained_though_it_is_the_padding_token(folder, tokenizer):
-    """As an input: in a model with tied ends its row has a gradient as an output anyway."""
+    """Untied, because in a tied model the row gets a gradient from the head anyway."""
     edit(folder / "config.json", tie_word_embeddings=False)
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"].clone()}, folder / "model.safetensors")
@@ -76,7 +76,7 @@ def test_the_end_token_is_trained_though_it_is_the_padding_token(folder, tokeniz
     assert model.get_input_embeddings().weight.grad[tokenizer.eos_token_id].abs().sum() > 0
 
 
-def test_a_random_model_needs_the_config_alone(folder, tokenizer):
+def test_a_random_model_needs_only_the_config(folder, tokenizer):
     stored = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     model = random_model(find_model(str(folder), weights=False), tokenizer, 64)
@@ -98,14 +98,14 @@ def test_weights_that_are_not_in_the_file_are_refused_by_name(folder, tokenizer)
 
 
 def test_weights_under_other_names_are_refused(folder, tokenizer):
-    """As of a model saved by another wrapper: transformers would start all of them at random."""
+    """A model that was saved inside a wrapper: transformers would start all weights at random."""
     weights = load_file(folder / "model.safetensors")
     save_file({f"module.wrapped.{name}": tensor for name, tensor in weights.items()}, folder / "model.safetensors")
     with pytest.raises(InputError, match=r"\d\d tensors of Qwen2ForCausalLM are not in it"):
         pretrained_model(str(folder), tokenizer, 64)
 
 
-def test_weights_too_many_are_named(folder, tokenizer, capsys):
+def test_superfluous_weights_are_named(folder, tokenizer, capsys):
     weights = load_file(folder / "model.safetensors")
     save_file(weights | {"value_head.weight": torch.ones(2)}, folder / "model.safetensors")
     pretrained_model(str(folder), tokenizer, 64)
@@ -183,7 +183,7 @@ def test_a_start_well_below_random_is_not(loss):
 
 
 @pytest.mark.parametrize(("name", "message"), [("no/such.gguf", "no such file"), ("./nowhere", "no such folder")])
-def test_a_model_that_is_not_there(name, message):
+def test_a_missing_model_is_refused(name, message):
     with pytest.raises(InputError, match=f"--model {name}: {message}"):
         find_model(name, weights=True)
 
@@ -200,8 +200,8 @@ def test_gguf_without_its_package_is_refused_with_the_line_that_installs_it(tmp_
         find_model(str(tmp_path / "model.gguf"), weights=True)
 
 
-def test_a_gguf_file_has_the_model_and_the_tokenizer_and_can_be_saved(folder, tokenizer, tmp_path):
-    """Written by the format's own package, in float32: the same numbers, and the same ids."""
+def test_model_and_tokenizer_of_a_gguf_file_are_those_that_were_written(folder, tokenizer, tmp_path):
+    """Written in float32 by the format's own package: weights and ids are the same, and the model can be saved."""
     gguf = pytest.importorskip("gguf")
     source = pretrained_model(str(folder), tokenizer, 64)
     path = tmp_path / "tiny.gguf"
@@ -252,7 +252,7 @@ def write_gguf(gguf, path: Path, model, tokenizer) -> None:
 
 
 @pytest.mark.parametrize("known", [True, False], ids=["of a family that transformers has", "of none"])
-def test_no_code_of_a_checkpoint_runs_nor_is_asked_about(folder, tokenizer, monkeypatch, known):
+def test_code_in_a_checkpoint_does_not_run_and_nobody_is_asked(folder, tokenizer, monkeypatch, known):
     """A checkpoint may bring its own Python files; transformers would ask at the terminal whether to run them."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     ran = folder / "ran"

@@ -1,4 +1,4 @@
-"""What the 16 GB recipe refuses before anything is loaded, and what it says instead."""
+"""What the 16 GB recipe refuses before anything is loaded, and what it proposes instead."""
 
 import importlib.util
 import sys
@@ -37,7 +37,7 @@ def settings(**changed) -> SimpleNamespace:
 
 @pytest.fixture
 def card(monkeypatch):
-    """Pretend that the device is a card of a compute capability, the one of a V100 if not told."""
+    """Pretend that the device is a card of some compute capability, by default a V100's."""
 
     def of(capability=(7, 0)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
@@ -71,7 +71,7 @@ def test_a_card_too_old_for_bitsandbytes_is_refused(card, capability):
 
 @pytest.mark.parametrize("error", [RuntimeError("Configured CUDA binary not found at x.so\nlong help"), OSError()])
 def test_bitsandbytes_without_its_library_for_this_cuda_version_is_refused(card, monkeypatch, error):
-    """As it is there: importing it works, and the first call raises."""
+    """As bitsandbytes does it: the import works, and the first call raises."""
     pytest.importorskip("bitsandbytes")
 
     def fail(*_, **__):
@@ -139,8 +139,8 @@ def test_what_a_step_inside_backward_excludes_is_refused_by_its_flag(changed, me
         check_step_in_backward(settings(**changed), SHARED)
 
 
-def test_accumulation_that_would_be_derived_later_is_refused_too():
-    """As under --plan, where 0 stands for it."""
+def test_accumulation_that_is_derived_later_is_refused_too():
+    """Under --plan, where gradient_accumulation_steps is still 0."""
     check_step_in_backward(settings(gradient_accumulation_steps=0), SHARED)
     with pytest.raises(InputError, match="2 micro-batches"):
         shared = SharedArguments(context_length=128, tokens_per_step=512)

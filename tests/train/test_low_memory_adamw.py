@@ -11,18 +11,18 @@ from common.train.low_memory_adamw import LowMemoryAdamW
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 SETTINGS = dict(lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
-# bitsandbytes has kernels for the CPU too, which are not those of the GPU: where there is one, it is tested as well.
+# bitsandbytes has other kernels for CPUs than for GPUs. A GPU is tested, too, if there is one.
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
 
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """So that parameters of some thousand numbers take several, the last one partial."""
+    """Chunks so small that a parameter of some thousand numbers has several, the last one partial."""
     monkeypatch.setattr(low_memory_adamw, "CHUNK", 16 * NUMBERS_A_BLOCK)
 
 
 def parameters(device: str, dtype=torch.float32) -> list[torch.nn.Parameter]:
-    """Sizes: several chunks and a partial block, a whole chunk, one below the smallest in 8 bits."""
+    """Of three sizes: several chunks and a partial block; one whole chunk; too small for 8 bits."""
     generator = torch.Generator().manual_seed(0)
     shapes = [(130, 77), (64, 64), (50,)]
     return [torch.nn.Parameter(torch.randn(s, generator=generator).to(device, dtype)) for s in shapes]
@@ -48,7 +48,7 @@ def test_with_32_bits_and_fp32_weights_it_is_torchs_adamw(device):
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_with_8_bits_and_fp32_weights_it_is_that_of_bitsandbytes(device):
-    """In chunks, each with its own part of the scales, to the last bit of weights and states."""
+    """Equal to the bit, weights and states, although ours goes chunk by chunk."""
     ours, theirs = parameters(device), parameters(device)
     optimizers = LowMemoryAdamW(ours, **SETTINGS), bitsandbytes.optim.AdamW8bit(theirs, **SETTINGS)
     for optimizer, weights in zip(optimizers, (ours, theirs), strict=True):
@@ -58,8 +58,8 @@ def test_with_8_bits_and_fp32_weights_it_is_that_of_bitsandbytes(device):
         state, reference = optimizers[0].state[one], optimizers[1].state[other]
         assert state["exp_avg"].dtype == torch.uint8 and torch.equal(state["exp_avg"], reference["state1"])
         assert torch.equal(state["exp_avg_sq_scale"], reference["absmax2"])
-    # fp32 states: torch's arithmetic here. bitsandbytes' CUDA kernel decays after the update, not before it as torch
-    # (and bitsandbytes elsewhere) does: lr x decay of each update, itself at most about lr, in 10 steps.
+    # The states of the third parameter are in fp32, and ours uses torch's AdamW for it. It decays weights before the
+    # update, bitsandbytes' CUDA kernel after it. In 10 steps they differ by 10 x lr x decay x the update (about lr).
     late_decay = 10 * SETTINGS["lr"] * SETTINGS["weight_decay"] * SETTINGS["lr"] if device == "cuda" else 0.0
     torch.testing.assert_close(ours[2], theirs[2], rtol=1e-5, atol=1e-6 + late_decay)
 
@@ -67,7 +67,7 @@ def test_with_8_bits_and_fp32_weights_it_is_that_of_bitsandbytes(device):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("state_bits", [8, 32])
 def test_bf16_weights_follow_fp32_ones_on_average_only_if_rounded_stochastically(device, state_bits):
-    """A weight of 1 and a learning rate of 1e-5, 400 steps down: 0.996; bf16's next below 1 is 1 - 1/256 = 0.9961."""
+    """A weight of 1 goes down by 1e-5 in each of 400 steps, to 0.996. The next number below 1 in bf16 is 0.9961."""
     ends = {}
     for stochastic in (True, False):
         weight = torch.nn.Parameter(torch.ones(64, 128, device=device, dtype=torch.bfloat16))
@@ -110,7 +110,7 @@ def test_steps_inside_backward_are_the_same_and_hold_one_gradient_at_a_time(devi
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("state_bits", [8, 32])
-def test_continued_from_a_saved_state_it_is_the_same_to_the_last_bit(device, state_bits, tmp_path):
+def test_a_run_continued_from_a_saved_state_is_equal_to_the_bit(device, state_bits, tmp_path):
     whole = parameters(device, torch.bfloat16)
     optimizer = LowMemoryAdamW(whole, state_bits=state_bits, seed=3, **SETTINGS)
     train(optimizer, whole, steps=4)
@@ -127,7 +127,7 @@ def test_continued_from_a_saved_state_it_is_the_same_to_the_last_bit(device, sta
         assert torch.equal(one, other)
 
 
-def test_another_seed_rounds_otherwise():
+def test_another_seed_rounds_differently():
     ends = []
     for seed in (0, 1):
         weights = parameters("cpu", torch.bfloat16)
@@ -144,7 +144,7 @@ def test_other_groups_are_refused():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_large_parameter_takes_no_second_copy(monkeypatch):
-    """2**28 numbers, 0.5 GiB in bf16: a step may take a few chunks of 64 MiB, not 1 GiB for an fp32 copy."""
+    """2**28 numbers take 0.5 GiB in bf16. A step may take a few chunks of 64 MiB, but no fp32 copy of 1 GiB."""
     monkeypatch.setattr(low_memory_adamw, "CHUNK", 1 << 24)
     weight = torch.nn.Parameter(torch.zeros(1 << 14, 1 << 14, device="cuda", dtype=torch.bfloat16))
     optimizer = LowMemoryAdamW([weight], **SETTINGS)
@@ -157,7 +157,7 @@ def test_a_large_parameter_takes_no_second_copy(monkeypatch):
             assert torch.cuda.max_memory_allocated() - before < 6 * 2**26
 
 
-def test_any_seed_of_trainers_draws():
+def test_the_largest_seed_that_trainer_takes_works():
     parameter = torch.nn.Parameter(torch.ones(8, dtype=torch.bfloat16))
     parameter.grad = torch.ones_like(parameter)
     LowMemoryAdamW([parameter], lr=0.1, state_bits=32, seed=2**32 - 1).step()

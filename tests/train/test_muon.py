@@ -1,4 +1,4 @@
-"""Muon against torch's own, one matrix at a time, and under FSDP2's sharding."""
+"""Muon against torch.optim.Muon, which takes one matrix at a time; and sharded by FSDP2."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_the_updates_are_those_of_torch():
     ):
         moved = (other - before).norm()
         assert moved > 0, name
-        # torch iterates in bf16 (three digits), ours in fp32 here; small singular values amplify that.
+        # torch iterates in bf16 (three digits), ours on a CPU in fp32; small singular values amplify the difference.
         assert (parameter - other).norm() < 0.12 * moved, name
 
 
@@ -77,8 +77,8 @@ def test_a_matrix_without_gradient_stays_as_it_is():
 
 
 @pytest.mark.parametrize("broken", [False, True])
-def test_a_step_with_gradients_of_infinity_is_left_out_by_the_scaler(broken):
-    """Fused, as on a GPU: AdamW alone would be called all the same."""
+def test_the_scaler_skips_a_step_with_infinite_gradients(broken):
+    """With fused AdamW, as on a GPU: the scaler would call a fused AdamW all the same."""
     model, decayed = model_and_decayed()
     optimizer, scaler = MuonWithAdamW(model, decayed, fused=True, **SETTINGS), torch.amp.GradScaler("cpu")
     ids = torch.arange(16)[None]

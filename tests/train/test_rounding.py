@@ -14,7 +14,7 @@ def rounded(values: torch.Tensor, seed: int = 0) -> torch.Tensor:
 
 @pytest.mark.parametrize("value", [1 + 1 / 512, -1 - 1 / 512, 3.14159, -2.5e-7, 6.1e30, 1.5e-39])
 def test_it_is_one_of_the_two_neighbours_and_the_mean_is_the_value(value):
-    """Neighbours by math.frexp: eight bits of a normal number, multiples of 2**-133 below those."""
+    """Neighbours by math.frexp: a normal number has eight bits; smaller ones are multiples of 2**-133."""
     draws = 200_000
     ulp = math.ldexp(1, max(math.frexp(value)[1] - 8, -133))
     below = math.floor(torch.tensor(value).double().item() / ulp) * ulp
@@ -25,7 +25,7 @@ def test_it_is_one_of_the_two_neighbours_and_the_mean_is_the_value(value):
     assert abs(found.eq(below + ulp).double().mean().item() - share) < 5 * deviation
 
 
-def test_what_bf16_has_stays():
+def test_numbers_that_bf16_can_represent_stay():
     values = torch.tensor([0.0, -0.0, 1.0, -0.5, 3.0e38, torch.inf, -torch.inf]).bfloat16()
     found = rounded(values.float().repeat(1000, 1))
     assert found.dtype == torch.bfloat16
@@ -33,7 +33,7 @@ def test_what_bf16_has_stays():
 
 
 @pytest.mark.parametrize("bits", [0x7FFFFFFF, 0x7FC00000, 0x7F800001, -1])
-def test_nan_stays(bits):
+def test_nan_stays_nan(bits):
     assert rounded(torch.full((1000,), bits, dtype=torch.int32).view(torch.float32)).isnan().all()
 
 
@@ -43,7 +43,7 @@ def test_the_largest_numbers_may_become_infinite_but_not_change_sign():
 
 
 def test_updates_far_below_half_an_ulp_move_a_weight_on_average_and_are_lost_by_plain_rounding():
-    """1,000 steps of 1e-5 down from 1, where bf16's next number below is 1 - 1/256."""
+    """1,000 steps of 1e-5 down from 1; the next number below 1 in bf16 is 1 - 1/256."""
     steps, update, weights = 1000, 1e-5, 4096
     drawn, plain = torch.ones(weights, dtype=torch.bfloat16), torch.ones(weights, dtype=torch.bfloat16)
     generator = torch.Generator().manual_seed(0)

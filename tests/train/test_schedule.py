@@ -1,4 +1,4 @@
-"""The learning rate's settings, in shares and in steps, against transformers' own schedules."""
+"""Settings of the learning-rate schedule, in shares and in steps, against transformers' own schedules."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def rates(training: TrainingArguments, steps: int) -> list[float]:
     return found
 
 
-def test_a_share_of_the_run_decays_whatever_its_length():
+def test_a_share_of_the_run_decays_in_runs_of_every_length():
     training = training_of("warmup_stable_decay", {"num_decay_steps": 0.3}, warmup_steps=0.1)
     for steps in (10, 200):
         found = rates(training, steps)
@@ -36,7 +36,7 @@ def test_a_share_of_the_run_decays_whatever_its_length():
     assert training.lr_scheduler_kwargs == {"num_decay_steps": 0.3}, "for a run of another length, it stays a share"
 
 
-def test_steps_stay_steps_and_other_schedules_are_left_alone():
+def test_steps_stay_steps_and_other_schedules_do_not_change():
     assert schedule_settings(training_of("warmup_stable_decay", {"num_decay_steps": 7}), 50) == {"num_decay_steps": 7}
     assert schedule_settings(training_of("cosine_with_min_lr", {"min_lr_rate": 0.1}), 50) == {"min_lr_rate": 0.1}
     assert schedule_settings(training_of("linear", None), 50) == {}
@@ -49,12 +49,12 @@ def test_steps_stay_steps_and_other_schedules_are_left_alone():
         ("warmup_stable_decay", {"num_decay_steps": 15}, 6, "--warmup_steps 6 and num_decay_steps 15 .* the 20 steps"),
     ],
 )
-def test_what_does_not_fit_the_run_is_refused(kind, settings, warmup, message):
+def test_settings_that_do_not_fit_the_run_are_refused(kind, settings, warmup, message):
     with pytest.raises(InputError, match=message):
         schedule_settings(training_of(kind, settings, warmup_steps=warmup), 20)
 
 
-def test_a_schedules_end_is_held_against_the_runs_learning_rate():
+def test_the_end_of_a_schedule_must_be_below_the_learning_rate():
     check_schedule(training_of("polynomial", {"lr_end": 0.001}, learning_rate=4e-3))
     with pytest.raises(InputError, match="polynomial.*must be smaller"):
         check_schedule(training_of("polynomial", {"lr_end": 5e-4}, learning_rate=1e-4))
