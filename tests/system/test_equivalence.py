@@ -14,6 +14,7 @@ from test_distributed import RECIPE, launch
 
 from common.console import InputError
 from common.distributed.launch import Launch
+from common.distributed.strategy import DDP, Strategy
 from common.run.checkpoints import finish_checkpoint, unfinished
 from common.run.init_from import check_resumable, writer_of
 from common.train.batch import set_batch
@@ -138,12 +139,10 @@ def test_a_run_of_one_process_is_continued_exactly_by_two(wiki, cache_dir, tmp_p
 
 
 def test_who_wrote_a_checkpoint_is_seen_and_others_are_refused(tmp_path):
-    from types import SimpleNamespace
 
     def training(stage=None, processes=1):
-        plugin = None if stage is None else SimpleNamespace(zero_stage=stage)
-        state = SimpleNamespace(distributed_type="NO")
-        return SimpleNamespace(deepspeed_plugin=plugin, distributed_state=state, world_size=processes)
+        strategy = DDP if stage is None else Strategy(f"zero{stage}")
+        return Launch(strategy=strategy, processes=processes)
 
     (tmp_path / "plain").mkdir()
     check_resumable(str(tmp_path / "plain"), training(processes=8))
