@@ -381,7 +381,8 @@ def switches(setting: Setting) -> list[tuple[str, Setting]]:
 
 def switches_of_method(setting: Setting) -> list[tuple[str, Setting]]:
     """Return those that recipes/low_memory_16gb.py has beside; a ``--method`` goes without a step inside backward."""
-    found, optimizer = [], "8bit" if "8bit" in setting.optimizer else "32bit"
+    found = []
+    optimizer = "8bit" if state_bits(setting.optimizer) == 8 else "32bit"
     if not setting.in_backward and setting.processes == 1 and setting.precision != "fp16":
         name = f"--step_in_backward --max_grad_norm 0 --tokens_per_step {setting.context_length}"
         changed = dict(in_backward=True, accumulated=False, optimizer=f"rounding_{optimizer}")
