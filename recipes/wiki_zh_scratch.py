@@ -6,12 +6,12 @@ On a laptop, offline, in three minutes, on the articles that come with the proje
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/wiki_zh_scratch.py --sample
 
-Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/wikipedia-zh-cn (CC BY-SA). The file in
-data/ is used if it is there, otherwise it is downloaded. Any flag overrides the values below; --help lists all flags.
-The same command again continues where the run stopped.
+Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/wikipedia-zh-cn (CC BY-SA). If
+data/wikipedia-zh-cn-20240820.json is not there, it is downloaded. Any flag overrides the values below; --help lists all
+flags. The same command again continues where the run stopped.
 
-Result: 62.5M tokens of other Chinese text in 158 s on one H100, 499k tokens/s, held-out loss 3.795, 1.897 bits per byte
-(commit d8597b7, 2026-11-26; Wikipedia itself is not yet measured). Versions and other results: benchmarks/README.md.
+Result: not yet measured on Wikipedia. On other Chinese text: 62.5M tokens in 158 s on one H100, 499k tokens/s, held-out
+loss 3.795, 1.897 bits per byte (commit d8597b7, 2026-11-26). Versions and other results: benchmarks/README.md.
 """
 
 from dataclasses import dataclass, field
@@ -54,7 +54,7 @@ MODEL = dict(
     num_hidden_layers=12,
     num_attention_heads=8,  # heads of 64
     num_key_value_heads=2,  # four query heads share a key-value head
-    tie_word_embeddings=True,  # the embedding is 63% of the parameters: once is enough
+    tie_word_embeddings=True,  # input and output share one matrix, 63% of the parameters
 )
 
 DATA = dict(
@@ -69,14 +69,14 @@ TRAINING = dict(
     output_dir=str(ROOT / "outputs" / "wiki_zh_scratch"),
     num_train_epochs=2,
     tokens_per_step=65_536,  # 128 rows of 512 on one process, 64 on two; how it was found: benchmarks/LOG.md
-    optimizer="auto",  # Muon; AdamW under DeepSpeed, which cuts up the matrices
-    learning_rate=0.0,  # 0: that of the optimizer in LEARNING_RATES
-    per_device_train_batch_size=0,  # rows at once, at most; 0: as many as fit the card, up to 65,536 tokens
+    optimizer="auto",  # Muon; AdamW under DeepSpeed, which shards the matrices that Muon needs whole
+    learning_rate=0.0,  # 0: taken from LEARNING_RATES
+    per_device_train_batch_size=0,  # 0: as many rows at once as fit the card, at most 65,536 tokens
     gradient_accumulation_steps=0,  # 0: derived from tokens_per_step
     per_device_eval_batch_size=0,  # 0: as in training
-    lr_scheduler_type="warmup_stable_decay",  # 1.225 bits per byte; a cosine to 10%: 1.271 (LOG.md)
-    lr_scheduler_kwargs={"num_decay_steps": 0.3},  # below 1: a share of all steps; down to 0
-    warmup_steps=0.03,  # likewise
+    lr_scheduler_type="warmup_stable_decay",  # 1.225 bits per byte, a cosine 1.271: benchmarks/LOG.md
+    lr_scheduler_kwargs={"num_decay_steps": 0.3},  # the last 30% of the steps decay the rate to 0
+    warmup_steps=0.03,  # below 1: a share of all steps
     weight_decay=0.1,  # Trainer leaves norms and biases out
     adam_beta2=0.95,  # as usual in pretraining: 0.999 averages over more steps than a short run has
     max_grad_norm=1.0,
@@ -128,13 +128,15 @@ class RecipeArguments:
 def main(argv: list[str] | None = None) -> None:
     # The launcher's YAML decides strategy, precision, compile and recompute. It is read once, here.
     launch = read_launch()
-    # Flags: the dicts are defaults, --sample swaps in SAMPLE, any flag overrides, unknown ones fail.
+    # Flags: the dicts are defaults, --sample swaps in SAMPLE, any flag overrides, unknown ones fail. They come as this
+    # recipe's own, those that all recipes share, and Trainer's.
     own, shared, training = parse_flags(RecipeArguments, argv, DATA | TRAINING | launch.defaults(), sample=SAMPLE)
     size = ModelSize(SAMPLE_MODEL if own.sample else MODEL, own.model, own.target_parameters, shared)
 
-    # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
+    # --plan prints the memory that the run needs, and ends here. (--plan --probe also trains three steps, below.)
     if shared.plan and not shared.probe:
         return print_plan(size.planned(shared.context_length, for_plan=True), launch, shared, training)
+    # Before anything is loaded, print what will run and refuse what cannot.
     launch = preflight(RECIPE, launch, size, shared, training, LEARNING_RATES)
     set_seed(training.seed)
 
@@ -147,7 +149,7 @@ def main(argv: list[str] | None = None) -> None:
             tokenizer = load_tokenizer(shared.tokenizer, shared.end_token)
         stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
 
-    # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
+    # Rows, and the model: random weights. The seed was set above, so every process draws the same weights.
     rows = build_rows(stores, shared)
     shape = size.shape(len(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length, training)
@@ -156,13 +158,13 @@ def main(argv: list[str] | None = None) -> None:
     say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
     isolated = shared.packing == "isolated"
     set_attention(model, shared.attn_implementation, isolated, training.device, launch.context_parallel > 1)
-    use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
-    keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
+    use_fused_loss(model)  # never holds all logits, which would be the largest tensor
+    keep_residual_in_bf16(model)  # the sum that layers add to; autocast would keep it in fp32
 
     # One folder, one run: continued if it was interrupted, shown if it is finished.
-    shape = {**shape, "vocabulary_rows": model.config.vocab_size}
+    recorded_shape = {**shape, "vocabulary_rows": model.config.vocab_size}
     more = {"optimizer": launch.optimizer, "init_from": shared.init_from}
-    identity = run_identity(RECIPE, shape, rows, tokenizer, launch, shared, training, more)
+    identity = run_identity(RECIPE, recorded_shape, rows, tokenizer, launch, shared, training, more)
     order = training_order(rows.train, training, launch.rows_per_step, rows_before(identity, shared))
     with open_run(identity, shared, training) as run:
         if results := run.finished(order):
@@ -179,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=run.last_checkpoint())
 
-        # Evaluate on the held-out documents, with samples; save the model; print what came of it.
+        # Evaluate on the held-out documents, with samples; save the model; print the results.
         metrics = trainer.evaluate()
         metrics["eval_unigram_loss"] = unigram_loss(rows.train, rows.held_out, model.config.vocab_size)
         if rows.test is not None:
