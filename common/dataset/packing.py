@@ -1,8 +1,10 @@
 """Token stores -> rows of fixed length: the rows of one store, and of several stores joined.
 
-Another packing is a class here beside PackedRows. These know of packing, too: ``--packing`` in arguments.py; rows.py
-and train/forgetting.py, which build the rows; ledger.py, which accounts for dropped tokens; model/attention.py, which keeps
-documents apart; distributed/context_parallel.py, which refuses what it cannot divide.
+Another packing is a class here beside PackedRows. These know of packing, too:
+
+- ``--packing`` in arguments.py; dataset/rows.py and train/forgetting.py, which build the rows;
+- dataset/ledger.py, which accounts for dropped tokens; model/attention.py, which keeps documents apart;
+- distributed/context_parallel.py, which refuses what it cannot divide.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
