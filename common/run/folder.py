@@ -161,14 +161,17 @@ class Run:
         """
         if not self.claimed:
             return None
-        path, results = Path(self.folder) / RESULTS_FILE, {}
+        path = Path(self.folder) / RESULTS_FILE
+        results, ledger = {}, {}
         if is_main_process() and path.exists():
             try:
                 results = dict(json.loads(path.read_text(encoding="utf-8")))
+                ledger = dict(results.get("ledger", {}))
             except (ValueError, TypeError, RecursionError):
                 say(f"removing {path}: half-written when the run ended")
                 path.unlink()
-        rows_trained = results.get("ledger", {}).get("rows_trained")
+                results = {}
+        rows_trained = ledger.get("rows_trained")
         reached = results.get("steps") == order.steps or rows_trained == order.rows_in_run
         [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
         return results
