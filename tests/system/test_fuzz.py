@@ -214,7 +214,10 @@ def test_our_own_state(tmp_path):
     status = {"state": "running", "step": 3, "max_steps": 9, "pid": 1, "host": "h", "time": "t"}
     results = {"steps": 3, "eval_loss": 2.0, "ledger": {"rows_trained": 9}}
     order = TrainingOrder([9], seed=1)
+    order.rows_per_step = 3
     order.rows_in_run = order.positions_in_run = 9
+    run = Run(str(tmp_path))
+    run.claimed = True
 
     def read(content, name):
         path = Path(tmp_path) / name
@@ -224,9 +227,9 @@ def test_our_own_state(tmp_path):
         elif name == "status.json":
             assert read_status(tmp_path) is None or "state" in read_status(tmp_path)
         else:
-            run = Run(str(tmp_path))
-            run.claimed = True
-            run.finished(order)
+            return run.finished(order)
 
-    contents = [json.dumps(content).encode() for content in (guard, status, results)]
-    fuzz(10_000, contents, read, ["guard.json", "status.json", "all_results.json"])
+    assert order.steps == results["steps"] and read(json.dumps(results).encode(), "all_results.json") == results
+    no_ledger = results | {"ledger": None}
+    contents = [json.dumps(content).encode() for content in (guard, status, results, no_ledger)]
+    fuzz(10_000, contents, read, ["guard.json", "status.json", "all_results.json", "all_results.json"])
