@@ -1,6 +1,7 @@
 """The benchmarks' tables and jobs, without a GPU."""
 
 import argparse
+import copy
 import importlib.util
 import json
 import os
@@ -13,12 +14,15 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, small_run, store_of_tokens
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from common.dataset.packing import JoinedRows, PackedRows
+from common.distributed.launch import Launch
+from common.model.fused_loss import use_fused_loss
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there
 import launching
+import trainers
 
 
 def load(name: str):
@@ -313,6 +317,30 @@ def test_the_ends_of_documents_are_no_targets(tmp_path):
     assert len(rows) == 5 and 20 < len(targets) < 35
     found = learning.held_out_nats(model, rows, end=63, at_once=2)
     assert found == pytest.approx(len(targets) * torch.tensor(64.0).log().item(), rel=1e-5)
+
+
+def test_a_benchmarks_trainer_makes_its_step_and_records_nothing(tmp_path):
+    """By hand: plain SGD moves the weights by the rate times the gradient of the mean loss of the step's rows."""
+    store = store_of_tokens(tmp_path, [[1, 2, 3]] * 9, end=[63])
+    rows = JoinedRows([PackedRows(store, torch.ones(9, dtype=bool).numpy(), 7)])
+    shape = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, vocab_size=64)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model("qwen2", num_key_value_heads=1, **shape))
+    expected = copy.deepcopy(model)
+    training = TrainingArguments(
+        output_dir=str(tmp_path / "run"), max_steps=1, per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        optim="sgd", learning_rate=0.5, lr_scheduler_type="constant", max_grad_norm=0.0, report_to="none",
+        save_strategy="no", disable_tqdm=True, use_cpu=True,
+    )  # fmt: skip
+    use_fused_loss(model)
+    trainer = trainers.trainer_on(rows, rows, model, training, Launch(optimizer="adamw", rows_per_step=4))
+    step = [rows[row] for row in trainer.order.rows_of_step(1)]
+    trainer.train()
+
+    ids, targets = (torch.stack([row[name] for row in step]) for name in ("input_ids", "shift_labels"))
+    torch.nn.functional.cross_entropy(expected(ids).logits.flatten(0, 1), targets.flatten()).backward()
+    for parameter, moved in zip(expected.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(moved, parameter - 0.5 * parameter.grad)
+    assert not any((tmp_path / "run").iterdir())  # Trainer itself makes the folder
 
 
 def test_a_corpus_is_known_by_its_documents(tmp_path):
