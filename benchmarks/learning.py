@@ -45,8 +45,8 @@ from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.batch import derive_micro_batch, set_batch
+from common.train.combinations import choose_optimizer
 from common.train.metrics import synchronize
-from common.train.plan import choose_optimizer
 
 CONTEXT_LENGTH = 512
 POINTS = 8  # evaluations a run

@@ -9,16 +9,13 @@ The folder is locked and checked when the run is opened, and given back when it 
 
 import json
 import math
-import os
 import shutil
-import socket
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from transformers import PreTrainedTokenizerBase, TrainingArguments
 
 from common.arguments import SharedArguments
@@ -38,10 +35,10 @@ from common.run.checkpoints import (
     remove_unfinished,
     write_checkpoint,
 )
+from common.run.lock import STATUS_FILE, lock_folder, write_status
 from common.tokens.tokenizer import tokenizer_fingerprint
 
-RUN_FILE, RESULTS_FILE, STATUS_FILE, LOCK_FILE = "run.json", "all_results.json", "status.json", ".lock"
-LOCK_SECONDS = 15  # loader workers of a killed run hold its lock until they notice, after at most 5 s
+RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
 # What decides the losses. Everything else (logging, saving, micro-batch) may change at a relaunch. So may the number of
 # steps, which moves the learning-rate schedule: PretrainingTrainer notes it.
 DECIDING = [
@@ -408,67 +405,3 @@ def differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, objec
         elif old != new:
             found.append((f"{prefix}{name}", old, new))
     return found
-
-
-def lock_folder(folder: str | Path, seconds: float = LOCK_SECONDS) -> FileLock | None:
-    """Lock ``folder`` for this process, or say who has it. Keep what is returned: the lock goes with it.
-
-    The operating system gives the lock back when its owner dies, however it dies. Only the main process locks, the
-    others get None. On a file system without locks nothing is locked, and a note says so.
-
-    Raises:
-        InputError: another process has trained into ``folder`` for all of ``seconds``.
-    """
-    if not is_main_process():
-        return None
-    path = Path(folder) / LOCK_FILE
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path, is_singleton=True)  # so that a notebook may call main() again
-    try:
-        lock.acquire(timeout=0)
-        return lock
-    except NotImplementedError as error:
-        say(f"note: {folder} cannot be locked here ({error}): make sure that nobody else trains into it")
-        return lock
-    except Timeout:
-        say(f"{folder} is in use; waiting up to {seconds:g} s for its owner to end")
-    try:
-        lock.acquire(timeout=seconds)
-    except Timeout:
-        status = read_status(folder)
-        owner = f"process {status['pid']} on {status['host']}, at step {status['step']}" if status else "unknown"
-        raise InputError(
-            f"{folder} is being trained into by another process ({owner}). Wait for it, stop it, or choose another "
-            "--output_dir."
-        ) from None
-    return lock
-
-
-def write_status(folder: str | Path, state: str, step: int, max_steps: int, reason: str | None = None) -> None:
-    """Write ``status.json`` on the main process: what the run does now, and at which step.
-
-    A run that was killed with SIGKILL still says "running", because it could not say more. Its lock is free then.
-
-    Args:
-        state: running, interrupted (the same command continues), finished, or failed.
-        reason: the signal or the error.
-
-    Raises:
-        OSError: the disk is full.
-    """
-    if not is_main_process():
-        return
-    status = {"state": state, "step": step, "max_steps": max_steps, "pid": os.getpid(), "host": socket.gethostname()}
-    status["time"] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    if reason:
-        status["reason"] = reason
-    write_json(Path(folder) / STATUS_FILE, status)
-
-
-def read_status(folder: str | Path) -> dict | None:
-    """Return the content of ``status.json``, None if there is none or it is damaged."""
-    try:
-        status = json.loads((Path(folder) / STATUS_FILE).read_text(encoding="utf-8"))
-        return status if {"state", "step", "pid", "host"} <= status.keys() else None
-    except (OSError, ValueError, AttributeError, RecursionError):
-        return None

@@ -13,7 +13,8 @@ from common.console import InputError, say
 from common.model.adapters import MERGED
 from common.model.pretrained import model_without_memory, pretrained_model, weights_fingerprint
 from common.run.checkpoints import UNFINISHED, move_into, newest_whole, no_space_left
-from common.run.folder import RESULTS_FILE, RUN_FILE, lock_folder
+from common.run.folder import RESULTS_FILE, RUN_FILE
+from common.run.lock import lock_folder
 from common.system import GIB
 
 

@@ -22,85 +22,8 @@ from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
 from common.model.fused_loss import DeferringHead
 from common.model.memory import CONTEXT_BYTES, Setting, optimizer_name, predict, state_bits
 from common.system import GIB, memory_gib
+from common.train.combinations import check_combinations, choose_optimizer
 from common.train.metrics import synchronize
-
-
-def choose_optimizer(wanted: str, launch: Launch, training: TrainingArguments) -> str:
-    """Return "muon" or "adamw" for ``--optimizer`` ``wanted``, and say why "auto" is not Muon.
-
-    Raises:
-        InputError: Muon is wanted where it cannot work.
-    """
-    reason = None
-    if launch.strategy.is_deepspeed:
-        reason = "DeepSpeed's ZeRO cuts up the matrices that Muon needs whole; fsdp2.yaml and ddp.yaml do not"
-    elif launch.offloads:
-        reason = "its matrix products would run on the CPU, where fsdp2_offload.yaml keeps the parameters"
-    elif optimizer_name(training) not in ("adamw_torch", "adamw_torch_fused"):
-        reason = f"--optim {optimizer_name(training)} names another one"
-    if wanted == "muon" and reason is not None:
-        raise InputError(f"--optimizer muon: {reason}. Use --optimizer adamw.")
-    if wanted == "auto" and reason is not None:
-        say(f"optimizer: what --optim names, AdamW by default, not Muon: {reason}.")
-    return "muon" if wanted == "muon" or (wanted == "auto" and reason is None) else "adamw"
-
-
-def check_combinations(launch: Launch, training: TrainingArguments, method: str) -> None:
-    """Refuse what is known to go wrong together.
-
-    Args:
-        launch: its ``optimizer`` is decided.
-        method: "full", "lora" or "qlora".
-
-    Raises:
-        InputError: with the reason, and what works.
-    """
-    strategy = launch.strategy
-    low_bit = launch.optimizer != "muon" and state_bits(optimizer_name(training)) < 32
-    for wrong, what, where, why, works in (
-        (
-            low_bit and strategy.shards_states,
-            "an 8-bit or 4-bit optimizer",
-            strategy,
-            # https://github.com/bitsandbytes-foundation/bitsandbytes/issues/89, /1403 (FSDP, FSDP2), /1732 (DeepSpeed),
-            # https://github.com/huggingface/accelerate/issues/1362 (its states cannot be saved)
-            "its states are packed numbers, which cannot be divided among processes nor saved from them",
-            "single_gpu.yaml or ddp.yaml, or --optim adamw_torch_fused, whose states this YAML divides",
-        ),
-        (
-            method == "qlora" and strategy.shards_parameters,
-            "QLoRA",
-            strategy,
-            # https://github.com/huggingface/accelerate/issues/3983: a crash, or silently loss 0 and gradients of NaN
-            "4-bit weights are packed bytes: divided among processes they are no longer those numbers",
-            "ddp.yaml, which leaves the weights whole, or --method lora",
-        ),
-        (
-            method != "full" and launch.optimizer == "muon",
-            "Muon for LoRA's factors",
-            strategy,
-            # https://arxiv.org/abs/2502.16982: for the weight matrices themselves, in training of all of them
-            "Muon evens out the update of a whole weight matrix; for two factors of one nothing is known",
-            "--optimizer adamw",
-        ),
-        (
-            method != "full" and precision_of(training) == "fp8",
-            "adapters",
-            "fp8",
-            # https://github.com/huggingface/accelerate/blob/main/src/accelerate/utils/ao.py
-            "accelerate exchanges every linear layer, also those inside adapters and packed ones",
-            "--mixed_precision bf16",
-        ),
-        (
-            training.fp16 and training.use_cpu,
-            "fp16",
-            "cpu",
-            "fp16 needs the tensor cores of a GPU; CPUs compute in fp32 or bf16",
-            "accelerate_configs/cpu.yaml",
-        ),
-    ):
-        if wrong:
-            raise InputError(f"{what} under {where}: {why}. What works: {works}")
 
 
 def print_plan(

@@ -18,10 +18,12 @@ from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import take_over_recompute
 from common.model.memory import optimizer_name, predict
 from common.model.presets import ModelSize, PretrainedSize
-from common.run.folder import check_disk_space, check_folder, lock_folder
+from common.run.folder import check_disk_space, check_folder
+from common.run.lock import lock_folder
 from common.system import GIB, take_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
-from common.train.plan import check_combinations, choose_optimizer, setting_of_run
+from common.train.combinations import check_combinations, choose_optimizer
+from common.train.plan import setting_of_run
 from common.train.schedule import check_schedule
 
 
@@ -88,12 +90,14 @@ def preflight(
 
 
 def processes(launch: Launch, training: TrainingArguments) -> str:
+    """Return how many processes there are, on how many machines, and what they run on."""
     devices = "CPU" if training.use_cpu else f"{torch.accelerator.device_count()} visible devices"
     machines = f"{launch.machines} machine{'s' * (launch.machines > 1)}"
     return f"{launch.processes} on {machines}, {launch.local_processes} here on {devices}"
 
 
 def precision(training: TrainingArguments) -> str:
+    """Return what is computed in, and on which device."""
     asked = precision_of(training)
     kind = {"no": "fp32", "fp8": "fp8 in the layers, bf16 elsewhere,"}.get(asked, asked)
     device = torch.get_device_module(training.device)

@@ -18,7 +18,7 @@ from common.distributed.launch import Launch, check_launch, lost_process, precis
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3
 from common.distributed.workarounds import compile_settings, launcher_flags, take_over_compile
 from common.train.batch import set_batch
-from common.train.plan import choose_optimizer
+from common.train.combinations import choose_optimizer
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 

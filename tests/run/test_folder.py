@@ -16,7 +16,8 @@ from common.arguments import SharedArguments
 from common.console import InputError
 from common.distributed.strategy import FSDP2, SINGLE, ZERO2
 from common.run.checkpoints import finish_checkpoint, unfinished
-from common.run.folder import Run, check_disk_space, open_run, read_status
+from common.run.folder import Run, check_disk_space, open_run
+from common.run.lock import read_status
 
 RUN = {"recipe": "a.py", "model": {"hidden_size": 8}, "training": {"learning_rate": 1e-3}}
 

@@ -17,11 +17,12 @@ from common.arguments import SharedArguments
 from common.console import InputError
 from common.io import append_lines, read_lines, write_json
 from common.run import folder as run_status
-from common.run.folder import Run, lock_folder, read_status, write_status
+from common.run.folder import Run
+from common.run.lock import lock_folder, read_status, write_status
 from common.run.record import command_line, describe_launch, record_launch
 
 OWNER = (
-    "import sys, time\nfrom common.run.folder import lock_folder, write_status\n"
+    "import sys, time\nfrom common.run.lock import lock_folder, write_status\n"
     "lock = lock_folder(sys.argv[1]); write_status(sys.argv[1], 'running', 7, 9)\n"
     "print('locked', flush=True)\ntime.sleep(60)\n"
 )

@@ -22,7 +22,8 @@ from common.console import InputError
 from common.corpus.records import file_records
 from common.dataset.mixture import TrainingOrder
 from common.run.checkpoints import MANIFEST, problem_of, read_manifest
-from common.run.folder import Run, read_status
+from common.run.folder import Run
+from common.run.lock import read_status
 from common.tokens.megatron import read_index, read_legacy_index, read_sidecar
 from common.tokens.store import TokenStore
 from common.train.step_guard import read_guard

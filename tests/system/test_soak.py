@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from tiny import ENVIRONMENT, recorded, start, tiny_run, wait_for
 
 from common.dataset.mixture import TrainingOrder
-from common.run.folder import read_status
+from common.run.lock import read_status
 
 STEPS = "--max_steps 150".split()
 KILLS = int(os.environ.get("SOAK_KILLS", "60"))

@@ -13,7 +13,7 @@ from conftest import ROOT, losses
 from tiny import ENVIRONMENT, recorded, start, tiny_run, wait_for
 
 from common.run.checkpoints import newest_whole, problem_of
-from common.run.folder import read_status
+from common.run.lock import read_status
 from common.train.interruption import Interruption
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="Windows has other signals")

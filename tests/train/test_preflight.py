@@ -19,7 +19,7 @@ from common.console import InputError
 from common.distributed.launch import Launch, read_launch
 from common.model.from_config import planned_model
 from common.model.memory import Setting
-from common.run.folder import lock_folder
+from common.run.lock import lock_folder
 from common.train.batch import derive_micro_batch
 from common.train.preflight import preflight
 
@@ -220,7 +220,7 @@ def test_another_run_in_the_folder_is_found_before_data_and_weights(wiki, cache_
 
 
 def test_a_folder_in_which_a_run_goes_on_is_refused(tmp_path, monkeypatch):
-    code = f"from common.run.folder import lock_folder; kept = lock_folder({str(tmp_path)!r}); print('locked'); input()"
+    code = f"from common.run.lock import lock_folder; kept = lock_folder({str(tmp_path)!r}); print('locked'); input()"
     other = subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT
     )

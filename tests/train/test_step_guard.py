@@ -14,7 +14,7 @@ from transformers import Trainer
 from common.console import InputError
 from common.dataset.mixture import TrainingOrder
 from common.dataset.packing import JoinedRows, PackedRows
-from common.run.folder import read_status
+from common.run.lock import read_status
 from common.train import step_guard
 from common.train.step_guard import (
     LEAST_STEPS,

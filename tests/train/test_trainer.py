@@ -13,7 +13,7 @@ import common.train.metrics as clock
 import common.train.trainer as trainer
 from common.console import InputError
 from common.model.from_config import model_from_config
-from common.run.folder import read_status
+from common.run.lock import read_status
 from common.tokens.train_tokenizer import train_tokenizer
 from common.train.callbacks import generate_samples
 
