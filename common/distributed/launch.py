@@ -238,8 +238,6 @@ def check_launch(launch: Launch, training: TrainingArguments) -> None:
             f"{launch.processes} independent models into one folder. On CPU: --config_file "
             "accelerate_configs/cpu_2proc.yaml"
         )
-    if training.use_cpu and launch.strategy.is_fsdp:
-        raise InputError("FSDP needs an accelerator, and there is none here. Use accelerate_configs/cpu.yaml.")
     if training.n_gpu > 1:
         raise InputError(
             f"one process sees {training.n_gpu} GPUs: Trainer would fall back to the slow nn.DataParallel. Use all:\n"

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 import torch._functorch.config
-from accelerate import Accelerator, DeepSpeedPlugin
+from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
 from torch.distributed.fsdp import MixedPrecisionPolicy
@@ -161,6 +161,18 @@ def take_over_recompute(launch, training: TrainingArguments) -> None:
             setattr(training, name, True)
     if launch.strategy.is_fsdp:
         os.environ |= {"FSDP_ACTIVATION_CHECKPOINTING": "false", RECOMPUTE_TAKEN_OVER: "true"}
+
+
+def shard_on_cpus(launch, training: TrainingArguments) -> None:
+    """Have accelerate run FSDP2 in processes on CPUs, before an Accelerator is made.
+
+    torch shards over gloo as it does over NCCL, but accelerate (1.15) takes up FSDP for kinds of devices only, and CPUs
+    are not among them: AcceleratorState would fall back to DDP without a word. What it is told of the devices' kind
+    here decides that branch alone; everything else asks ``device``, which stays the CPU. It can go when accelerate
+    shards on CPUs.
+    """
+    if launch.strategy.is_fsdp and training.device.type == "cpu":
+        training.distributed_state.distributed_type = DistributedType.MULTI_GPU
 
 
 def add_up_in_fp32(launch, training: TrainingArguments) -> None:

@@ -15,7 +15,7 @@ from common.console import InputError, say
 from common.distributed.context_parallel import check_parallelism
 from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
-from common.distributed.workarounds import take_over_recompute
+from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.memory import optimizer_name, predict
 from common.model.presets import ModelSize, PretrainedSize
 from common.run.folder import check_disk_space, check_folder
@@ -50,6 +50,7 @@ def preflight(
     """
     check_launch(launch, training)
     take_over_recompute(launch, training)
+    shard_on_cpus(launch, training)
     if launch.recompute is None and training.gradient_checkpointing:
         launch = replace(launch, recompute="--gradient_checkpointing")
     model = None if size is None else size.planned(shared.context_length)

@@ -129,12 +129,10 @@ def test_processes_that_train_alone_are_refused(monkeypatch):
     with pytest.raises(InputError, match="2 independent models"):
         check_launch(launched, arguments())
     check_launch(launched, arguments(world_size=2))
-
-
-def test_fsdp_on_a_cpu_is_refused(monkeypatch):
+    # An FSDP plugin on CPUs, without use_cpu in TrainingArguments: the same two trainings, and no other error.
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(InputError, match="FSDP needs an accelerator"):
-        check_launch(read_launch(), arguments())
+    with pytest.raises(InputError, match="2 independent models"):
+        check_launch(read_launch(), arguments(use_cpu=False))
 
 
 def test_data_parallel_is_refused():

@@ -52,7 +52,8 @@ def launched(config: dict, folder, *flags: str):
 
 
 def test_there_are_configs():
-    one, several = "cpu single_gpu fp16 fp8", "cpu_2proc ddp multi_node fsdp2_context_parallel zero1 zero2 zero3"
+    one = "cpu single_gpu fp16 fp8"
+    several = "cpu_2proc cpu_fsdp2 ddp multi_node fsdp2_context_parallel zero1 zero2 zero3"
     saving = "fsdp2 fsdp2_recompute fsdp2_offload zero2_recompute zero3_offload"
     assert {path.stem for path in CONFIGS} == {*one.split(), *several.split(), *saving.split()}
     assert {path.stem for path in JSONS} == {"zero2_recompute", "zero3_offload"}
@@ -88,7 +89,8 @@ def test_the_launcher_reads_every_key(path, tmp_path):
         elif name != "compute_environment":
             other = launched(config | {name: changed(value)}, tmp_path)
             assert getattr(other, name) == changed(value), f"{name} is dropped"
-    assert config["num_processes"] == {"cpu_2proc": 2, "fsdp2_context_parallel": 2, "multi_node": 16}.get(path.stem, 1)
+    several = {"cpu_2proc": 2, "cpu_fsdp2": 2, "fsdp2_context_parallel": 2, "multi_node": 16}
+    assert config["num_processes"] == several.get(path.stem, 1)
 
 
 def test_dropped_keys_would_be_found(tmp_path):
@@ -147,7 +149,7 @@ def environment_by(monkeypatch, path) -> dict[str, str]:
 
 
 STRATEGY_OF_OTHERS = {"cpu": "single", "single_gpu": "single", "fp16": "single", "fp8": "single"}
-STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp"}
+STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp", "cpu_fsdp2": "fsdp2"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -36,6 +36,8 @@ def one_process(wiki, cache_dir, tmp_path_factory):
     ("config", "compiler"),
     [
         ("ddp.yaml", "aot_eager"),
+        ("cpu_fsdp2.yaml", "no"),
+        pytest.param("cpu_fsdp2.yaml", "aot_eager", marks=pytest.mark.heavy),
         ("zero2.yaml", "no"),
         pytest.param("zero2.yaml", "aot_eager", marks=pytest.mark.heavy),
     ],
@@ -57,9 +59,3 @@ def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, 
     assert results["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
     assert results["eval_tokens"] == expected["eval_tokens"] == 5 * 64  # no row twice
     assert results["ledger"] == expected["ledger"]
-
-
-def test_fsdp_on_a_cpu_is_refused_with_the_way_on(cache_dir, tmp_path):
-    done = launch("fsdp2.yaml", "--mixed_precision", "no", RECIPE, *small_run(cache_dir, tmp_path))
-    assert done.returncode != 0
-    assert "Use accelerate_configs/cpu.yaml" in done.stderr

@@ -1,7 +1,6 @@
 """Same seed and tokens a step: the same run under every strategy, and a checkpoint of one goes on under another.
 
-Two CPU processes in fp32, so that only the order of additions differs. FSDP2 does not run on CPUs under accelerate: its
-layers are compared in process (test_loss.py, test_recompute.py), and its runs by benchmarks/multi_gpu.py on GPUs.
+One, two and four CPU processes in fp32, so that only the order of additions differs.
 """
 
 import json
@@ -39,11 +38,11 @@ def alone(wiki, cache_dir, tmp_path_factory):
 
 
 def launched(
-    config: str, folder, cache_dir, *flags: str, processes: int = 2, compiler: str = "no"
+    config: str, folder, cache_dir, *flags: str, processes: int = 2, compiler: str = "no", launcher_flags: tuple = ()
 ) -> subprocess.CompletedProcess:
     done = launch(
-        config, "--mixed_precision", "no", "--dynamo_backend", compiler, "--num_processes", str(processes), RECIPE,
-        *small_run(cache_dir, folder, *flags),
+        config, "--mixed_precision", "no", "--dynamo_backend", compiler, "--num_processes", str(processes),
+        *launcher_flags, RECIPE, *small_run(cache_dir, folder, *flags),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done
@@ -60,10 +59,25 @@ def assert_same_run(found, expected) -> None:
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("rows", ["1", "2"], ids=["accumulated", "at once"])
-@pytest.mark.parametrize("config", ["cpu_2proc.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml"])
-def test_every_strategy_is_the_run_of_one_process(alone, cache_dir, tmp_path, config, rows):
-    launched(config, tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", rows)
+@pytest.mark.parametrize(
+    ("processes", "rows"),
+    [(1, "4"), (2, "1"), (2, "2"), (4, "1")],
+    ids=["one process", "accumulated", "at once", "four processes"],
+)
+@pytest.mark.parametrize("config", ["cpu_2proc.yaml", "cpu_fsdp2.yaml", "zero1.yaml", "zero2.yaml", "zero3.yaml"])
+def test_every_strategy_is_the_run_of_one_process(alone, cache_dir, tmp_path, config, processes, rows):
+    if (config, processes) != ("cpu_2proc.yaml", 1):  # it asks for the launcher of several, and that refuses one
+        launched(config, tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", rows, processes=processes)
+        assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.heavy
+def test_fsdp2_with_recompute_is_the_run_of_one_process(alone, cache_dir, tmp_path):
+    done = launched(
+        "cpu_fsdp2.yaml", tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", "2",
+        launcher_flags=["--fsdp_activation_checkpointing", "true"],
+    )  # fmt: skip
+    assert "recompute: yes (fsdp_activation_checkpointing" in done.stdout
     assert_same_run(tmp_path, alone)
 
 
@@ -136,6 +150,18 @@ def test_a_run_of_one_process_is_continued_exactly_by_two(wiki, cache_dir, tmp_p
     wiki.main(small_run(cache_dir, tmp_path / "halves", *HALVES, "--max_steps", "4"))
     launched("cpu_2proc.yaml", tmp_path / "halves", cache_dir, *HALVES, "--max_steps", "8")
     assert losses(tmp_path / "halves") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_fsdp2_continues_exactly_on_any_number_of_processes(wiki, cache_dir, tmp_path, optimizer):
+    """On four, then two, then one: shards are joined and divided again."""
+    flags = [*HALVES, "--optimizer", optimizer, "--per_device_train_batch_size", "1"]
+    wiki.main(small_run(cache_dir, tmp_path / "whole", *flags, "--max_steps", "12"))
+    for processes, steps in ((4, "4"), (2, "8"), (1, "12")):
+        launched("cpu_fsdp2.yaml", tmp_path / "parts", cache_dir, *flags, "--max_steps", steps, processes=processes)
+    assert writer_of(str(tmp_path / "parts" / "checkpoint-12")) == ("fsdp2", None)
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
 
 
 def test_who_wrote_a_checkpoint_is_seen_and_others_are_refused(tmp_path):

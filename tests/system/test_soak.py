@@ -137,7 +137,7 @@ def killed_at(processes, config, record, flags, step):
 
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml"])
+@pytest.mark.parametrize("config", ["ddp.yaml", "zero2.yaml", "cpu_fsdp2.yaml"])
 def test_two_processes_killed_three_times(wiki, cache_dir, tmp_path, config):
     flags = ["--max_steps", "40", "--per_device_train_batch_size", "2"]
     train_to_the_end(2, config, tmp_path / "alone", tiny_run(cache_dir, tmp_path / "one", *flags))

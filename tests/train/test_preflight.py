@@ -31,8 +31,7 @@ ZERO = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}
 def fsdp(**environment) -> dict:
     """Return a launch by an FSDP YAML."""
     defaults = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_STATE_DICT_TYPE="FULL_STATE_DICT")
-    # A GPU, as far as the preflight can tell: FSDP on a CPU is refused.
-    return dict(use_cpu=False, environment=defaults | environment)
+    return dict(environment=defaults | environment)
 
 
 def zero(stage: int, **config) -> dict:
