@@ -7,6 +7,7 @@ runs one after the other.
 import multiprocessing
 import os
 import sys
+import time
 import traceback
 from pathlib import Path
 
@@ -40,9 +41,12 @@ def in_launched_processes(processes: int, check, folder: Path, **environment: st
         children.append(context.Process(target=_run, args=(rank, check, folder, own)))
     for child in children:
         child.start()
-    for child in children:
-        child.join()
-    for rank, child in enumerate(children):
+    while any(child.is_alive() for child in children):
+        if any(child.exitcode for child in children):  # the others would wait for the one that failed
+            for child in children:
+                child.kill()
+        time.sleep(0.05)
+    for rank in range(processes):
         problem = folder / f"problem.{rank}"
         assert not problem.exists(), problem.read_text() + (folder / f"output.{rank}").read_text()[-3000:]
     assert [child.exitcode for child in children] == [0] * processes
