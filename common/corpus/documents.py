@@ -1,24 +1,18 @@
 """A source -> the text of its documents, streamed, with every document counted."""
 
-import re
 import string
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 
 from common.console import InputError, say
-from common.corpus.formats import CountedFile, format_of, not_utf8
-from common.corpus.records import TEXT_FIELDS, Records, file_records
+from common.corpus.formats import ANOTHER_ENCODING, CountedFile, NotUtf8, Records, format_of, not_utf8
+from common.corpus.records import NOT_BLANK, TEXT_FIELDS, file_records
 from common.corpus.sources import Source
 
 PLACES_SHOWN = 10  # of malformed documents, and of files without documents
 RECORDS_JUDGED = 1_000  # to find the text field, if the first record does not decide it
-# A document without text has only white space, control and format characters.
-BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
-BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
-NOT_BLANK = re.compile(f"[^{re.escape(BLANK)}]")
 
 
 @dataclass
@@ -55,8 +49,9 @@ def read_documents(
     Args:
         text_field: the name of a field ("meta.text" is the field "text" of the field "meta"); or a template with
             several, such as "{title}\\n\\n{text}", in which a backslash and an n, as a shell passes them on, are a line
-            break; or None for the only field that has a name of TEXT_FIELDS and holds text. A .txt file has no fields:
-            all of it is text.
+            break; or None for the only field that has a name of TEXT_FIELDS and holds text. The items of a list are
+            joined with line breaks ("paragraphs", or "messages.content" for a list of objects). A .txt file has no
+            fields: all of it is text.
         may_be_empty: ``source`` is a part of a larger one, which the caller checks for documents.
 
     Raises:
@@ -68,15 +63,20 @@ def read_documents(
     before = replace(counts)
     places = len(counts.first_malformed)
     without = []  # files without documents
+    of_texts = 0  # documents of .txt files
     for name, records, names, pattern in _parts(source, text_field, counts):
         found_before = counts.documents
-        yield from _documents(records, names, pattern, skip_malformed, counts, places + PLACES_SHOWN)
+        yield from _documents(records, names, pattern, source.encoding, skip_malformed, counts, places + PLACES_SHOWN)
         if counts.documents == found_before:
             without.append(name)
+        if format_of(name) == ".txt":
+            of_texts += counts.documents - found_before
     empty = counts.empty - before.empty
     malformed = counts.malformed - before.malformed
     if counts.documents == before.documents and not may_be_empty:
         raise InputError(f"{source.given}: it has no documents ({empty} empty, {malformed} malformed).")
+    if source.texts:
+        say(f"{source.given}: {of_texts:,} documents in .txt files; {source.text_rule}")
     if without:
         say(f"note: {len(without):,} files of {source.given} have no documents: {_some(without)}")
     if malformed:
@@ -101,21 +101,29 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
 
     for path in source.files:
         names, pattern = parse_text_field("text" if format_of(path.name) == ".txt" else text_field)
-        yield str(path), file_records(str(path), partial(CountedFile, path, count_bytes), names), names, pattern
+        open_raw = partial(CountedFile, path, count_bytes)
+        records = file_records(str(path), open_raw, names, source.encoding, source.whole_texts)
+        yield str(path), records, names, pattern
         bytes_before += path.stat().st_size
         # The bytes read may be fewer (columns that are not needed) or more (the start of a .json file is read twice).
         counts.file_bytes = bytes_before
 
 
 def _documents(
-    records: Records, names: list[str], pattern: str, skip_malformed: bool, counts: CorpusCounts, most_places: int
+    records: Records,
+    names: list[str],
+    pattern: str,
+    encoding: str | None,
+    skip_malformed: bool,
+    counts: CorpusCounts,
+    most_places: int,
 ) -> Iterator[str]:
     for where, record in records:
         try:
             text = text_of(record, names, pattern)
             size = len(text.encode())
         except ValueError as error:
-            reason = "not valid Unicode or not UTF-8" if isinstance(error, UnicodeEncodeError) else error
+            reason = _reason(error, encoding)
             if not skip_malformed:
                 advice = "Repair it, or skip and count such documents with --skip_malformed."
                 raise InputError(f"{where}: {reason}. {advice}") from None
@@ -129,6 +137,15 @@ def _documents(
         counts.documents += 1
         counts.text_bytes += size
         yield text
+
+
+def _reason(error: ValueError, encoding: str | None) -> str:
+    if not isinstance(error, UnicodeEncodeError | NotUtf8):
+        return str(error)
+    if encoding is not None:
+        return f"not valid {encoding}"
+    found = "not valid Unicode or not UTF-8" if isinstance(error, UnicodeEncodeError) else error
+    return f"{found}. {ANOTHER_ENCODING}"
 
 
 def parse_text_field(text_field: str) -> tuple[list[str], str]:
@@ -163,22 +180,41 @@ def text_of(record: object, names: list[str], pattern: str) -> str:
 
 
 def _value(record: dict, name: str) -> str:
-    value: object = record
-    parts = [name] if name in record else name.split(".")
-    for part in parts:
-        if value is None:
-            break
-        if not isinstance(value, dict) or part not in value:
-            raise ValueError(f"no field {name!r}; the fields are {_field_names(record)} (choose with --text_field)")
-        value = value[part]
-    if isinstance(value, bytes):  # a .parquet column that is not marked as text
-        try:
-            value = value.decode()
-        except UnicodeDecodeError as error:
-            raise not_utf8(error) from None
-    if not isinstance(value, str | None):
-        raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
-    return value or ""
+    """Return the text of the field ``name``; the texts of a list are joined with line breaks."""
+    values = _values(record, [name] if name in record else name.split("."))
+    if values is None:
+        raise ValueError(f"no field {name!r}; the fields are {_field_names(record)} (choose with --text_field)")
+    texts = []
+    for value in values:
+        if isinstance(value, bytes):  # a .parquet column that is not marked as text
+            try:
+                value = value.decode()
+            except UnicodeDecodeError as error:
+                raise not_utf8(error) from None
+        if isinstance(value, dict):
+            inner = sorted(f"{name}.{key}"[:60] for key in value)
+            raise ValueError(f"field {name!r} holds objects, not text (choose one of {inner[:40]} with --text_field)")
+        if not isinstance(value, str):
+            raise ValueError(f"field {name!r} holds {type(value).__name__}, not text")
+        texts.append(value)
+    return "\n".join(texts)
+
+
+def _values(value: object, parts: list[str]) -> list | None:
+    """Return the values at the path ``parts`` in ``value``, of every item of a list; None if there is no such field.
+
+    ``{"a": [{"b": "x"}, {"b": None}, {"b": ["y", "z"]}]}`` and ["a", "b"] give ["x", "y", "z"]: nulls are left out.
+    """
+    if value is None:
+        return []
+    if isinstance(value, list):
+        found = [_values(item, parts) for item in value]
+        return None if None in found else list(chain.from_iterable(found))
+    if not parts:
+        return [value]
+    if not isinstance(value, dict) or parts[0] not in value:
+        return None
+    return _values(value[parts[0]], parts[1:])
 
 
 def detect_text_field(source: Source) -> str:
@@ -211,6 +247,11 @@ def detect_text_field(source: Source) -> str:
         raise InputError(
             f"{first[0]}: the text {reason}. Choose with --text_field; the fields are {_field_names(first[1])}."
         )
+    if not holding and isinstance(first[1].get(names[0]), list):
+        raise InputError(
+            f"{first[0]}: field {names[0]!r} holds a list, not text. To join its items with line breaks, name it: "
+            f"--text_field {names[0]}. The fields are {_field_names(first[1])}."
+        )
     say(f"{source.given}: the text is in field {names[0]!r}")
     return names[0]
 
@@ -226,15 +267,19 @@ def _records_with_fields(source: Source) -> Records:
 
         return hub_records(source.hub_id)
     paths = [path for path in source.files if format_of(path.name) != ".txt"]
-    return chain.from_iterable(file_records(str(path), partial(path.open, "rb")) for path in paths)
+    return chain.from_iterable(
+        file_records(str(path), partial(path.open, "rb"), encoding=source.encoding) for path in paths
+    )
 
 
 def _field_names(record: dict) -> list[str]:
-    names = [
-        f"{name}.{inner}" if inner else name
-        for name, value in record.items()
-        for inner in (sorted(value) if isinstance(value, dict) and value else [""])
-    ]
+    """Return the names that --text_field takes, such as "meta.text" for an object "meta", or for a list of objects."""
+    names = []
+    for name, value in record.items():
+        if isinstance(value, list) and value:
+            value = value[0]
+        inner = sorted(value) if isinstance(value, dict) and value else []
+        names += [f"{name}.{each}" for each in inner] if inner else [name]
     return sorted(name[:60] for name in names)[:40]
 
 

@@ -1,28 +1,56 @@
-"""The known file formats, and opening compressed files so that a damaged or cut-off file is noticed."""
+"""The known file formats, and opening a file so that damage, another format or another encoding is noticed."""
 
 import bz2
+import codecs
 import io
+import json
 import lzma
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
 from common.console import InputError
 
+# What the readers of records.py and tables.py yield: where a record is, and the record.
+Records = Iterator[tuple[str, object]]
+
 # pyarrow reads these. (The zstandard package takes a file that is cut off for a complete, shorter one.)
 PYARROW_CODECS = {".gz": "gzip", ".zst": "zstd", ".zstd": "zstd"}
+# No decoder gets more, because a small file could ask for gigabytes. The limit of zstd's library is 128 MiB.
+LARGEST_XZ_BYTES = 1 << 28
 # pyarrow has no xz, and stops at an empty stream of bz2. The standard library's BZ2File and LZMAFile take a damaged
 # second stream for the end of the file. So _StreamFile drives the decoders itself.
-DECODERS = {".bz2": bz2.BZ2Decompressor, ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ)}
+DECODERS = {
+    ".bz2": bz2.BZ2Decompressor,
+    ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=LARGEST_XZ_BYTES),
+}
 COMPRESSIONS = {*PYARROW_CODECS, *DECODERS}
+# How a compressed file begins, whatever its name is. No text begins so. (The fourth byte of bz2 is its level.)
+COMPRESSED = (
+    (".gz", re.compile(rb"\x1f\x8b\x08")),
+    (".zst", re.compile(rb"\x28\xb5\x2f\xfd")),
+    (".bz2", re.compile(rb"BZh[1-9]1AY&SY")),
+    (".xz", re.compile(rb"\xfd7zXZ\0")),
+)
+# What the decoders say when a file needs a larger window than they allow.
+WINDOW_TOO_LARGE = ("Frame requires too much memory", "Memory usage limit exceeded")
 TABLE_DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMATS = {".json", ".jsonl", ".ndjson", ".txt", ".parquet", *TABLE_DELIMITERS}
+COLUMN_FORMATS = {".parquet": b"PAR1", ".arrow": b"ARROW1"}  # and how their files begin; an .arrow stream has no mark
+FORMATS = {".json", ".jsonl", ".ndjson", ".txt", *TABLE_DELIMITERS, *COLUMN_FORMATS}
 LARGEST_DOCUMENT_BYTES = 1 << 28  # more is not one document, but a file without separators
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"
+LARGEST_POINTER_BYTES = 1024  # by the specification of Git LFS
 DAMAGE = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises
 BUFFER_BYTES = 1 << 20
+ANOTHER_ENCODING = "If the text is in another encoding, name it: --encoding gb18030 for Chinese text in GBK"
+
+
+class NotUtf8(ValueError):
+    """A record has bytes that are not UTF-8."""
 
 
 def format_of(name: str) -> str | None:
@@ -32,50 +60,153 @@ def format_of(name: str) -> str | None:
     if compressed:
         suffixes.pop()
     kind = suffixes[-1] if suffixes else ""
-    if kind not in FORMATS or (compressed and kind == ".parquet"):
+    if kind not in FORMATS or (compressed and kind in COLUMN_FORMATS):
         return None
     return kind
 
 
+def format_by_content(name: str, open_raw: Callable[[], BinaryIO]) -> str | None:
+    """Return the format of a file whose name does not give it, as a suffix: .parquet, .arrow, .jsonl or .json.
+
+    A file is .jsonl if its first line is a JSON object, and .json if it begins as an array of objects. Text is not
+    recognised: None, because a README is text too.
+    """
+    try:
+        with open_raw() as raw:
+            start = raw.read(8)
+        for kind, mark in COLUMN_FORMATS.items():
+            if start.startswith(mark):
+                return kind
+        with open_decompressed(name, open_raw) as stream:
+            start = stream.peek()
+    except (InputError, *DAMAGE):
+        return None
+    first_line, line_break, _ = start.lstrip().partition(b"\n")
+    if re.match(rb'\{\s*"', first_line) and (not line_break or _is_json(first_line)):
+        return ".jsonl"
+    return ".json" if re.match(rb"\s*\[\s*\{", start) else None
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
 def known_formats() -> str:
     """Return the formats, for an error message."""
-    return f"{' '.join(sorted(FORMATS))}, and all but .parquet compressed as {' '.join(sorted(COMPRESSIONS))}"
+    columns = " and ".join(sorted(COLUMN_FORMATS))
+    return f"{' '.join(sorted(FORMATS))}, and all but {columns} compressed as {' '.join(sorted(COMPRESSIONS))}"
 
 
-def not_utf8(error: UnicodeDecodeError) -> ValueError:
-    """Return the error for a record that is not UTF-8, with the fix."""
-    found = f"byte 0x{error.object[error.start]:02x} at {error.start:,}: {error.reason}"
-    return ValueError(f"not UTF-8 ({found}); to convert Chinese text in GBK: iconv -f GB18030 -t UTF-8")
+def known_encoding(name: str | None) -> str | None:
+    """Return Python's name of a text encoding; None for UTF-8, which needs no decoding of ours.
+
+    Raises:
+        InputError: there is no such encoding of text.
+    """
+    if name is None:
+        return None
+    try:
+        "".encode(name)  # also refuses codecs that are not of text, such as zlib
+        found = codecs.lookup(name).name
+    except (LookupError, ValueError):
+        raise InputError(f"--encoding {name!r}: unknown. For Chinese text: gb18030 (also for GBK) or big5.") from None
+    return None if found in ("utf-8", "utf-8-sig") else found
 
 
-def open_decompressed(name: str, open_raw: Callable[[], BinaryIO]) -> io.BufferedReader:
-    """Open a file for reading bytes; decompress it according to the suffix of ``name``, and skip a byte order mark.
+def not_utf8(error: UnicodeDecodeError) -> NotUtf8:
+    """Return the error for a record that is not UTF-8."""
+    return NotUtf8(f"not UTF-8 (byte 0x{error.object[error.start]:02x} at {error.start:,}: {error.reason})")
 
-    All members, frames or streams of a compressed file are read. If the file is cut off exactly between two of them,
-    this is not noticed.
+
+def refuse_pointers(paths: Iterable[Path]) -> None:
+    """Raise InputError if one of the files is a pointer of Git LFS: a clone without the data itself."""
+    for path in paths:
+        if path.stat().st_size <= LARGEST_POINTER_BYTES:
+            with path.open("rb") as file:
+                refuse_what_is_not_data(str(path), file.read(len(LFS_POINTER)))
+
+
+def refuse_what_is_not_data(name: str, start: bytes) -> None:
+    """Raise InputError if a file that begins with ``start`` is a pointer of Git LFS, or a web page instead of data."""
+    if start.startswith(LFS_POINTER):
+        raise InputError(f"{name}: a Git LFS pointer, not the data itself. Fetch the data: git lfs pull")
+    if format_of(name) not in (".txt", *TABLE_DELIMITERS) and re.match(rb"\s*<(!doctype|html)", start, re.IGNORECASE):
+        raise InputError(f"{name}: a web page, not data; its download was answered with a page. Fetch it again.")
+
+
+def open_decompressed(name: str, open_raw: Callable[[], BinaryIO], encoding: str | None = None) -> io.BufferedReader:
+    """Open a file for reading bytes in UTF-8; decompress it, and skip a byte order mark.
+
+    The suffix of ``name`` says how it is compressed, or else its first bytes. All members, frames or streams of a
+    compressed file are read. If the file is cut off exactly between two of them, this is not noticed.
+
+    Args:
+        encoding: of the text, as ``known_encoding`` returns it; bytes that are not of it become bytes that are not
+            UTF-8, so that the reader can name their place.
 
     Raises:
         One of DAMAGE, here or at any later read: the file is damaged or cut off.
-        InputError: it is UTF-16.
+        InputError: it is UTF-16 or UTF-8, and not ``encoding``; or ``refuse_what_is_not_data``.
     """
-    raw = open_raw()
-    suffix = Path(name).suffix.lower()
-    if suffix in DECODERS:
-        raw = _StreamFile(io.BufferedReader(raw, BUFFER_BYTES), DECODERS[suffix])
-    elif suffix in PYARROW_CODECS:
-        import pyarrow
+    stream = io.BufferedReader(open_raw(), BUFFER_BYTES)
+    try:
+        start = stream.peek()
+        refuse_what_is_not_data(name, start)
+        stream = _buffered(_decompressed(_compression(name, start), stream))
+        start = stream.peek()
+        if encoding is not None:
+            if _is_utf8(start):
+                raise InputError(f"{name}: is UTF-8, not {encoding}. Give files of one encoding only.")
+            stream = _buffered(_DecodedFile(name, stream, encoding))
+            start = stream.peek()
+        elif start.startswith(UTF16_MARKS):
+            raise InputError(f"{name}: is UTF-16, judging by its first two bytes. Give --encoding utf-16.")
+    except BaseException:
+        stream.close()
+        raise
+    if start.startswith(BYTE_ORDER_MARK):
+        stream.read(len(BYTE_ORDER_MARK))
+    return stream
 
-        raw = pyarrow.input_stream(io.BufferedReader(raw, BUFFER_BYTES), compression=PYARROW_CODECS[suffix])
+
+def _buffered(raw: BinaryIO) -> io.BufferedReader:
     # Two readers, because peek reads once and a single read may be short. The outer one reads from the inner one, which
     # reads until it has as much as was asked for.
-    stream = io.BufferedReader(io.BufferedReader(raw, BUFFER_BYTES), BUFFER_BYTES)
-    start = stream.peek(3)
-    if start.startswith(UTF16_MARKS):
-        stream.close()
-        raise InputError(f"{name}: is UTF-16, judging by its first two bytes. Convert it: iconv -f UTF-16 -t UTF-8")
-    if start.startswith(BYTE_ORDER_MARK):
-        stream.read(3)
+    inner = raw if isinstance(raw, io.BufferedReader) else io.BufferedReader(raw, BUFFER_BYTES)
+    return io.BufferedReader(inner, BUFFER_BYTES)
+
+
+def _compression(name: str, start: bytes) -> str | None:
+    suffix = Path(name).suffix.lower()
+    if suffix in COMPRESSIONS:
+        return suffix
+    return next((found for found, mark in COMPRESSED if mark.match(start)), None)
+
+
+def _decompressed(compression: str | None, stream: io.BufferedReader) -> BinaryIO:
+    if compression in DECODERS:
+        return _StreamFile(stream, DECODERS[compression])
+    if compression in PYARROW_CODECS:
+        import pyarrow
+
+        return pyarrow.input_stream(stream, compression=PYARROW_CODECS[compression])
     return stream
+
+
+def _is_utf8(start: bytes) -> bool:
+    """Whether text that begins so is UTF-8, not another encoding; False if all of it is in both.
+
+    A few characters of GBK may by chance be characters of two bytes in UTF-8. Chinese characters have three there.
+    """
+    try:
+        text = codecs.getincrementaldecoder("utf-8")().decode(start)
+    except UnicodeDecodeError:
+        return False
+    return any(character > "\u07ff" for character in text)
 
 
 class CountedFile(io.FileIO):
@@ -94,6 +225,39 @@ class CountedFile(io.FileIO):
         read = super().readinto(buffer)
         self._count_bytes(read)
         return read
+
+
+class _DecodedFile(io.RawIOBase):
+    """Text of another encoding, as UTF-8. A byte that is not of it becomes three bytes that are not UTF-8."""
+
+    def __init__(self, name: str, file: io.BufferedReader, encoding: str):
+        self._name = name
+        self._file = file
+        self._encoding = encoding
+        self._decode = codecs.getincrementaldecoder(encoding)("surrogateescape").decode
+        self._pending = b""  # UTF-8, not yet given out
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        while not self._pending:
+            chunk = self._file.read1(BUFFER_BYTES)
+            try:
+                text = self._decode(chunk, final=not chunk)
+            except UnicodeError as error:
+                raise InputError(f"{self._name}: is not {self._encoding} ({error}). Give another --encoding.") from None
+            self._pending = text.encode("utf-8", "surrogatepass")
+            if not chunk:
+                break
+        given = self._pending[: len(buffer)]
+        buffer[: len(given)] = given
+        self._pending = self._pending[len(given) :]
+        return len(given)
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 class _StreamFile(io.RawIOBase):

@@ -6,11 +6,10 @@ after an error can be read (the file is cut off, its syntax is broken), InputErr
 """
 
 import codecs
-import csv
-import io
 import json
 import re
-from collections import Counter, deque
+import unicodedata
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from io import BufferedReader
 from itertools import chain
@@ -18,30 +17,47 @@ from typing import BinaryIO
 
 from common.console import InputError, say
 from common.corpus.formats import (
+    ANOTHER_ENCODING,
+    BYTE_ORDER_MARK,
     DAMAGE,
     LARGEST_DOCUMENT_BYTES,
     TABLE_DELIMITERS,
+    WINDOW_TOO_LARGE,
+    Records,
+    format_by_content,
     format_of,
     known_formats,
     not_utf8,
     open_decompressed,
 )
+from common.corpus.tables import arrow_records, parquet_records, table_records
 
 # The names that published corpora usually give to the field with a document's text.
 TEXT_FIELDS = ("text", "content", "contents", "raw_content", "body", "document", "article", "story", "passage")
+# A document without text, and a blank line, have only white space, control and format characters.
+BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
+BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
+NOT_BLANK = re.compile(f"[^{re.escape(BLANK)}]")
 
-Records = Iterator[tuple[str, object]]
 
-
-def file_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str] | None = None) -> Records:
+def file_records(
+    name: str,
+    open_raw: Callable[[], BinaryIO],
+    fields: list[str] | None = None,
+    encoding: str | None = None,
+    whole_text: bool = False,
+) -> Records:
     """Yield (where, record) of every record of a file, in order; the suffixes of ``name`` say how it is read.
 
     A ``.txt`` file holds documents separated by blank lines; each is a record with the one field "text". JSON is an
-    array, one object a line, or (``.json`` only) one object with the records in an array, such as {"data": [...]}.
+    array, one object a line, or (``.json`` only) one object with the records in an array, such as {"data": [...]}. If
+    no suffix is of a known format, the content decides, as in ``format_by_content``.
 
     Args:
-        open_raw: opens the file for reading bytes; seekable for ``.parquet``. It may be called twice.
+        open_raw: opens the file for reading bytes; seekable for ``.parquet`` and ``.arrow``. It may be called twice.
         fields: the fields that are needed; None for all. If a table lacks one of them, InputError is raised at once.
+        encoding: of the text, if it is not UTF-8, as ``known_encoding`` returns it.
+        whole_text: a ``.txt`` file is one document.
 
     Raises:
         InputError: the format is unknown, the file is damaged or cut off, or its syntax is broken so that the next
@@ -49,30 +65,42 @@ def file_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str] 
     """
     kind = format_of(name)
     if kind is None:
+        kind = format_by_content(name, open_raw)
+    if kind is None:
         raise InputError(f"{name}: unknown format. Known are {known_formats()}.")
     if kind == ".parquet":
         yield from parquet_records(name, open_raw, fields)
         return
+    if kind == ".arrow":
+        yield from arrow_records(name, open_raw, fields)
+        return
     try:
-        with open_decompressed(name, open_raw) as stream:
+        with open_decompressed(name, open_raw, encoding) as stream:
             if kind in TABLE_DELIMITERS:
-                yield from table_records(name, stream, TABLE_DELIMITERS[kind], fields)
+                yield from table_records(name, stream, kind, fields)
+            elif kind == ".txt" and whole_text:
+                yield _whole_text(name, stream)
             elif kind == ".txt":
                 yield from _paragraph_records(name, stream)
             elif stream.peek().lstrip().startswith(b"["):
                 yield from _array_records(name, stream)
-            elif kind == ".json" and _is_one_object(name, open_raw, fields or TEXT_FIELDS):
+            elif kind == ".json" and _is_one_object(name, open_raw, encoding, fields or TEXT_FIELDS):
                 yield from _object_records(name, stream)
             else:
                 yield from _line_records(name, stream)
     except DAMAGE as error:
+        if any(reason in str(error) for reason in WINDOW_TOO_LARGE):
+            raise InputError(
+                f"{name}: is not damaged, but compressed with a larger window than is read here (128 MiB in .zst, "
+                "256 MiB in .xz). Unpack it first: zstd -d --long=31, or xz -d"
+            ) from None
         raise InputError(f"{name}: damaged or cut off; it cannot be read to its end ({error}).") from None
 
 
-def _is_one_object(name: str, open_raw: Callable[[], BinaryIO], fields: Iterable[str]) -> bool:
+def _is_one_object(name: str, open_raw: Callable[[], BinaryIO], encoding: str | None, fields: Iterable[str]) -> bool:
     """Whether the first object is not a record, but holds an array of records that have one of ``fields``."""
     wanted = {field.split(".")[0] for field in fields}
-    with open_decompressed(name, open_raw) as stream:
+    with open_decompressed(name, open_raw, encoding) as stream:
         scanner = JsonScanner(stream, LARGEST_DOCUMENT_BYTES)
         try:
             for field in scanner.names():
@@ -88,10 +116,11 @@ def _is_one_object(name: str, open_raw: Callable[[], BinaryIO], fields: Iterable
 
 
 def _lines(name: str, stream: BufferedReader) -> Iterator[bytes]:
+    """Yield the lines without byte order marks at their start, which files that were joined have."""
     while line := stream.readline(LARGEST_DOCUMENT_BYTES + 1):
         if len(line) > LARGEST_DOCUMENT_BYTES:
             raise InputError(f"{name}: a line of more than {LARGEST_DOCUMENT_BYTES:,} bytes. Put one document a line.")
-        yield line
+        yield line.removeprefix(BYTE_ORDER_MARK)
 
 
 def _line_records(name: str, stream: BufferedReader) -> Records:
@@ -106,11 +135,33 @@ def _line_records(name: str, stream: BufferedReader) -> Records:
             yield f"{name}, line {number}", record
 
 
+def _whole_text(name: str, stream: BufferedReader) -> tuple[str, object]:
+    """Return (where, record) of a .txt file that is one document."""
+    lines = []
+    size_bytes = 0
+    for line in _lines(name, stream):
+        lines.append(line)
+        size_bytes += len(line)
+        if size_bytes > LARGEST_DOCUMENT_BYTES:
+            raise InputError(
+                f"{name}: more than {LARGEST_DOCUMENT_BYTES:,} bytes. Of several .txt files, each is one document. To "
+                "split them at blank lines, join them into one file and give that."
+            )
+    return name, _text_record(lines)
+
+
+def _text_record(lines: list[bytes]) -> object:
+    try:
+        return {"text": b"".join(lines).decode().replace("\r\n", "\n").removesuffix("\n")}
+    except UnicodeDecodeError as error:
+        return not_utf8(error)
+
+
 def _paragraph_records(name: str, stream: BufferedReader) -> Records:
     lines = []
     size_bytes = 0
     for number, line in enumerate(chain(_lines(name, stream), [b""]), start=1):  # a blank line ends the last document
-        if line.strip():
+        if NOT_BLANK.search(line.decode(errors="replace")):  # U+FFFD, for what is not UTF-8, is not blank
             lines.append(line)
             size_bytes += len(line)
             if size_bytes > LARGEST_DOCUMENT_BYTES:
@@ -119,25 +170,22 @@ def _paragraph_records(name: str, stream: BufferedReader) -> Records:
                     ".txt file are separated by blank lines. Add them, or give a .jsonl file with one document a line."
                 )
         elif lines:
-            try:
-                record = {"text": b"".join(lines).decode().replace("\r\n", "\n").removesuffix("\n")}
-            except UnicodeDecodeError as error:
-                record = not_utf8(error)
-            yield f"{name}, line {number - len(lines)}", record
+            yield f"{name}, line {number - len(lines)}", _text_record(lines)
             lines = []
             size_bytes = 0
 
 
 def _array_records(name: str, stream: BufferedReader) -> Records:
+    scanner = JsonScanner(stream, LARGEST_DOCUMENT_BYTES)
     number = 0
     try:
-        scanner = JsonScanner(stream, LARGEST_DOCUMENT_BYTES)
         for number, record in enumerate(scanner.items(), start=1):
             yield f"{name}, item {number}", record
         if scanner.peek():
             raise ValueError("something follows its end")
     except ValueError as error:  # never skipped, because the next record cannot be found
-        raise InputError(f"{name}: the array is malformed after item {number} ({error}). Repair the file.") from None
+        advice = f"{ANOTHER_ENCODING}." if scanner.has_undecoded() else "Repair the file."
+        raise InputError(f"{name}: the array is malformed after item {number} ({error}). {advice}") from None
 
 
 def _object_records(name: str, stream: BufferedReader) -> Records:
@@ -258,6 +306,10 @@ class JsonScanner:
         self._at += 1
         return found
 
+    def has_undecoded(self) -> bool:
+        """Whether the text around the current place has bytes that are not UTF-8."""
+        return re.search("[\udc80-\udcff]", self._text) is not None
+
     def _read_more(self) -> bool:
         """Read more text; return False at the end of the stream.
 
@@ -271,94 +323,3 @@ class JsonScanner:
         self._text = self._text[self._at :] + self._decode(chunk, final=self._ended)
         self._at = 0
         return not self._ended
-
-
-BATCH_BYTES = 1 << 24  # of a .parquet file, decoded at once
-
-
-def table_records(name: str, stream: io.BufferedReader, delimiter: str, fields: list[str] | None) -> Records:
-    """Yield (where, record) of every row; the first row names the fields.
-
-    All values are text: "NA", "1" and "" are not converted. Quoting follows RFC 4180, also in .tsv: a line break may
-    stand within quotes. Empty lines are dropped.
-
-    Raises:
-        InputError: the header lacks one of ``fields`` or repeats a name, or the quoting is broken so that the next row
-            cannot be found.
-    """
-    csv.field_size_limit(LARGEST_DOCUMENT_BYTES)  # a setting of the whole process; the default is 128 KiB
-    # Bytes that are not UTF-8 become lone surrogates, so that the error for them can name the row.
-    text = io.TextIOWrapper(stream, encoding="utf-8", errors="surrogateescape", newline="")
-    rows = csv.reader(text, delimiter=delimiter, strict=True)
-    try:
-        header = next(rows, [])
-        repeated = [column for column, times in Counter(header).items() if times > 1]
-        if repeated:
-            raise InputError(f"{name}: its header has {repeated} more than once. Name every field once.")
-        check_fields(name, fields, header)
-        line = rows.line_num + 1
-        for row in rows:
-            if len(row) == len(header):
-                yield f"{name}, line {line}", dict(zip(header, row, strict=True))
-            elif row:
-                yield f"{name}, line {line}", ValueError(f"a row of {len(row)} fields, the header has {len(header)}")
-            line = rows.line_num + 1
-    except csv.Error as error:
-        raise InputError(f"{name}, line {rows.line_num}: broken quoting ({error}). Repair the file.") from None
-
-
-def parquet_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str] | None) -> Records:
-    """Yield (where, record) of every row, with a batch of about BATCH_BYTES in memory; only ``fields`` are read.
-
-    Raises:
-        InputError: one of ``fields`` is missing, or the file is damaged or cut off.
-    """
-    import pyarrow
-    import pyarrow.parquet
-
-    # Read columns in small parts, not a whole row group at once. Check the pages that have a checksum.
-    how = dict(buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True)
-    row = 0
-    group = 0
-    try:
-        with open_raw() as raw, pyarrow.parquet.ParquetFile(raw, **how) as file:
-            schema = file.metadata.schema
-            check_fields(name, fields, [schema.column(i).path for i in range(len(schema))])
-            for group in range(file.num_row_groups):
-                batch_rows = _rows_of_a_batch(file.metadata.row_group(group), fields)
-                for batch in file.iter_batches(batch_rows, [group], fields):
-                    for record in _rows(batch):
-                        row += 1
-                        yield f"{name}, row {row} (row group {group})", record
-    except (OSError, pyarrow.ArrowException) as error:
-        raise InputError(f"{name}: cannot be read after row {row}, in row group {group} ({error}).") from None
-
-
-def check_fields(name: str, fields: list[str] | None, columns: list[str]) -> None:
-    """Raise InputError unless each of ``fields`` is a column, or contains columns ("meta" contains "meta.text")."""
-    missing = [field for field in fields or () if not any(_is_within(column, field) for column in columns)]
-    if missing:
-        shown = [column[:60] for column in columns[:40]]
-        raise InputError(f"{name}: no field {missing[0]!r}; the fields are {shown} (choose with --text_field).")
-
-
-def _is_within(column: str, field: str) -> bool:
-    return column == field or column.startswith(f"{field}.")
-
-
-def _rows_of_a_batch(row_group, fields: list[str] | None) -> int:
-    columns = [row_group.column(i) for i in range(row_group.num_columns)]
-    if fields is not None:
-        columns = [column for column in columns if any(_is_within(column.path_in_schema, field) for field in fields)]
-    row_bytes = sum(column.total_uncompressed_size for column in columns) / max(row_group.num_rows, 1)
-    return max(1, int(BATCH_BYTES / max(row_bytes, 1024)))
-
-
-def _rows(batch) -> list:
-    """Return the rows as dicts, with a ValueError in place of each row that has text that is not UTF-8."""
-    try:
-        return batch.to_pylist()
-    except UnicodeDecodeError as error:
-        if batch.num_rows == 1:
-            return [not_utf8(error)]
-        return [_rows(batch.slice(i, 1))[0] for i in range(batch.num_rows)]

@@ -8,10 +8,17 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from common.console import InputError, say
-from common.corpus.formats import format_of, known_formats
+from common.corpus.formats import (
+    format_by_content,
+    format_of,
+    known_encoding,
+    known_formats,
+    refuse_pointers,
+)
 from common.hub import DATA_SET_ID
 
 # The suffixes of a token store's two files, tokens and index: Megatron's, and the older pair of PaddleNLP's GPT.
@@ -27,6 +34,9 @@ METADATA = {
 # A file of this name and content marks a folder as a cache. Source: https://bford.info/cachedir/
 CACHE_TAG = "CACHEDIR.TAG"
 CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
+# What datasets.save_to_disk writes beside its .arrow files; and into the folder of several splits.
+STATE_OF_SAVED = "state.json"
+SPLITS_OF_SAVED = "dataset_dict.json"
 FILES_LISTED = 8  # in a fingerprint; a longer list is hashed, so that the fingerprint stays small
 NAMES_SHOWN = 10
 
@@ -41,6 +51,8 @@ class Source:
         files: the files of documents, or of the token store, in order.
         hub_id: the data set's id, or None.
         token_store: a prefix or a folder, as ``TokenStore`` takes it, or None.
+        encoding: of the text files, as ``known_encoding`` returns it; None for UTF-8.
+        whole_texts: each of the .txt files is one document; otherwise blank lines separate the documents.
     """
 
     given: str
@@ -48,6 +60,18 @@ class Source:
     files: tuple[Path, ...] = ()
     hub_id: str | None = None
     token_store: str | None = None
+    encoding: str | None = None
+    whole_texts: bool = False
+
+    @property
+    def texts(self) -> list[Path]:
+        """The .txt files."""
+        return [path for path in self.files if format_of(path.name) == ".txt"]
+
+    @property
+    def text_rule(self) -> str:
+        """How .txt files become documents."""
+        return "each file is one document" if self.whole_texts else "blank lines separate documents"
 
     @property
     def size_bytes(self) -> int:
@@ -59,7 +83,7 @@ class Source:
 
         For files this is the name (relative to the folder that they share), the size and the modification time of each;
         for a data set it is the hub id. It does not change when the folder is moved. It changes when a file is added,
-        removed, renamed or modified.
+        removed, renamed or modified. The rules by which some formats are read are part of it, too.
         """
         if self.hub_id is not None:
             return {"hub_id": self.hub_id}
@@ -69,14 +93,24 @@ class Source:
             status = path.stat()
             name = Path(os.path.relpath(path, folder)).as_posix()
             files.append({"file": name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns})
+        rules = {}
+        if self.texts:
+            rules["txt"] = self.text_rule
+        if any(format_of(path.name) == ".tsv" for path in self.files):
+            rules["tsv"] = "no quoting"
+        if self.encoding is not None:
+            rules["encoding"] = self.encoding
         if len(files) <= FILES_LISTED:
-            return {"files": files}
+            return {"files": files} | rules
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
-        return {"files": len(files), "bytes": self.size_bytes, "sha256": digest}
+        return {"files": len(files), "bytes": self.size_bytes, "sha256": digest} | rules
 
 
-def resolve_sources(given: list[str]) -> list[Source]:
+def resolve_sources(given: list[str], encoding: str | None = None) -> list[Source]:
     """Resolve each of ``given`` as ``resolve_source`` does, and give every source a name of its own.
+
+    Args:
+        encoding: of all text files (--encoding); None for UTF-8.
 
     Raises:
         InputError: a file or data set occurs twice, in one source or in two, so its documents would count twice.
@@ -85,7 +119,7 @@ def resolve_sources(given: list[str]) -> list[Source]:
     names = set()
     seen = {}
     for each in given:
-        source = resolve_source(each)
+        source = resolve_source(each, encoding)
         for path in source.files:
             _refuse_second(seen, _identity(path), str(path))
         if source.hub_id is not None:
@@ -100,18 +134,33 @@ def resolve_sources(given: list[str]) -> list[Source]:
     return sources
 
 
-def resolve_source(given: str) -> Source:
+def resolve_source(given: str, encoding: str | None = None) -> Source:
     """Decide what ``given`` is: a file, a folder, a glob, a token store, or a data set id.
 
-    From a folder and its subfolders, all files of a known format are taken. Files of other formats are left out, and a
-    note names them. Hidden files, hidden folders and caches (CACHE_TAG) are left out without a note. A folder with
-    token files directly in it is a token store. A glob takes the files that it matches (``**`` matches folders of any
-    depth).
+    From a folder and its subfolders, all files of a known format are taken; the content decides the format of a file
+    without a suffix. Files of other formats are left out, and a note names them. Hidden files, hidden folders and
+    caches (CACHE_TAG) are left out without a note. A folder with token files directly in it is a token store. From a
+    folder that ``datasets.save_to_disk`` wrote, the data files that it lists are taken, and of several splits "train".
+    A glob takes the files that it matches (``**`` matches folders of any depth).
+
+    Several .txt files in a source are one document each. In a single one, blank lines separate the documents. A note
+    says which it is.
 
     Raises:
         InputError: there is no such file; the format is unknown; a folder or glob has no file of a known format; a
-            folder holds both token files and documents.
+            folder holds both token files and documents; a file is a pointer of Git LFS, and not the data.
     """
+    source = _find(given)
+    refuse_pointers(source.files)
+    if source.token_store is not None:
+        return source
+    source = replace(source, encoding=known_encoding(encoding), whole_texts=len(source.texts) > 1)
+    if source.texts:
+        say(f"note: {given}: .txt files: {len(source.texts):,}; {source.text_rule}")
+    return source
+
+
+def _find(given: str) -> Source:
     if not given.strip():
         raise InputError(f"{given!r}: an empty name. Give a file, a folder, a glob or a hub id like owner/name.")
     path = Path(given).expanduser()
@@ -125,7 +174,8 @@ def resolve_source(given: str) -> Source:
     if path.is_dir():
         return _folder_source(given, path)
     if path.exists():
-        if format_of(path.name) is None:
+        refuse_pointers([path])
+        if format_of(path.name) is None and format_by_content(path.name, partial(path.open, "rb")) is None:
             raise InputError(f"{given}: unknown format. Known are {known_formats()}.")
         return Source(given, _short_name(_stem(path)), (path,))
     if glob.has_magic(given):
@@ -161,6 +211,8 @@ def _prefix_of_pair(path: str) -> str | None:
 
 def _folder_source(given: str, folder: Path) -> Source:
     name = _short_name(folder.resolve().name)
+    if (folder / SPLITS_OF_SAVED).is_file() or (folder / STATE_OF_SAVED).is_file():
+        return Source(given, name, _saved_files(given, folder))
     files = list(_files_below(folder))
     tokens = tuple(path for path in files if path.parent == folder and _is_of_pair(path))
     if not tokens:
@@ -169,6 +221,40 @@ def _folder_source(given: str, folder: Path) -> Source:
     if documents:
         raise InputError(f"{given}: holds token files and documents ({_some(documents)}). Give one or the other.")
     return Source(given, name, tokens, token_store=str(folder))
+
+
+def _saved_files(given: str, folder: Path) -> tuple[Path, ...]:
+    """Return the data files of a folder that ``datasets.save_to_disk`` wrote; of several splits, those of "train".
+
+    The folder may hold other .arrow files, such as the results of ``map``, which are not listed.
+    """
+    splits = _saved_list(folder / SPLITS_OF_SAVED, "splits")
+    if splits:
+        if "train" not in splits:
+            raise InputError(f"{given}: has no split 'train', only {splits}. Give one of its folders.")
+        others = [split for split in splits if split != "train"]
+        if others:
+            say(f"note: {given}: not in the split 'train', so not read: {', '.join(others)}")
+        folder = folder / "train"
+    names = [entry.get("filename") for entry in _saved_list(folder / STATE_OF_SAVED, "_data_files", dict)]
+    files = tuple(folder / Path(str(name)).name for name in names)
+    missing = [path for path in files if not path.is_file()]
+    if missing or not files:
+        what = f"{_some(missing)} are missing" if missing else f"{folder / STATE_OF_SAVED} lists no data files"
+        raise InputError(f"{given}: not a whole data set of save_to_disk: {what}. Save or fetch it again.")
+    return files
+
+
+def _saved_list(path: Path, key: str, kind: type = str) -> list:
+    """Return the list ``key`` of a JSON file of ``datasets``; [] if there is no such file or list."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"{path}: damaged ({error}). Save or fetch the data set again.") from None
+    entries = found.get(key) if isinstance(found, dict) else None
+    return [entry for entry in entries if isinstance(entry, kind)] if isinstance(entries, list) else []
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
@@ -204,7 +290,7 @@ def _is_beside_pair(path: Path) -> bool:
 def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
     """Return the files of a known format, sorted; print a note that names the other files."""
     files = [path for path in files if not _is_beside_pair(path)]
-    known = [path for path in files if format_of(path.name) and path.name.lower() not in METADATA]
+    known = [path for path in files if _known_format(path) and path.name.lower() not in METADATA]
     known.sort(key=Path.as_posix)
     others = sorted(set(files) - set(known))
     if not known:
@@ -212,13 +298,23 @@ def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
         raise InputError(f"{given}: no file of a known format in it{found}. Known are {known_formats()}.")
     if others:
         say(f"note: {given}: {len(others):,} other files are not read: {_some(others)}")
-    formats = Counter(format_of(path.name) for path in known)
+    saved = [path for path in known if format_of(path.name) == ".arrow" and (path.parent / STATE_OF_SAVED).exists()]
+    if saved and not glob.has_magic(given):
+        raise InputError(f"{given}: {saved[0].parent} in it is a data set of save_to_disk. Give that folder by itself.")
+    formats = Counter(map(_known_format, known))
     if len(formats) > 1:
         say(f"note: {given}: reads {', '.join(f'{count:,} {kind}' for kind, count in formats.most_common())} files")
     seen = {}
     for path in known:
         _refuse_second(seen, _identity(path), str(path))
     return tuple(known)
+
+
+def _known_format(path: Path) -> str | None:
+    """Return the format of a file, which its content decides if it has no suffix; None if it is unknown."""
+    if path.suffix:
+        return format_of(path.name)
+    return format_by_content(path.name, partial(path.open, "rb"))
 
 
 def _identity(path: str | Path) -> object:
@@ -239,7 +335,8 @@ def _refuse_second(seen: dict, identity: object, what: str) -> None:
 
 def _stem(path: Path) -> str:
     """Return the name of a file without the suffixes of its format and compression."""
-    stem = path.name[: path.name.lower().rindex(format_of(path.name))]
+    kind = format_of(path.name)
+    stem = path.stem if kind is None else path.name[: path.name.lower().rindex(kind)]
     return stem or path.name
 
 

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.console import InputError
-from common.corpus.formats import format_of
+from common.corpus.formats import NotUtf8, format_of
 from common.corpus.records import JsonScanner, file_records
 
 RECORDS = [
@@ -210,7 +210,7 @@ def test_malformed_lines_are_named_in_their_place():
     records = read("a.jsonl", b"\n".join([b'{"text": "first"}', *bad, b'{"text": "ok"}']))
     assert [where for where, _ in records] == [f"a.jsonl, line {n}" for n in range(1, 8)]
     assert [isinstance(record, ValueError) for _, record in records] == [False, True, True, True, True, True, False]
-    assert "byte 0xff at 10: invalid start byte" in str(records[3][1]) and "GB18030" in str(records[3][1])
+    assert isinstance(records[3][1], NotUtf8) and "byte 0xff at 10: invalid start byte" in str(records[3][1])
     assert records[6][1] == {"text": "ok"}
 
 
@@ -260,7 +260,7 @@ def test_damage_beyond_the_first_buffer(suffix):
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.txt", "a.csv", "a.jsonl.gz"])
 def test_utf16_is_named(name, order):
     content = "\ufefftext\n今天".encode(order)
-    refused(name, gzip.compress(content) if name.endswith(".gz") else content, ": is UTF-16, .*iconv -f UTF-16")
+    refused(name, gzip.compress(content) if name.endswith(".gz") else content, ": is UTF-16, .*--encoding utf-16")
 
 
 def test_xz_padding_between_streams():
@@ -275,7 +275,7 @@ def test_a_file_without_records():
         assert read(f"a.json{suffix}", compress(b"\xef\xbb\xbf \n")) == []
     assert read("a.json", b"[]") == [] == read("a.json", b"[ \n] ") == read("a.csv", b"text\n")
     assert read("a.parquet", parquet(text=pyarrow.array([], "string"))) == []
-    refused("a.docx", b"", ": unknown format. Known are .csv .json")
+    refused("a.docx", b"", ": unknown format. Known are .arrow .csv .json")
 
 
 def test_text_documents_are_separated_by_blank_lines():
@@ -286,11 +286,11 @@ def test_text_documents_are_separated_by_blank_lines():
     assert records[1][0] == "a.txt, line 3" and isinstance(records[1][1], ValueError)
 
 
-@pytest.mark.parametrize(("kind", "delimiter"), [(".csv", ","), (".tsv", "\t")])
-def test_tables(kind, delimiter):
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_tables(delimiter):
     rows = ["id{}text", "1{}NA", '2{}"one,\ttwo ""quoted""\r\n\nthree"', '"3"{}', "4{}007", "5{}null", "6{} 三 "]
     content = "\r\n".join(rows).replace("{}", delimiter).encode()
-    records = [record for _, record in read(f"a{kind}", b"\xef\xbb\xbf" + content, ["text"])]
+    records = [record for _, record in read("a.csv", b"\xef\xbb\xbf" + content, ["text"])]
     assert [record["text"] for record in records] == ["NA", 'one,\ttwo "quoted"\r\n\nthree', "", "007", "null", " 三 "]
     assert [record["id"] for record in records] == list("123456")
 

@@ -63,6 +63,7 @@ def test_a_folder_with_other_files(files, capsys):
     assert capsys.readouterr().out.splitlines() == [
         "note: d: 4 other files are not read: d/README.md, d/b/c.docx, d/g.parquet.gz, d/tokenizer.json",
         "note: d: reads 2 .txt, 1 .parquet files",
+        "note: d: .txt files: 2; each file is one document",
     ]
     files(*(f"many/{i:03}.pdf" for i in range(100)), "many/a.txt")
     found("many")
@@ -71,7 +72,7 @@ def test_a_folder_with_other_files(files, capsys):
 
 def test_a_folder_without_documents(files):
     files("d/a.docx", "e/.hidden.jsonl")
-    refused("d", r"^d: no file of a known format in it \(but d/a.docx\)\. Known are \.csv \.json")
+    refused("d", r"^d: no file of a known format in it \(but d/a.docx\)\. Known are \.arrow \.csv \.json")
     refused("e", r"^e: no file of a known format in it\. Known are")
 
 
@@ -88,15 +89,15 @@ def test_files_beside_a_token_store_are_not_documents(files, capsys):
 
 
 def test_a_glob(files, capsys):
-    files("d/a.jsonl", "d/b.jsonl", "d/c/d.jsonl", "d/c/e.txt", "d/x.md", "d/.h.jsonl")
+    files("d/a.jsonl", "d/b.jsonl", "d/c/d.jsonl", "d/c/e.csv", "d/x.md", "d/.h.jsonl")
     assert found("d/*.jsonl") == ["d/a.jsonl", "d/b.jsonl"]
     assert found("d/**/*.jsonl") == ["d/a.jsonl", "d/b.jsonl", "d/c/d.jsonl"]
     assert found("d/[ab].jsonl") == ["d/a.jsonl", "d/b.jsonl"]
-    assert found("d/?/e.*") == ["d/c/e.txt"]
-    assert [resolve_source(given).name for given in ("d/c/*", "d/*/e.txt", "**/a.jsonl", "[d]/a.jsonl")] == [
+    assert found("d/?/e.*") == ["d/c/e.csv"]
+    assert [resolve_source(given).name for given in ("d/c/*", "d/*/e.csv", "**/a.jsonl", "[d]/a.jsonl")] == [
         *("c", "d", "a.jsonl", "a.jsonl")
     ]
-    assert capsys.readouterr().out == "note: d/c/*: reads 1 .jsonl, 1 .txt files\n"
+    assert capsys.readouterr().out == "note: d/c/*: reads 1 .jsonl, 1 .csv files\n"
     assert found("d/*") == ["d/a.jsonl", "d/b.jsonl"]
     assert "1 other files are not read: d/x.md" in capsys.readouterr().out
     refused("d/*.parquet", r"^d/\*\.parquet: matches no file")
@@ -155,7 +156,7 @@ def test_no_such_file(files, given):
 
 def test_names_that_are_refused(files):
     files("a.docx", "b")
-    refused("a.docx", r"^a\.docx: unknown format\. Known are \.csv .* \.zst")
+    refused("a.docx", r"^a\.docx: unknown format\. Known are \.arrow .* \.zst")
     refused("b", r"^b: unknown format")
     refused("", "^'': an empty name")
     refused(" ", "^' ': an empty name")
