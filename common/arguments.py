@@ -36,6 +36,10 @@ class SharedArguments:
             "usual names if left out."
         },
     )
+    encoding: str | None = field(
+        default=None,
+        metadata={"help": "Encoding of --data's text files if it is not UTF-8: gb18030 for Chinese text in GBK."},
+    )
     keep_duplicates: bool = field(
         default=False, metadata={"help": "Train on exact copies of a document too, instead of leaving them out."}
     )

@@ -7,10 +7,23 @@ everything: PRETRAINING_VERBOSE=1.
 
 import logging
 import os
+import re
 import sys
 import warnings
 
 from tqdm.auto import tqdm
+
+# Characters that a terminal acts on or cannot show: control characters but for line break and tab (an escape sequence
+# begins with one), marks that turn the direction of writing, two line breaks of Unicode's own, and lone surrogates.
+NOT_PRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Return ``text`` with each character of NOT_PRINTABLE as an escape such as ``\\x1b``.
+
+    Documents, their fields and file names may hold any character. A terminal would take some for commands.
+    """
+    return NOT_PRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
 
 
 class InputError(SystemExit):
@@ -19,6 +32,9 @@ class InputError(SystemExit):
     A subclass of ``SystemExit``, so that Python prints the message to stderr and exits with status 1
     without a traceback of ours: these errors are for the person at the keyboard, not for debugging.
     """
+
+    def __init__(self, message: str):
+        super().__init__(printable(message))
 
 
 def is_main_process() -> bool:
@@ -32,9 +48,9 @@ def is_local_main_process() -> bool:
 
 
 def say(message: str) -> None:
-    """Print on the main process only, above a bar if there is one."""
+    """Print on the main process only, above a bar if there is one; the message may hold any characters."""
     if is_main_process():
-        tqdm.write(message)
+        tqdm.write(printable(message))
         sys.stdout.flush()
 
 

@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common.console import InputError
+from common.console import InputError, printable
 from common.corpus.documents import CorpusCounts, read_documents
 from common.corpus.download import CORPORA, download
 from common.corpus.near_duplicates import NearDuplicateCounts, without_near_duplicates
@@ -37,7 +37,7 @@ def tokenize(arguments: argparse.Namespace) -> None:
     """Write a token store; the last line of output has its counts as JSON."""
     began = time.perf_counter()
     tokenizer = load_tokenizer(arguments.tokenizer, arguments.end_token)
-    sources = resolve_sources(arguments.input)
+    sources = resolve_sources(arguments.input, arguments.encoding)
     removes = {"keep_duplicates": arguments.keep_duplicates, "near_duplicate_similarity": arguments.near_duplicates}
     origin = origin_of(sources, tokenizer, arguments.text_field, arguments.skip_malformed) | removes
     check_output(arguments.output, origin)
@@ -105,9 +105,10 @@ def documents_of(sources: list[Source], arguments: argparse.Namespace, counts: C
 def inspect(arguments: argparse.Namespace) -> None:
     """Print counts, the sidecar, and the first documents (as text if a tokenizer is given)."""
     store = TokenStore(arguments.store)
-    print(f"{store.documents:,} documents, {len(store.tokens):,} tokens of {store.tokens.dtype} in {arguments.store}")
+    counts = f"{store.documents:,} documents, {len(store.tokens):,} tokens of {store.tokens.dtype}"
+    print(printable(f"{counts} in {arguments.store}"))
     if store.sidecar:
-        print(json.dumps(store.sidecar, indent=1, ensure_ascii=False))
+        print(printable(json.dumps(store.sidecar, indent=1, ensure_ascii=False)))
     else:
         print("no sidecar: made by another program")
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
@@ -117,7 +118,8 @@ def inspect(arguments: argparse.Namespace) -> None:
         ids = store.tokens[store.document_starts[number] : store.document_starts[number + 1]]
         shown = ids[: arguments.tokens].tolist()
         left = f" and {len(ids) - len(shown):,} more" if len(ids) > len(shown) else ""
-        print(f"--- document {number}, {len(ids):,} tokens\n{tokenizer.decode(shown) if tokenizer else shown}{left}")
+        text = tokenizer.decode(shown) if tokenizer else str(shown)
+        print(printable(f"--- document {number}, {len(ids):,} tokens\n{text}{left}"))
 
 
 def merge(arguments: argparse.Namespace) -> None:
@@ -128,7 +130,7 @@ def merge(arguments: argparse.Namespace) -> None:
 
 def train(arguments: argparse.Namespace) -> None:
     """Train a tokenizer on a sample of the training documents; report on the documents that a recipe holds out."""
-    sources = resolve_sources(arguments.input)
+    sources = resolve_sources(arguments.input, arguments.encoding)
     limit = held_out_below(HELD_OUT_FRACTION)
     held_out: list[str] = []
     left_bytes = REPORT_BYTES
@@ -160,7 +162,7 @@ def train(arguments: argparse.Namespace) -> None:
 def fetch(arguments: argparse.Namespace) -> None:
     """Download a corpus (such as wiki-zh) or any data set id; continue an interrupted download and check the files."""
     for path in download(arguments.name, Path(arguments.output)):
-        print(path)
+        print(printable(str(path)))
 
 
 def at_least_one(text: str) -> int:
@@ -185,6 +187,7 @@ def store_prefix(text: str) -> str:
 def add_source_flags(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")
     sub.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
+    sub.add_argument("--encoding", help="Of text that is not UTF-8: gb18030 for Chinese text in GBK.")
     sub.add_argument("--skip_malformed", action="store_true", help="Skip and count malformed documents.")
 
 

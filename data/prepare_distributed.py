@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> None:
     folder = os.path.abspath(arguments.output)
     plan_shards(
         folder,
-        resolve_sources(arguments.input),
+        resolve_sources(arguments.input, arguments.encoding),
         arguments.tokenizer,
         arguments.end_token,
         arguments.text_field,
@@ -134,6 +134,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--workers", type=int, default=-1, help="Tasks at a time (local: one for each core; else all).")
     parser.add_argument("--text_field", help="Field of the text, or a template like '{title}\\n\\n{text}'.")
+    parser.add_argument("--encoding", help="Of text that is not UTF-8: gb18030 for Chinese text in GBK.")
     parser.add_argument("--skip_malformed", action="store_true", help="Skip and count malformed documents.")
     parser.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
     parser.add_argument("--cpus_per_task", type=int, default=1, help="On Slurm and Ray (1).")

@@ -150,7 +150,9 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
     with accelerator.local_main_process_first():
-        sources = resolve_sources(shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])])
+        sources = resolve_sources(
+            shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])], shared.encoding
+        )
         if shared.tokenizer == "train":
             tokenizer = tokenizer_trained_on(sources, shared)
         else:

@@ -167,7 +167,9 @@ def main(argv: list[str] | None = None) -> None:
         check_fit(place, tokenizer, shared.context_length)
         if adapters:
             check_adapters(model_without_memory(place), own.lora_rank, own.lora_targets)
-        sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
+        sources = resolve_sources(
+            shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)], shared.encoding
+        )
         stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
         if own.method == "qlora" and place.endswith(".gguf"):
             place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)

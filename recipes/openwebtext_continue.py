@@ -160,7 +160,9 @@ def main(argv: list[str] | None = None) -> None:
     with training.main_process_first(desc="tokenizing"):
         place = find_model(own.model, weights=not own.from_scratch)
         # OpenWebText is 80 files in one folder.
-        sources = resolve_sources(shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)])
+        sources = resolve_sources(
+            shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)], shared.encoding
+        )
         retained_sources = resolve_sources(own.retain or [])
         if shared.tokenizer == "train":
             tokenizer = tokenizer_trained_on(sources, shared)

@@ -1,15 +1,17 @@
 """Libraries are quiet about what is not the user's to fix, and about nothing else."""
 
+import ast
 import logging
 import os
 import subprocess
 import sys
+import unicodedata
 import warnings
 
 import pytest
 from conftest import ROOT
 
-from common.console import MESSAGES, LeftOut, quiet_libraries
+from common.console import MESSAGES, InputError, LeftOut, printable, quiet_libraries, say
 
 
 def test_importing_a_recipe_says_nothing():
@@ -62,3 +64,22 @@ def test_everything_is_heard_on_request(monkeypatch):
     quiet_libraries()
     assert not logger.filters
     logger.filters.extend(known)
+
+
+def test_printable():
+    """Truth: Python's ``isprintable`` and Unicode's category of control characters."""
+    for character in map(chr, range(sys.maxunicode + 1)):
+        shown = printable(character)
+        if unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") and character not in "\n\t":
+            assert shown.isascii() and shown.isprintable() and ast.literal_eval(f"'{shown}'") == character
+        elif shown != character:  # marks that turn the direction of writing, "Trojan Source"
+            assert unicodedata.bidirectional(character) in "LRE RLE PDF LRO RLO LRI RLI FSI PDI".split()
+    text = "今天\n\tnaïve 👩\u200d👧 \u3000é"
+    assert printable(text) == text
+    assert printable("\x1b]0;title\x07 \x1b[2J\x9b1m\r") == r"\x1b]0;title\x07 \x1b[2J\x9b1m\r"
+
+
+def test_messages_and_errors_are_printable(capsys):
+    say("note: a\x1b[31m.txt, \udcff")
+    assert capsys.readouterr().out == "note: a\\x1b[31m.txt, \\udcff\n"
+    assert str(InputError("no field '\x1b[2J'")) == r"no field '\x1b[2J'"

@@ -92,7 +92,7 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
         from common.corpus.hub_dataset import hub_records
 
         names, pattern = parse_text_field(text_field)
-        yield source.given, hub_records(source.hub_id, names), names, pattern
+        yield source.given, hub_records(source.hub_id, names, source.encoding), names, pattern
         return
     bytes_before = counts.file_bytes
 
@@ -265,7 +265,7 @@ def _records_with_fields(source: Source) -> Records:
     if source.hub_id is not None:
         from common.corpus.hub_dataset import hub_records
 
-        return hub_records(source.hub_id)
+        return hub_records(source.hub_id, encoding=source.encoding)
     paths = [path for path in source.files if format_of(path.name) != ".txt"]
     return chain.from_iterable(
         file_records(str(path), partial(path.open, "rb"), encoding=source.encoding) for path in paths

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from common.console import InputError, is_main_process, say
+from common.console import InputError, is_main_process, printable, say
 from common.corpus.formats import DAMAGE, open_decompressed
 from common.corpus.hub_dataset import find_files
 from common.corpus.transfer import FileChanged, HubFile, RemoteFile
@@ -363,7 +363,7 @@ def copy(source, out, what: str, target: Path, total_bytes: int, digest=None):
     if digest is None:
         digest = hashlib.sha256()
     with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=not is_main_process()) as bar:
-        bar.set_description(f"{what} {target.name}")
+        bar.set_description(printable(f"{what} {target.name}"))
         bar.update(source.tell() if out is not None else 0)
         while chunk := source.read(CHUNK_BYTES):
             if out is not None:

@@ -13,14 +13,15 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from common.console import InputError, say
-from common.corpus.records import Records, file_records
+from common.corpus.formats import Records, format_of
+from common.corpus.records import file_records
 from common.corpus.transfer import HubFile, cached_files, hugging_face_snapshot, modelscope_snapshot, remote_files
 from common.hub import DATA_SET_ID, answering_hubs, hub_endpoints, offline, ways_to_continue
 
 NAMES_SHOWN = 5
 
 
-def hub_records(identifier: str, fields: list[str] | None = None) -> Records:
+def hub_records(identifier: str, fields: list[str] | None = None, encoding: str | None = None) -> Records:
     """Yield (where, record) for the train split of a data set, as ``file_records`` does for each of its files.
 
     Nothing is written to disk.
@@ -29,6 +30,7 @@ def hub_records(identifier: str, fields: list[str] | None = None) -> Records:
         identifier: ``owner/name`` or ``owner/name:subset``. A subset is a configuration of the data set
             (``wikimedia/wikipedia:20231101.zh``) or the path of one of its files.
         fields: the fields that are needed; None for all.
+        encoding: of the text files, as ``known_encoding`` returns it; None for UTF-8.
 
     Raises:
         InputError: no hub and no cache has the data set, or its hub breaks off and does not come back. A stream that is
@@ -37,8 +39,10 @@ def hub_records(identifier: str, fields: list[str] | None = None) -> Records:
     place, files = find_files(identifier)
     gigabytes = sum(file.size_bytes for file in files) / 1e9
     say(f"{identifier}: reading {len(files)} files, {gigabytes:.2f} GB, from {place}")
+    # As in a folder: see ``resolve_source``.
+    whole_texts = sum(format_of(file.path) == ".txt" for file in files) > 1
     for file in files:
-        yield from file_records(file.path, file.open, fields)
+        yield from file_records(file.path, file.open, fields, encoding, whole_texts)
 
 
 def find_files(identifier: str) -> tuple[str, list[HubFile]]:

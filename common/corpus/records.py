@@ -34,6 +34,7 @@ from common.corpus.tables import arrow_records, parquet_records, table_records
 
 # The names that published corpora usually give to the field with a document's text.
 TEXT_FIELDS = ("text", "content", "contents", "raw_content", "body", "document", "article", "story", "passage")
+MOST_VALUES = 1 << 23  # of a JSON record; at most the commas, braces and brackets in it, also those of its text
 # A document without text, and a blank line, have only white space, control and format characters.
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
 BLANK = "".join(c for c in map(chr, range(0x3001)) if unicodedata.category(c) in BLANK_CATEGORIES) + "\ufeff"
@@ -123,11 +124,19 @@ def _lines(name: str, stream: BufferedReader) -> Iterator[bytes]:
         yield line.removeprefix(BYTE_ORDER_MARK)
 
 
+def _check_values(text: str) -> None:
+    """Raise ValueError if ``text`` may hold more than MOST_VALUES values of JSON: "{}," takes 70 bytes in memory."""
+    if len(text) > 2 * MOST_VALUES and sum(text.count(mark) for mark in "{[,") > MOST_VALUES:
+        raise ValueError(f"more than {MOST_VALUES:,} values in one record")
+
+
 def _line_records(name: str, stream: BufferedReader) -> Records:
     for number, line in enumerate(_lines(name, stream), start=1):
         if line.strip():
             try:
-                record = json.loads(line.decode())
+                text = line.decode()
+                _check_values(text)
+                record = json.loads(text)
             except UnicodeDecodeError as error:
                 record = not_utf8(error)
             except (ValueError, RecursionError) as error:
@@ -318,6 +327,7 @@ class JsonScanner:
         unused = len(self._text) - self._at
         if unused > self._largest_value_bytes:
             raise ValueError(f"a value of more than {self._largest_value_bytes:,} characters")
+        _check_values(self._text)
         chunk = self._stream.read(max(READ_BYTES, unused))
         self._ended = not chunk
         self._text = self._text[self._at :] + self._decode(chunk, final=self._ended)

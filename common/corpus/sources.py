@@ -13,6 +13,7 @@ from pathlib import Path
 
 from common.console import InputError, say
 from common.corpus.formats import (
+    COLUMN_FORMATS,
     format_by_content,
     format_of,
     known_encoding,
@@ -85,21 +86,19 @@ class Source:
         for a data set it is the hub id. It does not change when the folder is moved. It changes when a file is added,
         removed, renamed or modified. The rules by which some formats are read are part of it, too.
         """
+        rules = {} if self.encoding is None else {"encoding": self.encoding}
         if self.hub_id is not None:
-            return {"hub_id": self.hub_id}
+            return {"hub_id": self.hub_id} | rules
         folder = os.path.commonpath([path.absolute().parent for path in self.files])
         files = []
         for path in self.files:
             status = path.stat()
             name = Path(os.path.relpath(path, folder)).as_posix()
             files.append({"file": name, "bytes": status.st_size, "modified_ns": status.st_mtime_ns})
-        rules = {}
         if self.texts:
             rules["txt"] = self.text_rule
         if any(format_of(path.name) == ".tsv" for path in self.files):
             rules["tsv"] = "no quoting"
-        if self.encoding is not None:
-            rules["encoding"] = self.encoding
         if len(files) <= FILES_LISTED:
             return {"files": files} | rules
         digest = hashlib.sha256(json.dumps(files).encode()).hexdigest()
@@ -131,6 +130,8 @@ def resolve_sources(given: list[str], encoding: str | None = None) -> list[Sourc
             number += 1
         names.add(name.casefold())
         sources.append(replace(source, name=name))
+    if sources and encoding is not None and not any(map(_may_have_text_files, sources)):
+        raise InputError(f"--encoding {encoding}: it would be ignored, because there are no text files in {given}.")
     return sources
 
 
@@ -187,6 +188,11 @@ def _find(given: str) -> Source:
     if DATA_SET_ID.fullmatch(given) and format_of(given.split(":")[0]) is None:
         return Source(given, _short_name(given), hub_id=given)
     raise InputError(f"{given}: no such file. Give an existing file, folder or glob, or a hub id like owner/name.")
+
+
+def _may_have_text_files(source: Source) -> bool:
+    formats = (format_of(path.name) for path in source.files)
+    return source.hub_id is not None or (source.token_store is None and not set(COLUMN_FORMATS).issuperset(formats))
 
 
 def mark_as_cache(folder: Path) -> Path:

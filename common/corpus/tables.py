@@ -112,7 +112,7 @@ def parquet_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[st
                     for record in _rows(batch):
                         row += 1
                         yield f"{name}, row {row} (row group {group})", record
-    except (OSError, pyarrow.ArrowException) as error:
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:  # the second is of a name
         raise InputError(f"{name}: cannot be read after row {row}, in row group {group} ({error}).") from None
 
 
@@ -229,7 +229,7 @@ def arrow_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[str]
                         for record in _rows(batch.select(needed).slice(first, ROWS_AT_ONCE)):
                             row += 1
                             yield f"{name}, row {row}", record
-    except (OSError, MemoryError, struct.error, pyarrow.ArrowException) as error:
+    except (OSError, MemoryError, UnicodeDecodeError, struct.error, pyarrow.ArrowException) as error:
         raise InputError(f"{name}: cannot be read after row {row} ({error}). Fetch or write it again.") from None
 
 

@@ -26,6 +26,7 @@ import json
 import mmap
 import os
 import struct
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from common.console import InputError, say
+from common.corpus.formats import refuse_pointers
 from common.corpus.sources import PAIRS
 
 PAIR, LEGACY_PAIR = PAIRS  # the suffixes of the tokens and of the index
@@ -47,6 +49,7 @@ DTYPES = {  # codes 9 and 10 are PaddleNLP's
     6: np.float64, 7: np.float32, 8: np.uint16, 9: np.uint32, 10: np.uint64,
 }  # fmt: skip
 LARGEST_SIZE = np.iinfo(np.int32).max  # tokens of a sequence
+SPARE_NUMBERS = 4096  # that an array of an index may have beyond one for each token: its header, empty documents
 CHUNK = 1_000_000  # numbers of an index read at once: 8 MB at most
 
 
@@ -181,6 +184,7 @@ def open_pair(prefix: str, suffixes: tuple[str, str]) -> tuple[TokenPair, np.nda
                 f"{path}: no such file. A token store is a pair of files, {tokens_path.name} and {index_path.name}: "
                 "give both."
             )
+    refuse_pointers([tokens_path, index_path])
     if suffixes == PAIR:
         index = read_index(index_path, tokens_path)
         tokens = StoredArray(str(tokens_path), index.dtype, 0, int(index.document_starts[-1]))
@@ -268,6 +272,7 @@ def read_legacy_index(path: Path, ids: np.ndarray) -> TokenIndex:
     Raises:
         InputError: it is not such an archive, or does not describe ``ids`` from the first token to the last.
     """
+    _check_sizes(path, len(ids))
     try:
         with np.load(path, allow_pickle=False) as archive:
             # A damaged archive gives bytes instead of arrays, hence asarray.
@@ -285,6 +290,24 @@ def read_legacy_index(path: Path, ids: np.ndarray) -> TokenIndex:
             "off, or the two do not belong together: fetch both again."
         )
     return TokenIndex(ids.dtype, sizes, document_marks, _document_starts(path, _sequence_starts(sizes), document_marks))
+
+
+def _check_sizes(path: Path, tokens: int) -> None:
+    """Raise InputError if the arrays of an ``_idx.npz`` are larger, unpacked, than an index of ``tokens`` can be.
+
+    A few megabytes of zeros unpack to gigabytes.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            largest = max((member.file_size for member in archive.infolist()), default=0)
+    except Exception as error:  # damage shows as any of several errors
+        raise InputError(f"{path}: not an archive of the arrays lens and docs ({error}). Fetch it again.") from None
+    limit = 8 * (tokens + SPARE_NUMBERS)
+    if largest > limit:
+        raise InputError(
+            f"{path}: {largest:,} bytes in an array, unpacked; an index of {tokens:,} tokens has {limit:,} at most. "
+            "It is damaged, or does not belong to the _ids.npy beside it: fetch both again."
+        )
 
 
 def _read_header(path: Path, bin_path: Path) -> tuple[np.dtype, int, int]:

@@ -265,8 +265,22 @@ def _read_plan(folder: str) -> dict:
 
 def _to_json(source: Source) -> dict:
     files = [str(path.absolute()) for path in source.files]  # absolute: a task may start in another folder
-    return {"given": source.given, "name": source.name, "files": files, "hub_id": source.hub_id}
+    return {
+        "given": source.given,
+        "name": source.name,
+        "files": files,
+        "hub_id": source.hub_id,
+        "encoding": source.encoding,
+        "whole_texts": source.whole_texts,
+    }
 
 
 def _from_json(source: dict) -> Source:
-    return Source(source["given"], source["name"], tuple(map(Path, source["files"])), source["hub_id"])
+    return Source(
+        given=source["given"],
+        name=source["name"],
+        files=tuple(map(Path, source["files"])),
+        hub_id=source["hub_id"],
+        encoding=source.get("encoding"),  # plans of earlier versions have neither this nor the next
+        whole_texts=source.get("whole_texts", False),
+    )

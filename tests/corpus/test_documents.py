@@ -352,7 +352,7 @@ def test_a_data_set_of_a_hub(read, monkeypatch, capsys):
     """hub_dataset finds its files; read_documents finds the text field and asks for the fields it needs."""
     asked = []
 
-    def hub_records(identifier, fields=None):
+    def hub_records(identifier, fields=None, encoding=None):
         asked.append((identifier, fields))
         yield "train.parquet, row 1", {"content": "one", "meta": {"x": "m1"}}
         yield "train.parquet, row 2", {"content": "two", "meta": {"x": "m2"}}
@@ -365,3 +365,77 @@ def test_a_data_set_of_a_hub(read, monkeypatch, capsys):
     assert capsys.readouterr().out == "owner/name:zh: the text is in field 'content'\n"
     assert read("owner/name", {}, "{meta.x}: {content}")[0] == ["m1: one", "m2: two"]
     assert asked[2:] == [("owner/name", ["meta.x", "content"])]
+
+
+def test_each_of_several_text_files_is_one_document(read, capsys):
+    files = {f"d/{i:02}.txt": f"title {i}\n\nfirst\n\nsecond\n".encode() for i in range(30)} | {"d/30.txt": b"\n"}
+    documents, counts = read("d", files)
+    assert documents == [f"title {i}\n\nfirst\n\nsecond" for i in range(30)] and counts.empty == 1
+    said = capsys.readouterr().out
+    assert said.startswith("note: d: .txt files: 31; each file is one document\n")
+    assert "d: 30 documents in .txt files; each file is one document\n" in said
+    assert read("d/00.txt", {})[0] == ["title 0", "first", "second"]
+    said = capsys.readouterr().out
+    assert said.startswith("note: d/00.txt: .txt files: 1; blank lines separate documents\n")
+    assert said.endswith("d/00.txt: 3 documents in .txt files; blank lines separate documents\n")
+
+
+@pytest.mark.parametrize(
+    ("record", "text_field", "text"),
+    [
+        ({"段落": [{"行号": 1, "内容": "一"}, {"内容": None}, {"内容": "二"}]}, "段落.内容", "一\n二"),
+        ({"talk": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}, "talk.value", "q\na"),
+        ({"text": ["p1", "p2"]}, "text", "p1\np2"),
+        ({"t": "T", "pages": [["a", "b"], ["c"]]}, "{t}: {pages}", "T: a\nb\nc"),
+        ({"m": [{"c": [{"text": "x"}, {"text": "y"}]}, {"c": [{"text": "z"}]}]}, "m.c.text", "x\ny\nz"),
+    ],
+)
+def test_text_field_joins_lists(read, record, text_field, text):
+    assert read("a.jsonl", {"a.jsonl": lines(record)}, text_field)[0] == [text]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([record]), "a.parquet")
+    assert read("a.parquet", {}, text_field)[0] == [text]
+
+
+@pytest.mark.parametrize(
+    ("record", "text_field", "reason"),
+    [
+        (
+            {"text": ["p1", "p2"]},
+            None,
+            r"field 'text' holds a list, not text\. To join its items .*--text_field text\.",
+        ),
+        (
+            {"messages": [{"role": "u", "content": "x"}]},
+            None,
+            r"the text is in none of .*\['messages.content', 'messages",
+        ),
+        ({"m": [{"role": "u"}]}, "m.content", r"no field 'm\.content'; the fields are \['m\.role'\]"),
+        (
+            {"m": [{"role": "u"}]},
+            "m",
+            r"field 'm' holds objects, not text .choose one of \['m\.role'\] with --text_field",
+        ),
+        ({"ids": [1, 2]}, "ids", "field 'ids' holds int, not text"),
+    ],
+)
+def test_lists_that_are_not_joined(read, record, text_field, reason):
+    with pytest.raises(InputError, match=f"^a.jsonl, line 1: {reason}"):
+        read("a.jsonl", {"a.jsonl": lines(record)}, text_field)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.jsonl", "a.txt", "a.tsv"])
+def test_another_encoding_is_named(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = "你好世界"
+    layout = {"a.jsonl": '{{"text": "{}"}}\n', "a.txt": "{}\n"}.get(name, "text\n{}\n")
+    Path(name).write_bytes(layout.format(text).encode("gbk"))
+
+    def read(encoding=None):
+        return list(read_documents(resolve_source(name, encoding), "text", False, CorpusCounts()))
+
+    with pytest.raises(InputError, match=rf"^{name}, line \d: not .*UTF-8.*--encoding gb18030 for Chinese text in GBK"):
+        read()
+    assert read("gb18030") == [text]
+    Path(name).write_bytes(layout.format("\xff\xff").encode("latin-1"))
+    with pytest.raises(InputError, match=rf"^{name}, line \d: not valid gb18030\. Repair it"):
+        read("gb18030")

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from common.console import InputError
-from common.corpus.formats import NotUtf8, format_of
+from common.corpus.formats import NotUtf8, format_by_content, format_of, known_encoding
 from common.corpus.records import JsonScanner, file_records
 
 RECORDS = [
@@ -426,3 +426,157 @@ def test_files_are_closed(name):
 
     assert len(list(file_records(name, open_raw))) == 3
     assert opened and all(file.closed for file in opened)
+
+
+def test_byte_order_marks_of_joined_files_go():
+    mark = b"\xef\xbb\xbf"
+    joined = (
+        mark + "第一篇\r\n\r\n".encode() + mark + "第二篇\r\n".encode() + mark + b"\r\n\r\n" + "末 \ufeff.".encode()
+    )
+    assert [record["text"] for _, record in read("a.txt", joined)] == ["第一篇", "第二篇", "末 \ufeff."]
+    members = gzip.compress(mark + b'{"text": "1"}\n') + gzip.compress(mark + b'{"text": "2"}\n')
+    assert [record for _, record in read("a.jsonl.gz", members)] == [{"text": "1"}, {"text": "2"}]
+
+
+def test_lines_of_white_space_are_blank():
+    """Truth: ``str.isspace``; U+3000 indents Chinese text, U+00A0 comes from web pages."""
+    spaces = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace() and chr(c) not in "\r\n"]
+    content = "\n".join(f"{number}\n{space}" for number, space in enumerate(spaces)).encode()
+    assert [record["text"] for _, record in read("a.txt", content)] == [str(i) for i in range(len(spaces))]
+    assert [record["text"] for _, record in read("a.txt", "\u3000\u3000一\n\u3000二\n".encode())] == [
+        "\u3000\u3000一\n\u3000二"
+    ]
+    damaged = read("a.txt", b"one\n\xff\ntwo")
+    assert len(damaged) == 1 and isinstance(damaged[0][1], NotUtf8)
+
+
+def test_a_text_file_that_is_one_document(monkeypatch):
+    def whole(content: bytes):
+        return list(file_records("a.txt", lambda: io.BytesIO(content), whole_text=True))
+
+    assert whole(b"\xef\xbb\xbf\none\r\n\r\ntwo\n") == [("a.txt", {"text": "\none\n\ntwo"})]
+    assert whole(b"") == [("a.txt", {"text": ""})] and isinstance(whole(b"\xff")[0][1], NotUtf8)
+    monkeypatch.setattr("common.corpus.records.LARGEST_DOCUMENT_BYTES", 1 << 20)
+    with pytest.raises(
+        InputError, match="^a.txt: more than 1,048,576 bytes. Of several .txt files, each is one document"
+    ):
+        whole(b"x\n" * (1 << 20))
+
+
+@pytest.mark.parametrize("suffix", COMPRESS)
+def test_the_content_says_how_a_file_is_compressed(suffix):
+    """A .gz whose suffix got lost, as after some downloads."""
+    assert [record for _, record in read("a.jsonl", COMPRESS[suffix](JSONL))] == RECORDS
+    assert [record for _, record in read("a.json", COMPRESS[suffix](ARRAY))] == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("content", "kind"),
+    [
+        (JSONL, ".jsonl"),
+        (JSONL.rstrip(b"\n"), ".jsonl"),
+        (b"\xef\xbb\xbf" + JSONL, ".jsonl"),
+        (gzip.compress(JSONL), ".jsonl"),
+        (b'{"text": "' + b"x" * 3_000_000 + b'"}\n', ".jsonl"),
+        (ARRAY, ".json"),
+        (parquet(text=TEXTS), ".parquet"),
+        (b"# Title\n", None),
+        (b"all: test\n", None),
+        (b'{\n "cells": []\n}\n', None),
+        (b'{"a": 1,\n"b": 2}\n', None),
+        (b"[section]\n", None),
+        (b"", None),
+        (b"\x1f\x8b\x08 not gzip at all", None),
+        (b"\xff\xfe{\0", None),
+        (b"\x7fELF\x02\x01", None),
+    ],
+)
+def test_formats_are_recognised_by_content(content, kind):
+    assert format_by_content("wiki_00", lambda: io.BytesIO(content)) == kind
+    if kind is None:
+        refused("wiki_00", content, ": unknown format")
+    elif len(content) < 1_000_000:
+        assert [record["text"] for _, record in read("wiki_00", content)] == TEXTS
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow", "a.jsonl", "a.json.gz", "a.txt", "a.csv.zst"])
+def test_what_is_not_data_is_named(name):
+    refused(name, POINTER, ": a Git LFS pointer, not the data itself. Fetch the data: git lfs pull")
+    page = b"\n<!DOCTYPE html><html><body>404</body></html>"
+    if name in ("a.parquet", "a.arrow", "a.jsonl"):
+        refused(name, page, ": a web page, not data")
+    assert [record["text"] for _, record in read("b.txt", page)] == [page.decode().strip()]
+
+
+def test_a_window_that_is_too_large_is_not_damage():
+    """zstd -19 --long=31 of a line of 2 GB of "x" and a short one; xz with a dictionary of 1 GiB."""
+    wide = bytes.fromhex("28b52ffd04a8") + zstandard.ZstdCompressor().compress(JSONL)[6:]
+    refused("a.jsonl.zst", wide, ": is not damaged, .* zstd -d --long=31, or xz -d")
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 0, "dict_size": 1 << 30}]
+    refused("a.jsonl.xz", lzma.compress(JSONL, filters=filters), ": is not damaged, .* zstd -d --long=31, or xz -d")
+
+
+def test_a_record_of_very_many_values_is_refused(monkeypatch):
+    """60 KB of .gz hold a line of 60 MB, which as a list takes a gigabyte."""
+    monkeypatch.setattr("common.corpus.records.MOST_VALUES", 1_000)
+    many = b'{"text": [%s{}]}' % (b"{}," * 1_000)
+    records = read("a.jsonl", many + b"\n" + JSONL)
+    assert str(records[0][1]) == "malformed line (more than 1,000 values in one record)"
+    assert [record for _, record in records[1:]] == RECORDS
+    monkeypatch.setattr("common.corpus.records.READ_BYTES", 100)
+    refused("a.json", b"[%s]" % many, ": the array is malformed after item 0 .more than 1,000 values in one record")
+
+
+CHINESE = [{"text": "数学是研究数量、结构的学科。"}, {"text": "地理,\n“你好”"}]
+IN_UTF8 = {
+    "a.jsonl": "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in CHINESE),
+    "a.json": json.dumps(CHINESE, ensure_ascii=False),
+    "object.json": json.dumps({"data": CHINESE}, ensure_ascii=False),
+    "a.csv": 'text\n数学是研究数量、结构的学科。\n"地理,\n“你好”"\n',
+    "a.txt": "数学是研究数量、结构的学科。\n\n地理,\n“你好”\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "gbk", "big5hkscs", "utf-16", "utf-16-be", "utf-8"])
+@pytest.mark.parametrize("name", IN_UTF8)
+def test_another_encoding(name, encoding):
+    """Each file in another encoding has the records that the same file has in UTF-8."""
+
+    def records(name, content, encoding=None):
+        found = file_records(name, lambda: io.BytesIO(content), encoding=known_encoding(encoding))
+        return [record for _, record in found]
+
+    content = IN_UTF8[name]
+    if encoding == "big5hkscs":  # has no simplified characters
+        for simplified, traditional in zip("数学结构“”", "數學結構「」", strict=True):
+            content = content.replace(simplified, traditional)
+    wanted = records(name, content.encode())
+    assert len(wanted) == 2 and records(name, content.encode(encoding), encoding) == wanted
+    assert records(f"{name}.gz", gzip.compress(content.encode(encoding)), encoding) == wanted
+
+
+def test_text_that_is_not_of_the_encoding():
+    def records(content, encoding="gb18030"):
+        return list(file_records("a.jsonl", lambda: io.BytesIO(content), encoding=encoding))
+
+    line = json.dumps(CHINESE[0], ensure_ascii=False).encode("gb18030")
+    found = records(line + b'\n{"text": "\xff\xff"}\n' + line)
+    assert [record for _, record in found[::2]] == [CHINESE[0]] * 2 and isinstance(found[1][1], NotUtf8)
+    with pytest.raises(InputError, match="^a.jsonl: is UTF-8, not gb18030"):
+        records(json.dumps(CHINESE[0], ensure_ascii=False).encode())
+    with pytest.raises(InputError, match="^a.jsonl: is not utf-16 "):
+        records(b'\xff\xfe{\0"\0\x00\xd8x\0', "utf-16")
+    assert [record for _, record in records(b'{"text": "ascii"}\n')] == [{"text": "ascii"}]
+    refused("a.json", json.dumps(CHINESE, ensure_ascii=False).encode("gbk")[:-3], ": .*--encoding gb18030")
+
+
+def test_names_of_encodings():
+    assert [known_encoding(name) for name in (None, "UTF-8", "utf_8_sig", "GBK", "gb18030")] == [
+        *(None, None, None, "gbk", "gb18030")
+    ]
+    for name in ("gb18031", "", "zlib", "rot13", "a\0b"):
+        with pytest.raises(InputError, match=r"^--encoding .*: unknown\. For Chinese text: gb18030"):
+            known_encoding(name)

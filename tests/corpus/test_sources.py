@@ -6,6 +6,7 @@ import re
 import sys
 from pathlib import Path
 
+import datasets
 import pytest
 
 from common.console import InputError
@@ -239,3 +240,71 @@ def test_the_fingerprint_of_many_files_stays_small(files):
     touched = resolve_source("d").fingerprint()
     os.rename("d/0200.jsonl", "d/9999.jsonl")
     assert len({json.dumps(each) for each in (first, touched, resolve_source("d").fingerprint())}) == 3
+
+
+def test_the_rules_of_reading_are_in_the_fingerprint(files):
+    """Other rules give other documents, so they give another cache key; sources of other formats keep theirs."""
+    files("d/a.txt", "e/a.jsonl", "f/a.tsv")
+    one = resolve_source("d/a.txt").fingerprint()
+    files("d/b.txt")
+    assert (one["txt"], resolve_source("d").fingerprint()["txt"]) == (
+        "blank lines separate documents",
+        "each file is one document",
+    )
+    assert resolve_source("f").fingerprint()["tsv"] == "no quoting"
+    assert list(resolve_source("e").fingerprint()) == ["files"] == list(resolve_source("e", "utf-8").fingerprint())
+    assert resolve_source("e", "GB18030").fingerprint()["encoding"] == "gb18030"
+    assert resolve_source("owner/name", "gbk").fingerprint() == {"hub_id": "owner/name", "encoding": "gbk"}
+
+
+def test_an_encoding_that_would_be_ignored(files):
+    files("a.parquet", "t.bin", "t.idx", "b.jsonl")
+    with pytest.raises(InputError, match="^--encoding gbk: it would be ignored"):
+        resolve_sources(["a.parquet", "t.bin"], "gbk")
+    assert [source.encoding for source in resolve_sources(["a.parquet", "b.jsonl"], "gbk")] == ["gbk", "gbk"]
+    assert resolve_sources([], "gbk") == []
+
+
+def test_files_without_a_suffix(files, capsys):
+    """As WikiExtractor --json writes them."""
+    files("w/AA/LICENSE", "w/Makefile")
+    for name in ("w/AA/wiki_00", "w/AA/wiki_01"):
+        Path(name).write_text('{"id": "1", "text": "x"}\n')
+    assert found("w") == ["w/AA/wiki_00", "w/AA/wiki_01"]
+    assert "2 other files are not read: w/AA/LICENSE, w/Makefile" in capsys.readouterr().out
+    assert found("w/AA/wiki_00") == ["w/AA/wiki_00"] and resolve_source("w/AA/wiki_00").name == "wiki_00"
+    Path("part.00000-of-00002").write_text('[{"text": "x"}]')
+    assert resolve_source("part.00000-of-00002").name == "part"
+    refused("w/Makefile", r"^w/Makefile: unknown format")
+
+
+def test_git_lfs_pointers_are_found_before_anything_is_read(files):
+    files("d/a.jsonl", "d/b.parquet", "t.bin", "t.idx")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+    for given, name in (("d", "d/b.parquet"), ("t.bin", "t.bin"), ("model", "model")):
+        Path(name).write_text(pointer)
+        refused(given, rf"^{name}: a Git LFS pointer, not the data itself\. Fetch the data: git lfs pull")
+
+
+def test_folders_of_save_to_disk(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    data = datasets.Dataset.from_dict({"text": [str(i) for i in range(10)]})
+    data.save_to_disk("one", num_shards=2)
+    datasets.load_from_disk("one").map(lambda row: {"text": row["text"] * 2})  # leaves cache-*.arrow there
+    assert len(list(Path("one").glob("*.arrow"))) == 3
+    assert found("one") == ["one/data-00000-of-00002.arrow", "one/data-00001-of-00002.arrow"]
+    assert [path.name for path in resolve_source("one/data*1-of*.arrow").files] == ["data-00001-of-00002.arrow"]
+    datasets.DatasetDict({"train": data, "test": data.select([0])}).save_to_disk("two")
+    assert found("two") == ["two/train/data-00000-of-00001.arrow"]
+    assert "note: two: not in the split 'train', so not read: test\n" in capsys.readouterr().out
+    assert found("two/test") == ["two/test/data-00000-of-00001.arrow"]
+    refused(".", r"^\.: one in it is a data set of save_to_disk\. Give that folder by itself")
+    datasets.DatasetDict({"test": data}).save_to_disk("three")
+    refused("three", r"^three: has no split 'train', only \['test'\]\. Give one of its folders")
+    Path("one/data-00001-of-00002.arrow").unlink()
+    refused("one", r"^one: not a whole data set of save_to_disk: one/data-00001-of-00002\.arrow are missing")
+    for content in ("{}", "[]", '{"_data_files": "x"}', '{"_data_files": [1, {}]}'):
+        Path("one/state.json").write_text(content)
+        refused("one", "^one: not a whole data set of save_to_disk: ")
+    Path("one/state.json").write_text("{")
+    refused("one", r"^one/state\.json: damaged")

@@ -132,6 +132,36 @@ def test_inspect_and_merge(tokenizer, tmp_path, capsys):
     assert "351 documents" in shown and "--- document 0" in shown and first[:5] in shown
 
 
+def test_what_is_shown_of_documents_and_names_is_printable(tokenizer, tmp_path, capsys):
+    """A document, a field and a file name with escape sequences, which would change the terminal."""
+    data = tmp_path / "a\x1b[31m.jsonl"
+    data.write_text(json.dumps({"text": "one \x1b]0;title\x07 \x9b2J", "\x1b[2J": 1}) + "\n{}\n", encoding="utf-8")
+    flags = ["tokenize", "--input", str(data), "--tokenizer", tokenizer, "--output", str(tmp_path / "\x1b[1m")]
+    prepare.main([*flags, "--skip_malformed"])
+    prepare.main(["inspect", str(tmp_path / "\x1b[1m"), "--tokenizer", tokenizer])
+    with pytest.raises(InputError) as refusal:
+        prepare.main([*flags, "--text_field", "body"])
+    shown = capsys.readouterr().out
+    assert r"one \x1b]0;title\x07 \x9b2J" in shown and r"a\x1b[31m.jsonl, line 2" in shown
+    assert not any(character in shown + str(refusal.value) for character in "\x1b\x07\x9b")
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16"])
+def test_text_in_another_encoding_gives_the_same_tokens(tokenizer, tmp_path, capsys, encoding):
+    text = SAMPLE.read_text(encoding="utf-8")
+    (tmp_path / "a.jsonl").write_bytes("\n".join(text.splitlines()[:20]).encode(encoding))
+    (tmp_path / "b.jsonl").write_bytes("\n".join(text.splitlines()[:20]).encode())
+    flags = ["--tokenizer", tokenizer, "--output"]
+    prepare.main(["tokenize", *flags, str(tmp_path / "b"), "--input", str(tmp_path / "b.jsonl")])
+    of_gbk = ["tokenize", *flags, str(tmp_path / "a"), "--input", str(tmp_path / "a.jsonl")]
+    with pytest.raises(InputError, match="--encoding"):
+        prepare.main(of_gbk)
+    prepare.main([*of_gbk, "--encoding", encoding])
+    assert (tmp_path / "a.bin").read_bytes() == (tmp_path / "b.bin").read_bytes()
+    assert TokenStore(tmp_path / "a").sidecar["sources"][0]["encoding"] == encoding
+    assert "encoding" not in TokenStore(tmp_path / "b").sidecar["sources"][0]
+
+
 def test_a_trained_tokenizer_is_judged_on_held_out_text(tokenizer, tmp_path, capsys):
     flags = ["--input", str(SAMPLE), "--vocabulary_size", "600", "--output", str(tmp_path / "t")]
     prepare.main(["train-tokenizer", *flags, "--reference", tokenizer])

@@ -162,6 +162,20 @@ def test_files_are_shared_by_size_in_order(tmp_path):
     assert [[part.files for part in share] for share in shares] == [[first.files], [second.files]]
 
 
+def test_every_share_is_read_by_the_rules_of_its_source(tmp_path, tokenizer):
+    """A task may get a single .txt file of many: it is one document there, too."""
+    (tmp_path / "texts").mkdir()
+    documents = [f"标题 {i}\n\n第一段。\n\n第二段。" for i in range(4)]
+    for number, text in enumerate(documents):
+        (tmp_path / "texts" / f"{number}.txt").write_bytes(text.encode("gbk"))
+    folder = str(tmp_path / "shards")
+    sources = resolve_sources([str(tmp_path / "texts")], "gbk")
+    plan_shards(folder, sources, tokenizer.folder, None, None, False, 4)
+    for rank in range(4):
+        write_shard(None, rank, 4, folder, 1)
+    assert tokens_of(folder) == expected_tokens(documents, tokenizer)
+
+
 @pytest.mark.parametrize("seed", range(30))
 def test_every_file_is_in_one_share(tmp_path, seed):
     generator = np.random.default_rng(seed)

@@ -1,6 +1,7 @@
 """Index files: golden bytes, indexes packed by hand, and damage of every kind."""
 
 import struct
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.console import InputError
-from common.tokens.megatron import DTYPES, read_index, read_legacy_index, write_index
+from common.tokens.megatron import DTYPES, open_pair, read_index, read_legacy_index, write_index
 
 # [[1, 2, 3], [4, 5]] as uint16, from the format's description, not from our writer.
 GOLDEN_IDX = bytes.fromhex(
@@ -239,3 +240,24 @@ def test_random_damage_to_a_legacy_index_is_refused_or_harmless(tmp_path_factory
         assert read_legacy_index(path, np.arange(5, dtype=np.uint16)).document_starts[-1] == 5
     except InputError as error:
         assert str(path) in str(error)
+
+
+def test_a_legacy_index_is_not_unpacked_if_it_is_too_large(tmp_path):
+    """80 KB that unpack to 80 MB."""
+    path = tmp_path / "x_idx.npz"
+    np.savez_compressed(path, lens=np.zeros(10_000_000, np.int64), docs=np.array([0, 2]))
+    assert path.stat().st_size < 100_000
+    tracemalloc.start()
+    with pytest.raises(InputError, match=r"x_idx\.npz: 80,000,128 bytes in an array, unpacked; an index of 5 tokens"):
+        read_legacy_index(path, np.arange(5))
+    assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    tracemalloc.stop()
+
+
+def test_a_git_lfs_pointer_is_named(tmp_path):
+    index, tokens = pair(tmp_path, GOLDEN_IDX)
+    for path, content in ((tokens, GOLDEN_BIN), (index, GOLDEN_IDX)):
+        path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+        with pytest.raises(InputError, match=f"{path.name}: a Git LFS pointer, .*git lfs pull"):
+            open_pair(str(tmp_path / "pair"), (".bin", ".idx"))
+        path.write_bytes(content)
