@@ -106,14 +106,24 @@ def parquet_records(name: str, open_raw: Callable[[], BinaryIO], fields: list[st
             paths = [schema.column(i).path for i in range(len(schema))]
             check_fields(name, fields, [LIST_LEVELS.sub("", path) for path in paths])
             needed = [i for i, path in enumerate(paths) if fields is None or _is_needed(path, fields)]
+            needed_paths = [paths[i] for i in needed]
             for group in range(file.num_row_groups):
+                _refuse_damaged_metadata(file, group, needed_paths)
                 batch_rows = _rows_of_a_batch(raw, file.metadata.row_group(group), schema, needed)
-                for batch in file.iter_batches(batch_rows, [group], [paths[i] for i in needed]):
+                for batch in file.iter_batches(batch_rows, [group], needed_paths):
                     for record in _rows(batch):
                         row += 1
                         yield f"{name}, row {row} (row group {group})", record
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:  # the second is of a name
         raise InputError(f"{name}: cannot be read after row {row}, in row group {group} ({error}).") from None
+
+
+def _refuse_damaged_metadata(file, group: int, paths: list[str]) -> None:
+    """Read one row of ``group``, which raises OSError if its metadata is damaged.
+
+    ``RowGroupMetaData.column`` aborts the process on such metadata (seen with pyarrow 26). This can go when it raises.
+    """
+    next(file.iter_batches(1, [group], paths), None)
 
 
 def check_fields(name: str, fields: list[str] | None, columns: list[str]) -> None:
@@ -163,8 +173,8 @@ def _largest_value_bytes(raw: BinaryIO, column, fixed_bytes: int) -> int:
     """
     if "DELTA_BYTE_ARRAY" in column.encodings:
         return column.total_uncompressed_size
-    offsets = [column.data_page_offset, column.dictionary_page_offset]
-    raw.seek(min(offset for offset in offsets if offset))
+    offsets = [column.data_page_offset, column.dictionary_page_offset or 0]
+    raw.seek(min((offset for offset in offsets if offset > 0), default=0))
     kind, page_bytes = _page_header(raw.read(16))
     if kind is None:
         return column.total_uncompressed_size

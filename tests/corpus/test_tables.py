@@ -168,3 +168,33 @@ def test_the_header_of_a_page():
         pyarrow.parquet.write_table(pyarrow.table({"text": once}), sink, store_schema=False)
         assert _page_header(sink.getvalue()[4:20]) == (2, length + 4)
     assert _page_header(b"") == _page_header(b"\x15") == _page_header(b"\x15\x04\x15\xff") == (None, 0)
+
+
+DAMAGED_FOOTERS = """
+import io
+import pyarrow, pyarrow.parquet
+from common.console import InputError
+from common.corpus.records import file_records
+
+sink = io.BytesIO()
+pyarrow.parquet.write_table(pyarrow.table({"id": [1, 2, 3], "text": ["a", "b", "c"]}), sink, store_schema=False)
+content = sink.getvalue()
+footer = int.from_bytes(content[-8:-4], "little")
+refused = 0
+for at in range(len(content) - 8 - footer, len(content)):
+    for change in (1, 2, 16, 128):
+        damaged = bytearray(content)
+        damaged[at] ^= change
+        try:
+            list(file_records("a.parquet", lambda: io.BytesIO(bytes(damaged)), ["id", "text"]))
+        except InputError:
+            refused += 1
+print(refused)
+"""
+
+
+def test_no_damaged_footer_ends_the_process():
+    """pyarrow's metadata aborts the process on some of these, so this is a process of its own."""
+    run = subprocess.run([sys.executable, "-c", DAMAGED_FOOTERS], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    assert int(run.stdout) > 100

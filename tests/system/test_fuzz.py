@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pyarrow
+import pyarrow.ipc
 import pyarrow.parquet
 import pytest
 import zstandard
@@ -36,6 +37,13 @@ LINES = "\n".join(json.dumps(record, ensure_ascii=number % 2 == 0) for number, r
 TABLE = b'id,text\r\n1,"one, two"\r\n2,"line\nbreak"\r\n3,plain\r\n'
 PARQUET = io.BytesIO()
 pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), PARQUET, write_page_checksum=True)
+ARROW = {}
+for new in (pyarrow.ipc.new_stream, pyarrow.ipc.new_file):
+    ARROW[new] = io.BytesIO()
+    records = pyarrow.Table.from_pylist([record | {"tags": [{"a": "x"}]} for record in RECORDS])
+    records = records.append_column("kind", pyarrow.array(["a", "b", None] * 2).dictionary_encode())
+    with new(ARROW[new], records.schema) as writer:
+        writer.write_table(records, max_chunksize=4)
 CORPORA = {
     "a.jsonl": LINES,
     "a.json": json.dumps(RECORDS).encode(),
@@ -44,6 +52,9 @@ CORPORA = {
     "a.csv": TABLE,
     "a.tsv": TABLE.replace(b",", b"\t"),
     "a.parquet": PARQUET.getvalue(),
+    "stream.arrow": ARROW[pyarrow.ipc.new_stream].getvalue(),
+    "file.arrow": ARROW[pyarrow.ipc.new_file].getvalue(),
+    "no_suffix": LINES,
     "a.jsonl.gz": gzip.compress(LINES),
     "a.jsonl.bz2": bz2.compress(LINES),
     "a.jsonl.xz": lzma.compress(LINES),
