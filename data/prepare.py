@@ -20,14 +20,23 @@ from pathlib import Path
 from common.console import InputError, printable
 from common.corpus.documents import CorpusCounts, read_documents
 from common.corpus.download import CORPORA, download
+from common.corpus.hub_dataset import with_cached_files
 from common.corpus.near_duplicates import NearDuplicateCounts, without_near_duplicates
 from common.corpus.sources import PAIR_SUFFIXES, Source, resolve_sources
-from common.corpus.splits import content_hash, held_out_below
 from common.tokens.merge import merge_token_stores
 from common.tokens.store import TokenStore
-from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint
-from common.tokens.train_tokenizer import SAMPLE_BYTES, sample_of, tokenizer_report, train_tokenizer
-from common.tokens.writer import FILES, origin_of, write_token_store
+from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
+from common.tokens.train_tokenizer import (
+    LARGEST_SHARE,
+    SAMPLE_BYTES,
+    head_and_tail,
+    only_document,
+    sample_and_held_out,
+    sample_of,
+    tokenizer_report,
+    train_tokenizer,
+)
+from common.tokens.writer import COMPLETE, FILES, origin_of, write_token_store
 
 HELD_OUT_FRACTION = 0.005  # of the documents: a recipe's default, so train-tokenizer reports on the same documents
 REPORT_BYTES = 20_000_000  # of held-out text, at most
@@ -40,6 +49,9 @@ def tokenize(arguments: argparse.Namespace) -> None:
     sources = resolve_sources(arguments.input, arguments.encoding)
     removes = {"keep_duplicates": arguments.keep_duplicates, "near_duplicate_similarity": arguments.near_duplicates}
     origin = origin_of(sources, tokenizer, arguments.text_field, arguments.skip_malformed) | removes
+    if differences(arguments.output, origin) != []:  # then the sources are read, from a cache if no hub answers
+        sources = [with_cached_files(source) for source in sources]
+        origin |= origin_of(sources, tokenizer, arguments.text_field, arguments.skip_malformed)
     check_output(arguments.output, origin)
     counts = CorpusCounts()
     documents = documents_of(sources, arguments, counts)
@@ -79,21 +91,26 @@ def check_output(output: str, origin: dict) -> None:
     A token store of the same origin is accepted: it will be found and not made again.
     """
     existing = [name for name in FILES if Path(f"{output}{name}").exists()]
+    different = differences(output, origin)
     interrupted = Path(f"{output}.lock").exists()  # we were stopped between the renaming of two files
-    if existing and len(existing) < len(FILES) and not interrupted:
+    if existing and different is None and not interrupted:
         raise InputError(
             f"{output}{existing[0]}: exists already, but not as part of our token store. Choose another --output."
         )
-    if len(existing) < len(FILES):
-        return
-    sidecar = TokenStore(output).sidecar
-    wanted = json.loads(json.dumps(origin))  # with the types that the sidecar has
-    different = [name for name, value in wanted.items() if sidecar.get(name) != value]
     if different:
         raise InputError(
             f"{output}.bin: exists already, and differs in {', '.join(different)} (see {output}.json). "
             "Choose another --output, or remove its files."
         )
+
+
+def differences(output: str, origin: dict) -> list[str] | None:
+    """Return in what the token store at ``output`` differs from ``origin``; None if there is no complete one."""
+    if not all(Path(f"{output}{name}").exists() for name in COMPLETE):
+        return None
+    sidecar = TokenStore(output).sidecar
+    wanted = json.loads(json.dumps(origin))  # with the types that the sidecar has
+    return [name for name, value in wanted.items() if sidecar.get(name) != value]
 
 
 def documents_of(sources: list[Source], arguments: argparse.Namespace, counts: CorpusCounts) -> Iterator[str]:
@@ -113,7 +130,7 @@ def inspect(arguments: argparse.Namespace) -> None:
         print("no sidecar: made by another program")
     tokenizer = None if arguments.tokenizer is None else load_tokenizer(arguments.tokenizer)
     if tokenizer is not None:
-        store.check_tokenizer(tokenizer_fingerprint(tokenizer), len(tokenizer))
+        store.check_tokenizer(tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer))
     for number in range(min(arguments.documents, store.documents)):
         ids = store.tokens[store.document_starts[number] : store.document_starts[number + 1]]
         shown = ids[: arguments.tokens].tolist()
@@ -131,27 +148,14 @@ def merge(arguments: argparse.Namespace) -> None:
 def train(arguments: argparse.Namespace) -> None:
     """Train a tokenizer on a sample of the training documents; report on the documents that a recipe holds out."""
     sources = resolve_sources(arguments.input, arguments.encoding)
-    limit = held_out_below(HELD_OUT_FRACTION)
-    held_out: list[str] = []
-    left_bytes = REPORT_BYTES
-
-    def training_documents() -> Iterator[str]:
-        """Yield the documents that are not held out; keep the others in ``held_out``, up to REPORT_BYTES."""
-        nonlocal left_bytes
-        for text in documents_of(sources, arguments, CorpusCounts()):
-            if content_hash(text.encode()) >= limit:
-                yield text
-            elif len(text.encode()) <= left_bytes:
-                held_out.append(text)
-                left_bytes -= len(text.encode())
-
-    sample, counts = sample_of(training_documents(), int(arguments.sample_mb * 1e6))
-    if not held_out:  # few documents: then a recipe holds out the one with the lowest hash
-        held_out.append(sample.pop(0))
-        counts["sampled_documents"] -= 1
-        counts["sampled_bytes"] -= len(held_out[0].encode())
-    if not sample:
-        raise InputError("the corpus has 1 distinct document; give more: one is held out to judge the tokenizer.")
+    only, texts = only_document(documents_of(sources, arguments, CorpusCounts()))
+    if only is None:
+        sample_bytes = int(arguments.sample_mb * 1e6)
+        sample, held_out, counts = sample_and_held_out(texts, HELD_OUT_FRACTION, sample_bytes, REPORT_BYTES)
+    else:
+        head, tail = head_and_tail(only, HELD_OUT_FRACTION)
+        sample, counts = sample_of([head], LARGEST_SHARE * len(head.encode()))
+        held_out = [tail]
     tokenizer = train_tokenizer(sample, arguments.vocabulary_size)
     tokenizer.save_pretrained(arguments.output)
     reference = None if arguments.reference is None else load_tokenizer(arguments.reference)

@@ -32,7 +32,7 @@ from common.model.fused_loss import use_fused_loss
 from common.model.presets import ModelSize
 from common.run.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
 from common.run.folder import open_run, run_identity
-from common.tokens.tokenizer import load_tokenizer
+from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.muon import MuonWithAdamW
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
     rows = build_rows(stores, shared)
-    shape = size.shape(len(tokenizer))
+    shape = size.shape(vocabulary_size(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length, training)
     model.config.pad_token_id = None  # model_from_config says why
     model.config.use_cache = False

@@ -36,7 +36,7 @@ from common.run.init_from import load_start, rows_before
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
-from common.tokens.tokenizer import load_tokenizer
+from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
@@ -153,7 +153,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Rows, and the model: random weights. The seed was set above, so every process draws the same weights.
     rows = build_rows(stores, shared)
-    shape = size.shape(len(tokenizer))
+    shape = size.shape(vocabulary_size(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length, training)
     if shared.init_from:
         load_start(model, shared.init_from)

@@ -8,6 +8,7 @@ hub that answers "too many requests". ``datasets`` is used to decide which files
 
 import re
 from collections import Counter
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
@@ -15,6 +16,7 @@ from tempfile import TemporaryDirectory
 from common.console import InputError, say
 from common.corpus.formats import Records, format_of
 from common.corpus.records import file_records
+from common.corpus.sources import Source
 from common.corpus.transfer import HubFile, cached_files, hugging_face_snapshot, modelscope_snapshot, remote_files
 from common.hub import DATA_SET_ID, answering_hubs, hub_endpoints, offline, ways_to_continue
 
@@ -43,6 +45,21 @@ def hub_records(identifier: str, fields: list[str] | None = None, encoding: str 
     whole_texts = sum(format_of(file.path) == ".txt" for file in files) > 1
     for file in files:
         yield from file_records(file.path, file.open, fields, encoding, whole_texts)
+
+
+def with_cached_files(source: Source) -> Source:
+    """Return ``source``, with the files that are read of it if they come from a cache, which may be incomplete.
+
+    They belong to the key of what is made from it: when the hub answers again, or the cache has more files, the data
+    set is read again.
+    """
+    if source.hub_id is None:
+        return source
+    _, files = find_files(source.hub_id)
+    is_one_named_file = [file.path for file in files] == [DATA_SET_ID.fullmatch(source.hub_id)[2]]
+    if is_one_named_file or any(file.local is None for file in files):
+        return source
+    return replace(source, cached_files=tuple((file.path, file.size_bytes) for file in files))
 
 
 def find_files(identifier: str) -> tuple[str, list[HubFile]]:

@@ -54,6 +54,7 @@ class Source:
         token_store: a prefix or a folder, as ``TokenStore`` takes it, or None.
         encoding: of the text files, as ``known_encoding`` returns it; None for UTF-8.
         whole_texts: each of the .txt files is one document; otherwise blank lines separate the documents.
+        cached_files: (path, bytes) of the files that are read from a hub's cache, because no hub answers.
     """
 
     given: str
@@ -63,6 +64,7 @@ class Source:
     token_store: str | None = None
     encoding: str | None = None
     whole_texts: bool = False
+    cached_files: tuple[tuple[str, int], ...] = ()
 
     @property
     def texts(self) -> list[Path]:
@@ -83,10 +85,13 @@ class Source:
         """Identify the content, as JSON types, without reading it.
 
         For files this is the name (relative to the folder that they share), the size and the modification time of each;
-        for a data set it is the hub id. It does not change when the folder is moved. It changes when a file is added,
-        removed, renamed or modified. The rules by which some formats are read are part of it, too.
+        for a data set it is the hub id, and the files of a cache that may be incomplete. It does not change when the
+        folder is moved. It changes when a file is added, removed, renamed or modified. The rules by which some formats
+        are read are part of it, too.
         """
         rules = {} if self.encoding is None else {"encoding": self.encoding}
+        if self.hub_id is not None and self.cached_files:
+            rules["cached_files"] = [list(file) for file in self.cached_files]
         if self.hub_id is not None:
             return {"hub_id": self.hub_id} | rules
         folder = os.path.commonpath([path.absolute().parent for path in self.files])
@@ -140,9 +145,10 @@ def resolve_source(given: str, encoding: str | None = None) -> Source:
 
     From a folder and its subfolders, all files of a known format are taken; the content decides the format of a file
     without a suffix. Files of other formats are left out, and a note names them. Hidden files, hidden folders and
-    caches (CACHE_TAG) are left out without a note. A folder with token files directly in it is a token store. From a
-    folder that ``datasets.save_to_disk`` wrote, the data files that it lists are taken, and of several splits "train".
-    A glob takes the files that it matches (``**`` matches folders of any depth).
+    caches (CACHE_TAG) are left out without a note, unless documents lie directly in a cache. A folder with token files
+    directly in it is a token store. From a folder that ``datasets.save_to_disk`` wrote, the data files that it lists
+    are taken, and of several splits "train". A glob takes the files that it matches (``**`` matches folders of any
+    depth).
 
     Several .txt files in a source are one document each. In a single one, blank lines separate the documents. A note
     says which it is.
@@ -268,12 +274,28 @@ def _files_below(folder: Path) -> Iterator[Path]:
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         identity = _identity(parent)
-        if identity in seen or (CACHE_TAG in files and Path(parent) != folder):
+        is_cache = CACHE_TAG in files and Path(parent) != folder
+        if is_cache and identity not in seen:
+            _say_documents_in_cache([Path(parent, name) for name in files])
+        if identity in seen or is_cache:
             folders.clear()  # os.walk goes into what is left in this list
             continue
         seen.add(identity)
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         yield from sorted(Path(parent, name) for name in files if not name.startswith("."))
+
+
+def _say_documents_in_cache(files: list[Path]) -> None:
+    documents = [path for path in sorted(files) if _is_document(path) and not _is_beside_pair(path)]
+    if documents:
+        say(
+            f"note: {documents[0].parent}: is marked as a cache by {CACHE_TAG}, so its files are not read: "
+            f"{_some(documents)}"
+        )
+
+
+def _is_document(path: Path) -> bool:
+    return _known_format(path) is not None and path.name.lower() not in METADATA
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -296,7 +318,7 @@ def _is_beside_pair(path: Path) -> bool:
 def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
     """Return the files of a known format, sorted; print a note that names the other files."""
     files = [path for path in files if not _is_beside_pair(path)]
-    known = [path for path in files if _known_format(path) and path.name.lower() not in METADATA]
+    known = [path for path in files if _is_document(path)]
     known.sort(key=Path.as_posix)
     others = sorted(set(files) - set(known))
     if not known:

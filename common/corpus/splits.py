@@ -48,22 +48,23 @@ def split_by_hash(hashes: np.ndarray, fraction: float, keep_duplicates: bool = F
     """Hold out the documents whose hash is below ``held_out_below(fraction)``.
 
     At least one document is held out, and at least one is not. If there are so few documents that the rule holds out
-    none, the one with the lowest hash is held out; if it holds out all, the one with the highest hash is not.
+    none, the one with the lowest hash is held out; if it holds out all, the one with the highest hash is not. If there
+    is only one distinct document, it trains, and the caller holds out its tail.
 
     Args:
         hashes: uint64, shape (documents,), of all sources together, so that a text in two of them is a duplicate.
         keep_duplicates: do not mark any document as a duplicate.
 
     Raises:
-        InputError: there are fewer than two distinct documents, or ``fraction`` is not between 0 and 1.
+        InputError: there is no document, or ``fraction`` is not between 0 and 1.
     """
     limit = np.uint64(held_out_below(fraction))
-    if len(hashes) == 0 or hashes.min() == hashes.max():
-        raise InputError(f"the corpus has {min(len(hashes), 1)} distinct documents; give more: one is held out.")
+    if len(hashes) == 0:
+        raise InputError("the corpus has no documents; give more.")
     held_out = hashes < limit
     if not held_out.any():
         held_out = hashes == hashes.min()
-    if held_out.all():
+    if held_out.all():  # also if there is only one, which then trains
         held_out = hashes != hashes.max()
     duplicate = np.zeros_like(held_out) if keep_duplicates else repeated(hashes)
     return Split(~held_out & ~duplicate, held_out & ~duplicate, np.zeros_like(held_out), duplicate)
@@ -116,6 +117,23 @@ def _ends_in_order(documents: int, shares: str) -> tuple[int, int]:
         ends.append(ends[-1] + int(round(part / sum(parts) * documents)))
     excess = ends[-1] - documents
     return ends[1] - excess, ends[2] - excess
+
+
+def hashes_of_equals(hashes: np.ndarray, id_hashes: np.ndarray) -> np.ndarray:
+    """Return ``hashes`` (uint64), in which all documents with the same ids have the lowest hash among them.
+
+    So they are on the same side of a split, and all but the first are duplicates, whatever their texts look like: for
+    example, the same article in two Unicode normalisations. ``id_hashes`` [5, 6, 5] and ``hashes`` [30, 20, 10] give
+    [10, 20, 10].
+    """
+    if not repeated(id_hashes).any():
+        return hashes
+    order = np.argsort(id_hashes, kind="stable")
+    firsts = np.flatnonzero(np.diff(id_hashes[order], prepend=id_hashes[order[:1]] + np.uint64(1)))
+    lowest = np.minimum.reduceat(hashes[order], firsts)
+    result = np.empty_like(hashes)
+    result[order] = np.repeat(lowest, np.diff(firsts, append=len(order)))
+    return result
 
 
 def repeated(hashes: np.ndarray) -> np.ndarray:

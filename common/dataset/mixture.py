@@ -12,6 +12,7 @@ from common.console import InputError, say
 from common.dataset.packing import IGNORED_ROW, JoinedRows
 
 CHUNK_POSITIONS = 1 << 16  # computed at once
+FEW_STEPS = 100  # a run with fewer gets a warning
 LONGEST_PERIOD = 100_000  # positions after which a mixture repeats its turns
 
 
@@ -146,7 +147,25 @@ def training_order(
                 "Ask for more: --num_train_epochs, or --max_steps, which counts from here."
             )
     order.begin_at(0, rows_before, training)
+    if order.rows_asked is not None and rows_before == 0 and training.max_steps < FEW_STEPS:
+        say(f"warning: {_ways_to_more_steps(order, training, rows.context_length)}")
     return order
+
+
+def _ways_to_more_steps(order: TrainingOrder, training: TrainingArguments, context_length: int) -> str:
+    """Return how few steps the run has, and the flags that give FEW_STEPS."""
+    passes = math.ceil(training.num_train_epochs * FEW_STEPS / training.max_steps)
+    ways = [f"--num_train_epochs {passes}", "more text"]
+    rows_per_step = order.rows_in_run // FEW_STEPS
+    if rows_per_step > 0:
+        rows_per_step = 2 ** int(math.log2(rows_per_step))  # a power of two can be divided among processes
+        ways.insert(0, f"--tokens_per_step {rows_per_step * context_length}")
+    steps = f"{training.max_steps} step{'s' * (training.max_steps > 1)}"
+    return (
+        f"the run has only {steps} of {order.rows_per_step:,} rows: {order.rows_in_run:,} rows of {context_length:,} "
+        f"tokens in {training.num_train_epochs:g} passes. With so few, the learning rate hardly leaves its warmup, and "
+        f"little is learnt. {FEW_STEPS} steps or more: {', or '.join(ways)}."
+    )
 
 
 def rows_asked_for(training: TrainingArguments, rows_per_step: int, rows: int) -> int:

@@ -15,8 +15,10 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedTokenizerBase
 
 from common.tokens.store import TokenStore
+from common.tokens.tokenizer import decoded
 
 IGNORED_TARGET = -100  # torch's cross_entropy skips such targets
+MOST_DECODED = 4_000_000  # tokens of a document
 IGNORED_ROW = -1  # the index of a row without targets: it completes a batch and trains nothing
 
 
@@ -56,6 +58,7 @@ class PackedRows:
         context_length: int,
         isolated: bool = False,
         max_rows: int | None = None,
+        part: tuple[int, int] | None = None,
     ):
         """Pack the ``chosen`` documents of ``store``.
 
@@ -63,10 +66,12 @@ class PackedRows:
             chosen: which of the store's documents are packed: bool, (documents,).
             isolated: attention stays within a document.
             max_rows: at most this many rows are served; None: all whole rows.
+            part: of the one document that is chosen, only these tokens, [begin, end); None: all.
         """
         self.source = str(store.prefix)
         self.tokens = store.tokens
         self.document_starts = store.document_starts
+        self.text_bytes = store.text_bytes()  # of each document of the store
         self.chosen = chosen
         self.context_length = context_length
         self.isolated = isolated
@@ -75,8 +80,11 @@ class PackedRows:
         edges = np.flatnonzero(np.diff(chosen.astype(np.int8), prepend=0, append=0))
         self.run_starts = store.document_starts[edges[0::2]]  # the first token of each run, in the store
         run_lengths = store.document_starts[edges[1::2]] - self.run_starts
+        if part is not None:
+            self.run_starts = self.run_starts + part[0]
+            run_lengths = np.array([part[1] - part[0]])
         self.stream_starts = np.concatenate([[0], np.cumsum(run_lengths)])  # the same in the stream, and its end
-        self.documents = int(chosen.sum())
+        self.documents = int(chosen.sum()) if part is None or part[0] == 0 else 0  # a document counts where it begins
         self.stream_tokens = int(self.stream_starts[-1])
         self.whole_rows = max(0, (self.stream_tokens - 1) // context_length)
         self.rows = self.whole_rows if max_rows is None else min(self.whole_rows, max_rows)
@@ -138,6 +146,41 @@ class PackedRows:
         targets = self.window(1, length)
         return targets[~self.starts_in(1, length)] if self.isolated else targets
 
+    def target_bytes(self, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return the bytes of UTF-8 text that all targets stand for; end-of-document tokens stand for none.
+
+        A document all of whose tokens are targets counts with the size of its text, which a tokenizer that loses some
+        of the text does not give back. A document that is cut counts with the share of its decoded text that is in the
+        targets. If the size of a text is not known, or a cut document is too long to be decoded as a whole, the decoded
+        bytes of its targets are counted.
+        """
+        total, not_known = 0, [np.zeros(0, np.int64)]
+        for begin, end in self._pieces(1, self.rows * self.context_length):
+            first = int(self.document_starts.searchsorted(begin, side="right")) - 1
+            last = int(self.document_starts.searchsorted(end))
+            for document in range(first, last):
+                start, stop = self.document_starts[document : document + 2].tolist()
+                targets = slice(max(begin, start + 1 if self.isolated else start), min(end, stop))
+                text_bytes = -1 if self.text_bytes is None else int(self.text_bytes[document])
+                if text_bytes >= 0 and targets == slice(start, stop):
+                    total += text_bytes
+                elif text_bytes < 0 or stop - start > MOST_DECODED:
+                    not_known.append(self.tokens[targets].astype(np.int64))
+                else:
+                    total += self._share_of_text(targets, slice(start, stop), text_bytes, tokenizer)
+        targets = np.concatenate(not_known)
+        return total + len(decoded(targets[targets != tokenizer.eos_token_id], tokenizer).encode())
+
+    def _share_of_text(self, targets: slice, document: slice, text_bytes: int, tokenizer) -> float:
+        """Return the bytes of ``targets``, a part of ``document``, whose text has ``text_bytes``."""
+        part, whole = (
+            len(decoded(tokens[tokens != tokenizer.eos_token_id], tokenizer).encode())
+            for tokens in (self.tokens[targets].astype(np.int64), self.tokens[document].astype(np.int64))
+        )
+        if whole == 0:
+            return text_bytes * (targets.stop - targets.start) / (document.stop - document.start)
+        return part if whole == text_bytes else text_bytes * part / whole
+
     def _pieces(self, start: int, length: int) -> Iterator[tuple[int, int]]:
         """Yield the ranges [begin, end) of the store that hold tokens [start, start + length) of the stream, by run."""
         run = int(self.stream_starts.searchsorted(start, side="right")) - 1
@@ -183,7 +226,7 @@ class JoinedRows(Dataset):
         self.first_rows = np.cumsum([0, *(len(rows) for rows in sources)])
         self.documents = sum(rows.documents for rows in sources)
         self.stream_tokens = sum(rows.stream_tokens for rows in sources)
-        self._target_bytes: int | None = None
+        self._target_bytes: float | None = None
 
     def __len__(self) -> int:
         return int(self.first_rows[-1])
@@ -218,12 +261,10 @@ class JoinedRows(Dataset):
         """Return every target of the rows in order, without the ignored ones: int64, (targets,)."""
         return np.concatenate([rows.targets() for rows in self.sources])
 
-    def target_bytes(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """Return the bytes of UTF-8 text that all targets decode to; end-of-document tokens count as 0 bytes."""
+    def target_bytes(self, tokenizer: PreTrainedTokenizerBase) -> float:
+        """Return the bytes of UTF-8 text that all targets stand for, as PackedRows does; computed once."""
         if self._target_bytes is None:
-            targets = self.targets()
-            text = tokenizer.decode(targets[targets != tokenizer.eos_token_id], clean_up_tokenization_spaces=False)
-            self._target_bytes = len(text.encode())
+            self._target_bytes = sum(rows.target_bytes(tokenizer) for rows in self.sources)
         return self._target_bytes
 
 

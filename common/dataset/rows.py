@@ -1,15 +1,16 @@
 """Token stores -> the rows of each split, with a ledger of each source."""
 
+import math
 from dataclasses import dataclass, fields
 
 import numpy as np
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.corpus.splits import Split, split_by_hash, split_in_order
+from common.corpus.splits import Split, hashes_of_equals, split_by_hash, split_in_order
 from common.dataset.ledger import Ledger
 from common.dataset.packing import JoinedRows, PackedRows
-from common.tokens.store import TokenStore, make_hashes_comparable
+from common.tokens.store import TokenStore
 
 
 @dataclass
@@ -31,6 +32,8 @@ class Rows:
 def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Rows:
     """Split the documents of ``stores`` and cut each split into rows; print where every token went.
 
+    If there is only one distinct document, its last tokens are held out: ``held_out_fraction`` of them, at least a row.
+
     Dropped: the last partial row of each split of each source. The ledgers count it.
 
     Raises:
@@ -41,13 +44,14 @@ def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Row
             f"--max_eval_rows {arguments.max_eval_rows}: must be at least 1, or left out to evaluate on all."
         )
     packed = {"train": [], "held_out": [], "test": []}
-    ledgers = {}
-    for (name, store), split in zip(stores.items(), _splits(list(stores.values()), arguments), strict=True):
-        rows = {}
+    ledgers, fingerprints = {}, []
+    hashes = _document_hashes(list(stores.values()))
+    splits = _splits(stores, hashes, arguments)
+    only_one = arguments.split is None and not any(split.held_out.any() for split in splits)
+    for (name, store), split, own_hashes in zip(stores.items(), splits, hashes, strict=True):
+        fingerprints.append(store.fingerprint(own_hashes))
+        rows = _head_and_tail(store, split, arguments) if only_one else _packed(store, split, arguments)
         for use in packed:
-            most = None if use == "train" else arguments.max_eval_rows
-            isolated = arguments.packing == "isolated"
-            rows[use] = PackedRows(store, getattr(split, use), arguments.context_length, isolated, most)
             packed[use].append(rows[use])
         ledgers[name] = Ledger.of(store, split, rows)
     joined = {use: JoinedRows(parts, arguments.data_weights) for use, parts in packed.items()}
@@ -64,24 +68,85 @@ def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Row
     for name, ledger in ledgers.items():
         say(f"ledger of {name}: {ledger}")
     test = joined["test"] if len(joined["test"]) else None
-    fingerprints = [store.fingerprint() for store in stores.values()]
     return Rows(joined["train"], joined["held_out"], test, ledgers, fingerprints)
 
 
-def _splits(stores: list[TokenStore], arguments: SharedArguments) -> list[Split]:
-    """Return the split of each store. Stores are compared with each other: a copy in another source is a copy, too."""
-    make_hashes_comparable(stores)
+def _document_hashes(stores: list[TokenStore]) -> list[np.ndarray]:
+    """Return the hashes by which the documents of each store are split: one value for all that have the same ids.
+
+    Stores are compared with each other: a copy in another source is a copy, too.
+    """
     hashes = np.concatenate([store.document_hashes() for store in stores])
-    documents = [store.documents for store in stores]
+    id_hashes = np.concatenate([store.id_hashes() for store in stores])
+    return _for_each_store(hashes_of_equals(hashes, id_hashes), stores)
+
+
+def _for_each_store(values: np.ndarray, stores: list[TokenStore]) -> list[np.ndarray]:
+    """Cut ``values`` of the documents of all stores into those of each."""
+    return np.split(values, np.cumsum([store.documents for store in stores])[:-1])
+
+
+def _splits(stores: dict[str, TokenStore], hashes: list[np.ndarray], arguments: SharedArguments) -> list[Split]:
+    """Return the split of each store; say which shares of --split are empty."""
+    of_all, documents = np.concatenate(hashes), [store.documents for store in stores.values()]
     if arguments.split is None:
-        whole = split_by_hash(hashes, arguments.held_out_fraction, arguments.keep_duplicates)
+        whole = split_by_hash(of_all, arguments.held_out_fraction, arguments.keep_duplicates)
     else:
-        whole = split_in_order(documents, hashes, arguments.split, arguments.keep_duplicates)
-    ends = np.cumsum([0, *documents])
-    return [
-        Split(*(getattr(whole, field.name)[begin:end] for field in fields(Split)))
-        for begin, end in zip(ends[:-1], ends[1:], strict=True)
-    ]
+        whole = split_in_order(documents, of_all, arguments.split, arguments.keep_duplicates)
+    masks = [_for_each_store(getattr(whole, field.name), list(stores.values())) for field in fields(Split)]
+    splits = [Split(*own) for own in zip(*masks, strict=True)]
+    if arguments.split is not None:
+        for name, split in zip(stores, splits, strict=True):
+            _say_empty_shares(name, split, arguments.split)
+    return splits
+
+
+def _say_empty_shares(name: str, split: Split, shares: str) -> None:
+    asked = [use for use, share in zip(("train", "held_out", "test"), shares.split(","), strict=False) if float(share)]
+    empty = [use for use in asked if not getattr(split, use).any()]
+    if empty:
+        say(
+            f"note: --split {shares} of the {len(split.train):,} documents of {name} leaves no document for "
+            f"{' and '.join(empty)}"
+        )
+
+
+def _packed(store: TokenStore, split: Split, arguments: SharedArguments) -> dict[str, PackedRows]:
+    """Return the rows of each use of the documents of ``store``."""
+    isolated, most = arguments.packing == "isolated", arguments.max_eval_rows
+    return {
+        "train": PackedRows(store, split.train, arguments.context_length, isolated),
+        "held_out": PackedRows(store, split.held_out, arguments.context_length, isolated, most),
+        "test": PackedRows(store, split.test, arguments.context_length, isolated, most),
+    }
+
+
+def _head_and_tail(store: TokenStore, split: Split, arguments: SharedArguments) -> dict[str, PackedRows]:
+    """Return the rows of the only distinct document, whose tail is held out; none if it is in another store."""
+    rows = _packed(store, split, arguments)
+    if not split.train.any():
+        return rows
+    if split.train.sum() > 1:
+        raise InputError(
+            "--keep_duplicates: the corpus has only one distinct document, and what is held out of it would be trained "
+            "on in its copies. Leave the flag out, or give more documents."
+        )
+    tokens = rows["train"].stream_tokens
+    row = arguments.context_length + 1
+    tail = max(math.ceil(arguments.held_out_fraction * tokens), row)
+    if tokens - tail < row:
+        raise InputError(
+            f"the corpus has only one distinct document, of {tokens:,} tokens. Its tail cannot be held out: {tail:,} "
+            f"tokens would be held out, and at least a row of {arguments.context_length:,} + 1 must be left to train "
+            "on. Give more text, or a shorter --context_length."
+        )
+    say(f"note: only one distinct document: the last {tail:,} of its {tokens:,} tokens are held out")
+    isolated, most = arguments.packing == "isolated", arguments.max_eval_rows
+    head, end = (0, tokens - tail), (tokens - tail, tokens)
+    return rows | {
+        "train": PackedRows(store, split.train, arguments.context_length, isolated, part=head),
+        "held_out": PackedRows(store, split.train, arguments.context_length, isolated, most, part=end),
+    }
 
 
 def unigram_loss(train: JoinedRows, held_out: JoinedRows, vocabulary_size: int) -> float:

@@ -12,6 +12,7 @@ from transformers import BitsAndBytesConfig, PreTrainedModel, PreTrainedTokenize
 from transformers.pytorch_utils import Conv1D
 
 from common.console import InputError, say
+from common.corpus.sources import mark_as_cache
 from common.model.pretrained import pretrained_model
 
 ALL_LINEAR = "all-linear"  # peft's name for every linear layer but the head: what learns best, by the QLoRA paper
@@ -99,7 +100,7 @@ def unpacked_gguf(
         # After an interruption, half of the weights must not be taken for all of them.
         partial = unpacked.with_name(f"{unpacked.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
-        model.save_pretrained(partial)
+        model.save_pretrained(mark_as_cache(partial))
         tokenizer.save_pretrained(partial)
         partial.rename(unpacked)
     return str(unpacked)

@@ -13,7 +13,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from common.console import InputError
-from common.tokens.tokenizer import padded_vocabulary
+from common.tokens.tokenizer import padded_vocabulary, vocabulary_size
 
 # A whole model is built on the card, before it is sharded, if it takes up to this share of the card's memory.
 BUILT_SHARE = 1 / 3
@@ -46,7 +46,7 @@ def model_from_config(
         InputError: transformers refuses the shape.
     """
     settings = {
-        "vocab_size": padded_vocabulary(len(tokenizer)),
+        "vocab_size": padded_vocabulary(vocabulary_size(tokenizer)),
         "max_position_embeddings": context_length,
         **shape,
     }

@@ -23,6 +23,7 @@ from transformers.utils import is_gguf_available
 from common.console import InputError, say
 from common.hub import fetch_model
 from common.model.from_config import build_whole
+from common.tokens.tokenizer import vocabulary_size
 
 # Weights are refused if their loss is above this share of ln(vocabulary), the loss of predicting all tokens alike.
 # Measured on SmolLM2-135M (CPU, 6,156 tokens, 2026-11-22):
@@ -189,11 +190,12 @@ def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: 
     if method is not None:
         raise InputError(f"{place}: its weights are quantized and cannot be trained. Give the original. ({method})")
     text = config.get_text_config()
-    if len(tokenizer) > text.vocab_size:
+    ids = vocabulary_size(tokenizer)
+    if ids > text.vocab_size:
         raise InputError(
-            f"{place}: its embedding has {text.vocab_size:,} rows, the tokenizer {len(tokenizer):,} ids. Give the "
+            f"{place}: its embedding has {text.vocab_size:,} rows, the tokenizer {ids:,} ids. Give the "
             "tokenizer that it was trained with, or none, to take its own. To add tokens of your own, grow it first: "
-            f"model.resize_token_embeddings({len(tokenizer)}), model.save_pretrained(FOLDER), --model FOLDER"
+            f"model.resize_token_embeddings({ids}), model.save_pretrained(FOLDER), --model FOLDER"
         )
     positions = getattr(text, "max_position_embeddings", None)
     if positions is not None and context_length > positions:

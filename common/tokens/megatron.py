@@ -39,7 +39,12 @@ from common.corpus.sources import PAIRS
 
 PAIR, LEGACY_PAIR = PAIRS  # the suffixes of the tokens and of the index
 SIDECAR = ".json"  # the suffix of our record beside a pair: where its tokens come from, and their tokenizer
-HASHES = ".hashes.npy"  # the suffix of the documents' hashes beside a pair
+HASHES = ".hashes.npy"  # 64-bit hashes of the documents' texts
+ID_HASHES = ".id_hashes.npy"  # 64-bit hashes of the documents' ids without end-of-document tokens
+TEXT_BYTES = ".text_bytes.npy"  # the documents' sizes in UTF-8
+# The suffixes of the files beside a pair that have one number for each document, and the numbers' dtypes. Pairs of
+# other programs have none of these files, and those of our earlier versions only HASHES.
+COLUMNS = {HASHES: np.dtype("<u8"), ID_HASHES: np.dtype("<u8"), TEXT_BYTES: np.dtype("<i8")}
 LARGEST_SIDECAR_BYTES = 64 * 2**20  # a larger .json must be a text of the user's
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -60,6 +65,8 @@ def known_dtypes() -> list[np.dtype]:
 
 def token_dtype(vocabulary_size: int) -> np.dtype:
     """Return the dtype of the tokens that we write: uint16 (2 bytes a token) if that holds the ids, else int32.
+
+    ``vocabulary_size``: the largest id + 1.
 
     The limit is Megatron's, so that its files and ours are the same. Readers take the dtype from the index.
     """
@@ -242,6 +249,31 @@ def map_row(path: Path) -> np.memmap:
     if row.ndim != 1:
         raise InputError(f"{path}: of shape {row.shape}, but it must have one dimension. Fetch or write it again.")
     return row
+
+
+def write_row(path: str | Path, row: np.ndarray) -> None:
+    """Write a one-dimensional array as a ``.npy`` file. (np.save raises errors without a reason on a full disk.)"""
+    with open(path, "wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(row))
+        for first in range(0, len(row), CHUNK):
+            file.write(row[first : first + CHUNK].tobytes())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_column(path: Path, dtype: np.dtype, documents: int) -> np.ndarray:
+    """Return a column, one number for each document, memory-mapped: ``dtype``, (documents,).
+
+    Raises:
+        InputError: the file is damaged, or of another pair.
+    """
+    column = map_row(path)
+    if column.dtype != dtype or len(column) != documents:
+        raise InputError(
+            f"{path}: {len(column):,} numbers of {column.dtype}, but the pair has {documents:,} documents, and a "
+            f"number of {dtype} for each is needed. It is damaged or of another pair: fetch it again, or delete it."
+        )
+    return column
 
 
 def read_index(path: Path, bin_path: Path) -> TokenIndex:

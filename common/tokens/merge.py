@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from uuid import uuid4
 
 import numpy as np
+from filelock import FileLock
 from tqdm import tqdm
 
 from common.console import InputError, is_main_process
 from common.io import DISK_FULL, write_json
-from common.tokens.megatron import HASHES, LEGACY_PAIR, PAIR, SIDECAR, TokenPair, write_index
-from common.tokens.store import CHUNK_TOKENS, TokenStore, joined_sidecar, make_hashes_comparable
+from common.tokens.megatron import COLUMNS, LEGACY_PAIR, PAIR, SIDECAR, TokenPair, read_column, write_index, write_row
+from common.tokens.store import CHUNK_TOKENS, TokenStore, joined_sidecar
 
 NARROWEST_FIRST = [np.dtype(name) for name in "uint8 int8 uint16 int16 int32 uint32 int64 uint64".split()]
 
@@ -23,7 +23,10 @@ def merge_token_stores(inputs: list[TokenStore], output_prefix: str | Path, lega
     """Write the documents of ``inputs``, one store after the other, as the pair ``output_prefix``; return its store.
 
     Tokens go through memory in chunks. Sequences and documents stay as they are. Dropped are only the modes of
-    multimodal sequences.
+    multimodal sequences, and the columns (COLUMNS) that some inputs do not have: a run then does without, or computes
+    them.
+
+    A merge that was killed leaves files with the name ``.partial``; the same call writes them again.
 
     Args:
         legacy: write ``_ids.npy`` and ``_idx.npz`` instead of ``.bin`` and ``.idx``.
@@ -34,21 +37,18 @@ def merge_token_stores(inputs: list[TokenStore], output_prefix: str | Path, lega
     """
     suffixes = LEGACY_PAIR if legacy else PAIR
     pairs = [pair for store in inputs for pair in store.pairs]
-    _refuse_to_overwrite(str(output_prefix))
     _refuse_repeated_inputs(inputs, pairs)
     dtype = _common_dtype(inputs)
-    make_hashes_comparable(inputs)
     sidecar = {
         "documents": sum(pair.documents for pair in pairs),
         "tokens": sum(len(pair.tokens) for pair in pairs),
         **joined_sidecar(pairs),
-        "hashes": inputs[0].hashes_of,
         "inputs": [{"prefix": pair.prefix, "documents": pair.documents, **pair.sidecar} for pair in pairs],
     }
     sizes = np.concatenate([pair.sizes[:] for pair in pairs])  # (sequences,)
     marks = _joined_marks(pairs)  # (documents + 1,)
-    hashes = np.concatenate([store.document_hashes() for store in inputs])
-    with whole_or_nothing(output_prefix, [*suffixes, HASHES, SIDECAR]) as partial:
+    columns = _common_columns(pairs)
+    with whole_or_nothing(str(output_prefix), [*suffixes, *columns, SIDECAR]) as partial:
         with open(partial + suffixes[0], "wb") as file:
             if legacy:
                 header = {"descr": dtype.str, "fortran_order": False, "shape": (sidecar["tokens"],)}
@@ -59,16 +59,33 @@ def merge_token_stores(inputs: list[TokenStore], output_prefix: str | Path, lega
                 np.savez(file, lens=sizes.astype(np.int32), docs=marks)
         else:
             write_index(partial + suffixes[1], sizes, dtype, marks)
-        with open(partial + HASHES, "wb") as file:
-            np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(hashes))
-            file.write(hashes)  # not np.save, which does not report a full disk
+        for suffix, column in columns.items():
+            write_row(partial + suffix, column)
         write_json(Path(partial + SIDECAR), sidecar)
     return TokenStore(str(output_prefix) + suffixes[0])
 
 
-def _refuse_to_overwrite(output_prefix: str) -> None:
-    for suffix in (*PAIR, *LEGACY_PAIR, SIDECAR, HASHES):
-        if Path(output_prefix + suffix).exists():
+def _common_columns(pairs: list[TokenPair]) -> dict[str, np.ndarray]:
+    """Return the columns that all pairs with documents have, one pair after the other, by their suffixes."""
+    pairs = [pair for pair in pairs if pair.documents]
+    columns = {}
+    for suffix, dtype in COLUMNS.items():
+        paths = [Path(pair.prefix + suffix) for pair in pairs]
+        if pairs and all(path.exists() for path in paths):
+            parts = [read_column(path, dtype, pair.documents) for path, pair in zip(paths, pairs, strict=True)]
+            columns[suffix] = np.concatenate(parts)
+    return columns
+
+
+def _refuse_to_overwrite(output_prefix: str, suffixes: list[str]) -> None:
+    """Raise InputError if a file of a token store ``output_prefix`` exists, unless an interrupted write left it.
+
+    The sidecar gets its name last. So if it still has its temporary name, the others were left by an interrupted write:
+    before that began, none of them existed.
+    """
+    left = suffixes[:-1] if Path(f"{output_prefix}.partial{SIDECAR}").exists() else []
+    for suffix in (*PAIR, *LEGACY_PAIR, *COLUMNS, SIDECAR):
+        if Path(output_prefix + suffix).exists() and suffix not in left:
             raise InputError(f"{output_prefix}{suffix} exists already. Delete it, or choose another name.")
 
 
@@ -122,29 +139,33 @@ def _copy_tokens(inputs: list[TokenStore], dtype: np.dtype, file, total: int) ->
 
 
 @contextmanager
-def whole_or_nothing(prefix: str | Path, suffixes: list[str]) -> Iterator[str]:
+def whole_or_nothing(prefix: str, suffixes: list[str]) -> Iterator[str]:
     """Yield a temporary prefix for files with ``suffixes``; at the end rename them all to ``prefix``, in this order.
 
-    If anything fails before the end, the temporary files are removed.
+    If anything fails before the end, the temporary files are removed. If the process is killed, they stay, and are
+    overwritten the next time. One process at a time does so: ``prefix``.lock.
 
     Raises:
-        InputError: no space is left on the disk.
+        InputError: a file exists already, or no space is left on the disk.
     """
     folder = Path(prefix).parent
     folder.mkdir(parents=True, exist_ok=True)
-    partial = f"{prefix}.partial-{uuid4().hex[:8]}"
-    try:
-        yield partial
-        for suffix in suffixes:
-            os.replace(partial + suffix, f"{prefix}{suffix}")
-    except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
-        written = sum(Path(partial + suffix).stat().st_size for suffix in suffixes if Path(partial + suffix).exists())
-        raise InputError(
-            f"{folder}: no space left: {shutil.disk_usage(folder).free / 2**30:.2f} GiB free after "
-            f"{written / 2**30:.2f} GiB were written, which are removed now. Make room, or choose another disk."
-        ) from None
-    finally:
-        for suffix in suffixes:
-            Path(partial + suffix).unlink(missing_ok=True)
+    partial = f"{prefix}.partial"
+    with FileLock(f"{prefix}.lock"):
+        _refuse_to_overwrite(prefix, suffixes)
+        try:
+            yield partial
+            for suffix in suffixes:
+                os.replace(partial + suffix, f"{prefix}{suffix}")
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
+            existing = [Path(partial + suffix) for suffix in suffixes if Path(partial + suffix).exists()]
+            written = sum(path.stat().st_size for path in existing)
+            raise InputError(
+                f"{folder}: no space left: {shutil.disk_usage(folder).free / 2**30:.2f} GiB free after "
+                f"{written / 2**30:.2f} GiB were written, which are removed now. Make room, or choose another disk."
+            ) from None
+        finally:
+            for suffix in suffixes:
+                Path(partial + suffix).unlink(missing_ok=True)

@@ -219,7 +219,7 @@ def check_shards(folder: str) -> dict[str, int]:
         "documents": store.documents,
         "tokens": len(store.tokens) - store.documents,
         "end_tokens": store.documents,
-        "duplicates": int(repeated(store.document_hashes()).sum()),
+        "duplicates": int(repeated(store.id_hashes()).sum()),
         "empty": empty,
         "malformed": malformed,
         "bytes": sum(sidecar["text_bytes"] for sidecar in sidecars),

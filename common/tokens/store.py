@@ -1,11 +1,13 @@
 """Reading token stores: one pair of files, or a folder of pairs, as one list of documents.
 
-``common/tokens/megatron.py`` describes a pair. Beside a pair that we wrote are two more files:
+``common/tokens/megatron.py`` describes a pair. Beside a pair that we wrote are four more files:
 
 - ``.json``, the sidecar: where the tokens come from, how many there are, and which tokenizer made them;
-- ``.hashes.npy``: a 64-bit hash of each document's text. By these hashes documents are held out and duplicates found.
+- ``.hashes.npy``: a 64-bit hash of each document's text, by which documents are held out;
+- ``.id_hashes.npy``: a 64-bit hash of each document's ids without end tokens, by which duplicates are found;
+- ``.text_bytes.npy``: the size of each document in UTF-8, which bits per byte are computed from.
 
-A pair without hashes gets them computed from its tokens, and they are kept in the cache.
+A pair without hashes gets them computed from its ids, and they are kept in the cache.
 """
 
 import errno
@@ -22,8 +24,20 @@ import numpy as np
 from tqdm import tqdm
 
 from common.console import InputError, is_main_process, say
+from common.corpus.sources import mark_as_cache
 from common.corpus.splits import content_hash, repeated
-from common.tokens.megatron import HASHES, StoredArray, TokenPair, find_pairs, map_row, open_pair
+from common.tokens.megatron import (
+    COLUMNS,
+    HASHES,
+    ID_HASHES,
+    TEXT_BYTES,
+    StoredArray,
+    TokenPair,
+    find_pairs,
+    open_pair,
+    read_column,
+    write_row,
+)
 
 CHUNK_TOKENS = 4_000_000  # tokens in memory when all of a store are read: at most 32 MB
 END_TOKEN_DOCUMENTS = 1_000  # the first documents of a store, which ``end_token_share`` looks at
@@ -37,14 +51,14 @@ class TokenStore:
         document_starts: the first token of each document, and the end: int64, (documents + 1,).
         sidecar: what is known of the tokens' origin, counts summed over the pairs; {} for pairs of other programs.
         pairs: the pairs of files that the store consists of.
-        hashes_of: what the document hashes are computed from: "text", or "tokens" if some pair has no hashes of text.
     """
 
-    def __init__(self, path: str | Path, cache_dir: str | Path | None = None):
+    def __init__(self, path: str | Path, cache_dir: str | Path | None = None, end_token_id: int | None = None):
         """Open ``path``: a prefix, one file of a pair, or a folder. Only ``document_starts`` is loaded into memory.
 
         Args:
-            cache_dir: where document hashes that had to be computed are kept, because computing them takes a while.
+            cache_dir: where what was computed from all tokens is kept, because computing it takes a while.
+            end_token_id: left out of ``id_hashes``, so that a store with end tokens and one without are comparable.
 
         Raises:
             InputError: a file is missing or damaged, or the files do not fit each other; says which and how.
@@ -52,60 +66,84 @@ class TokenStore:
         found = find_pairs(str(path))
         self.prefix = found[0][0] if len(found) == 1 else str(path)
         self.cache_dir = cache_dir
+        self.end_token_id = end_token_id
         pairs, starts = zip(*(open_pair(*pair) for pair in found), strict=True)
         self.pairs: list[TokenPair] = list(pairs)
         self.tokens = joined_tokens(self.pairs)
         self.document_starts = joined_starts(list(starts))
         self.sidecar = self.pairs[0].sidecar if len(pairs) == 1 else joined_sidecar(self.pairs)
-        self.hashes_of = "text" if all(kind_of_hashes(pair) == "text" for pair in pairs) else "tokens"
-        self._hashes: np.ndarray | None = None
+        self._id_hashes: np.ndarray | None = None
 
     @property
     def documents(self) -> int:
         return len(self.document_starts) - 1
 
     def document_hashes(self) -> np.ndarray:
-        """Return a 64-bit hash of each document's text or tokens, as ``hashes_of`` says: uint64, (documents,)."""
-        if self._hashes is None:
-            parts = []
-            first = 0  # the first document of the pair
-            for pair in self.pairs:
-                if kind_of_hashes(pair) == self.hashes_of:
-                    parts.append(load_hashes(Path(pair.prefix + HASHES), pair.documents))
-                else:
-                    parts.append(self._hashes_of_tokens(pair, first))
-                first += pair.documents
-            self._hashes = parts[0] if len(parts) == 1 else np.concatenate(parts)
-        return self._hashes
+        """Return a 64-bit hash of each document's text, or of its ids where it is not known: uint64, (documents,).
 
-    def _hashes_of_tokens(self, pair: TokenPair, first: int) -> np.ndarray:
-        """Return the hashes of the documents of ``pair``, from ``cache_dir`` if they were computed before.
+        These hashes decide which documents are held out.
+        """
+        parts = self._column(HASHES)
+        return _joined(self.id_hashes()[first:last] if part is None else part for first, last, part in parts)
+
+    def id_hashes(self) -> np.ndarray:
+        """Return a 64-bit hash of each document's ids without end tokens: uint64, (documents,).
+
+        Documents with equal hashes are copies of each other, in this store or in another of the same tokenizer.
+        """
+        if self._id_hashes is None:
+            self._id_hashes = _joined(
+                self._hash_ids(pair, first) if part is None else part
+                for pair, (first, _, part) in zip(self.pairs, self._column(ID_HASHES), strict=True)
+            )
+        return self._id_hashes
+
+    def text_bytes(self) -> np.ndarray | None:
+        """Return the size of each document's text in UTF-8, -1 where it is not known: int64, (documents,).
+
+        None if it is known of no document.
+        """
+        parts = self._column(TEXT_BYTES)
+        if all(part is None for _, _, part in parts):
+            return None
+        return _joined(np.full(last - first, -1, np.int64) if part is None else part for first, last, part in parts)
+
+    def _column(self, suffix: str) -> list[tuple[int, int, np.ndarray | None]]:
+        """Return for each pair its first document, its end, and the column with this suffix beside it, or None."""
+        parts, first = [], 0
+        for pair in self.pairs:
+            path = Path(pair.prefix + suffix)
+            part = read_column(path, COLUMNS[suffix], pair.documents) if path.exists() else None
+            parts.append((first, first + pair.documents, part))
+            first += pair.documents
+        return parts
+
+    def _hash_ids(self, pair: TokenPair, first: int) -> np.ndarray:
+        """Return the hashes of the ids of ``pair``, from ``cache_dir`` if they were computed before.
 
         ``first`` is the number of the pair's first document in the store.
         """
         starts = self.document_starts[first : first + pair.documents + 1]
         if self.cache_dir is None:
-            return hash_documents(self.tokens, starts)
-        kept = Path(self.cache_dir) / "document_hashes" / f"{files_key(pair)}.npy"
+            return hash_documents(self.tokens, starts, self.end_token_id)
+        kept = Path(self.cache_dir) / "document_hashes" / f"{files_key([pair])}-{self.end_token_id}.npy"
         if kept.exists():
-            return load_hashes(kept, pair.documents)
-        hashes = hash_documents(self.tokens, starts)
-        keep_hashes(kept, hashes)
+            return read_column(kept, COLUMNS[ID_HASHES], pair.documents)
+        hashes = hash_documents(self.tokens, starts, self.end_token_id)
+        keep(kept, hashes)
         return hashes
 
-    def hash_tokens(self) -> None:
-        """Compute document hashes from the tokens from now on, even if hashes of the text are there."""
-        if self.hashes_of == "text":
-            self.hashes_of = "tokens"
-            self._hashes = None
-
     def duplicates(self) -> np.ndarray:
-        """Return which documents have the hash of an earlier one: their numbers, ascending, int64."""
-        return np.flatnonzero(repeated(self.document_hashes()))
+        """Return which documents have the ids of an earlier one: their numbers, ascending, int64."""
+        return np.flatnonzero(repeated(self.id_hashes()))
 
-    def fingerprint(self) -> str:
-        """Return 16 hex digits that change with the documents, their order and their lengths."""
-        digest = hashlib.blake2b(np.ascontiguousarray(self.document_hashes()), digest_size=8)
+    def fingerprint(self, hashes: np.ndarray | None = None) -> str:
+        """Return 16 hex digits that change with the documents, their order and their lengths.
+
+        ``hashes``: those by which the documents were split; by default ``document_hashes()``.
+        """
+        hashes = self.document_hashes() if hashes is None else hashes
+        digest = hashlib.blake2b(np.ascontiguousarray(hashes), digest_size=8)
         digest.update(self.document_starts)
         return digest.hexdigest()
 
@@ -116,10 +154,9 @@ class TokenStore:
         return sum(last.tolist() == [end_token_id] for last in last_tokens) / max(1, len(last_tokens))
 
     def check_tokenizer(self, fingerprint: str, vocabulary_size: int) -> None:
-        """Raise InputError if the store cannot have been made with the given tokenizer.
+        """Raise InputError if the store cannot have been made with the given tokenizer, or is damaged.
 
-        The fingerprint in the sidecar is compared. If the tokenizer of some pairs is not known, every token id of the
-        store is compared with ``vocabulary_size``.
+        The fingerprint in the sidecar is compared, and every token id of the store with ``vocabulary_size``.
         """
         made_with = self.sidecar.get("tokenizer", {})
         if made_with.get("fingerprint") not in (None, fingerprint):
@@ -127,11 +164,16 @@ class TokenStore:
                 f"{self.prefix}: made with another tokenizer (fingerprint {made_with['fingerprint']}, the given one "
                 f"has {fingerprint}). Give the tokenizer that made it by --tokenizer, or tokenize the text again."
             )
-        if made_with.get("fingerprint") is None or made_with.get("unknown_in"):
-            self._check_ids(vocabulary_size)
+        kept = None if self.cache_dir is None else Path(self.cache_dir) / "largest_ids" / f"{files_key(self.pairs)}.npy"
+        if kept is not None and kept.exists() and read_column(kept, np.dtype("<i8"), 1)[0] < vocabulary_size:
+            return
+        largest = self._check_ids(vocabulary_size)
+        if kept is not None:
+            keep(kept, np.array([largest], "<i8"))
 
-    def _check_ids(self, vocabulary_size: int) -> None:
-        """Raise InputError if a token is not an id from 0 to ``vocabulary_size`` - 1."""
+    def _check_ids(self, vocabulary_size: int) -> int:
+        """Return the largest token; raise InputError if a token is not an id from 0 to ``vocabulary_size`` - 1."""
+        largest = -1
         firsts = range(0, len(self.tokens), CHUNK_TOKENS)
         for first in tqdm(firsts, "checking token ids", delay=2, mininterval=1, disable=not is_main_process()):
             chunk = self.tokens.read(first, first + CHUNK_TOKENS)
@@ -139,26 +181,25 @@ class TokenStore:
             if chunk.dtype.kind == "f":
                 is_id &= chunk == np.trunc(chunk)
             if is_id.all():
+                largest = max(largest, int(chunk.max()))
                 continue
             wrong = int(is_id.argmin())
             document = int(np.searchsorted(self.document_starts, first + wrong, side="right")) - 1
+            if "fingerprint" in self.sidecar.get("tokenizer", {}) and "unknown_in" not in self.sidecar["tokenizer"]:
+                reason = "its sidecar names this tokenizer, so it is damaged. Fetch it, or tokenize the text again."
+            else:
+                reason = "it was probably made with another tokenizer. Give that one by --tokenizer."
             raise InputError(
                 f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the given tokenizer has ids "
-                f"0 to {vocabulary_size - 1:,}: it was probably made with another tokenizer. Give that one by "
-                "--tokenizer."
+                f"0 to {vocabulary_size - 1:,}: {reason}"
             )
+        return largest
 
 
-def make_hashes_comparable(stores: Iterable[TokenStore]) -> None:
-    """If one of ``stores`` has hashes of tokens only, hash the tokens of all of them.
-
-    A hash of text never equals a hash of tokens, so a copy of a document in another source would not be found.
-    """
-    kinds = {store.hashes_of for store in stores}
-    if len(kinds) > 1:
-        say("note: the text of some sources is not known: the documents of all sources are compared by their tokens")
-        for store in stores:
-            store.hash_tokens()
+def _joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Return the parts one after the other; a single one as it is, so that a memory map stays one."""
+    parts = list(parts)
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
 
 class JoinedTokens:
@@ -270,56 +311,32 @@ def joined_sidecar(pairs: list[TokenPair]) -> dict:
     return joined
 
 
-def kind_of_hashes(pair: TokenPair) -> str | None:
-    """Return what the hashes beside ``pair`` are computed from, "text" or "tokens"; None if there are none.
-
-    Older sidecars do not say it. Theirs are of text if they have ``text_bytes``. Otherwise a merge took in pairs of
-    other programs, and None is returned.
-    """
-    if not Path(pair.prefix + HASHES).exists():
-        return None
-    return pair.sidecar.get("hashes", "text" if "text_bytes" in pair.sidecar else None)
-
-
-def load_hashes(path: Path, documents: int) -> np.ndarray:
-    """Return the document hashes in ``path``, memory-mapped: uint64, (documents,).
-
-    Raises:
-        InputError: the file is damaged, or of another pair.
-    """
-    hashes = map_row(path)
-    if hashes.dtype != np.uint64 or len(hashes) != documents:
-        raise InputError(
-            f"{path}: {len(hashes):,} hashes of {hashes.dtype}, but the pair has {documents:,} documents, and hashes "
-            "are uint64. It is damaged or of another pair: fetch it again, or delete it to have it computed."
-        )
-    return hashes
-
-
-def keep_hashes(path: Path, hashes: np.ndarray) -> None:
-    """Write ``hashes`` to ``path``, whole or not at all; if that fails, say so and continue without."""
+def keep(path: Path, row: np.ndarray) -> None:
+    """Write ``row`` to ``path`` in the cache, whole or not at all; if that fails, say so and continue without."""
     partial = path.with_name(f"{path.stem}.partial-{uuid4().hex[:8]}.npy")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(partial, hashes)
+        mark_as_cache(path.parent)
+        write_row(partial, row)
         os.replace(partial, path)
     except OSError as error:
         if partial.exists():
             partial.unlink()
-        say(f"note: document hashes are not kept for the next run: {error}")
+        say(f"note: {path.parent.name} are not kept for the next run: {error}")
 
 
-def files_key(pair: TokenPair) -> str:
-    """Return the pair's name and 16 hex digits that change when one of its files is replaced."""
-    stats = [(str(path.resolve()), path.stat()) for path in pair.files]
+def files_key(pairs: list[TokenPair]) -> str:
+    """Return the first pair's name and 16 hex digits that change when a file of the pairs is replaced."""
+    stats = [(str(path.resolve()), path.stat()) for pair in pairs for path in pair.files]
     identity = [(path, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for path, stat in stats]
-    return f"{Path(pair.prefix).name}-{hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()}"
+    digest = hashlib.blake2b(json.dumps(identity).encode(), digest_size=8).hexdigest()
+    return f"{Path(pairs[0].prefix).name}-{digest}"
 
 
-def hash_documents(tokens: JoinedTokens, starts: np.ndarray) -> np.ndarray:
-    """Return ``content_hash`` of the tokens of each document [starts[i], starts[i + 1]): uint64, (documents,).
+def hash_documents(tokens: JoinedTokens, starts: np.ndarray, end_token_id: int | None = None) -> np.ndarray:
+    """Return ``content_hash`` of the ids of each document [starts[i], starts[i + 1]): uint64, (documents,).
 
-    The ids are hashed as int32, so that the same document has the same hash whatever the dtype of its store.
+    The ids are hashed as int32, so that the same document has the same hash whatever the dtype of its store. Tokens
+    ``end_token_id`` are left out.
     """
     hashes = np.empty(len(starts) - 1, dtype=np.uint64)
     with tqdm(
@@ -334,20 +351,31 @@ def hash_documents(tokens: JoinedTokens, starts: np.ndarray) -> np.ndarray:
         for first, last in whole_documents(starts):
             begin, end = int(starts[first]), int(starts[last])
             if end - begin > CHUNK_TOKENS:
-                hashes[first] = _hash_in_chunks(tokens, begin, end)
+                hashes[first] = _hash_in_chunks(tokens, begin, end, end_token_id)
             else:
-                content = memoryview(tokens.read(begin, end).astype("<i4").tobytes())
-                edges = ((starts[first : last + 1] - begin) * 4).tolist()  # bytes
-                hashes[first:last] = [content_hash(content[start:stop]) for start, stop in pairwise(edges)]
+                ids = tokens.read(begin, end)
+                hashes[first:last] = hash_ids(ids, starts[first : last + 1] - begin, end_token_id)
             progress.update(last - first)
     return hashes
 
 
-def _hash_in_chunks(tokens: JoinedTokens, begin: int, end: int) -> int:
-    """Return ``content_hash`` of one document that does not fit in memory: some stores are a single document."""
+def hash_ids(ids: np.ndarray, starts: np.ndarray, end_token_id: int | None) -> list[int]:
+    """Return ``content_hash`` of ids [starts[i], starts[i + 1]) as int32, without those that are ``end_token_id``."""
+    kept = np.ones(len(ids), bool) if end_token_id is None else ids != end_token_id
+    content = memoryview(ids[kept].astype("<i4").tobytes())
+    kept_before = np.concatenate([[0], np.cumsum(kept)])
+    edges = (kept_before[starts] * 4).tolist()  # bytes
+    return [content_hash(content[start:stop]) for start, stop in pairwise(edges)]
+
+
+def _hash_in_chunks(tokens: JoinedTokens, begin: int, end: int, end_token_id: int | None) -> int:
+    """Return the hash of one document that does not fit in memory: some stores are a single document."""
     digest = hashlib.blake2b(digest_size=8)
     for start in range(begin, end, CHUNK_TOKENS):
-        digest.update(tokens.read(start, min(end, start + CHUNK_TOKENS)).astype("<i4"))
+        ids = tokens.read(start, min(end, start + CHUNK_TOKENS))
+        if end_token_id is not None:
+            ids = ids[ids != end_token_id]
+        digest.update(ids.astype("<i4"))
     return int.from_bytes(digest.digest(), "little")
 
 

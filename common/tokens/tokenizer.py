@@ -4,6 +4,7 @@ import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -69,6 +70,25 @@ def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
             backend.no_padding()
         content = backend.to_str()
     return hashlib.sha256(f"{content} {tokenizer.eos_token_id}".encode()).hexdigest()[:16]
+
+
+def decoded(ids: np.ndarray, tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return the text of ``ids``, exactly as the tokenizer's decoder gives it."""
+    return tokenizer.decode(ids.tolist(), clean_up_tokenization_spaces=False)
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the largest id + 1: how many ids may occur. It is above ``len(tokenizer)`` if ids between are not used."""
+    return max(len(tokenizer), 1 + max(tokenizer.get_vocab().values(), default=-1))
+
+
+def unknown_id(tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """Return the id for text that the tokenizer does not know; None if it has none, as byte-level tokenizers."""
+    if tokenizer.unk_token_id is not None:
+        return tokenizer.unk_token_id
+    model = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    unknown = getattr(model, "unk_token", None)  # a tokenizer.json may have one that no tokenizer_config.json names
+    return None if unknown is None else tokenizer.get_vocab().get(unknown)
 
 
 def padded_vocabulary(vocabulary_size: int) -> int:

@@ -4,7 +4,9 @@ import hashlib
 import heapq
 import json
 import shutil
-from collections.abc import Callable, Iterable
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -14,10 +16,11 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.corpus.documents import CorpusCounts, read_documents
+from common.corpus.hub_dataset import with_cached_files
 from common.corpus.sources import Source, mark_as_cache
 from common.corpus.splits import content_hash, held_out_below, training_documents
 from common.tokens.encoding import encoder_of
-from common.tokens.tokenizer import load_tokenizer, padded_vocabulary
+from common.tokens.tokenizer import load_tokenizer, padded_vocabulary, vocabulary_size
 
 END_TOKEN = "<|endoftext|>"  # Qwen's and GPT-2's end-of-document token
 # Qwen2's pre-tokenisation: each digit alone, letters of any script together, white space separate.
@@ -31,6 +34,11 @@ QWEN2_PATTERN = (
 # for English. This size therefore takes at most 3 GB. On held-out verse, half of it gave 0.5% fewer bytes a token, and
 # an eighth 2% fewer.
 SAMPLE_BYTES = 32_000_000
+# A pair of tokens is merged only if it occurs so often in the sample, so a small text gives a small vocabulary: a token
+# that a model hardly meets is not learnt. 5 is word2vec's limit for words (-min-count).
+# Source: https://code.google.com/archive/p/word2vec/. Gowda and May would rather have 95% of the tokens 100 times:
+# https://aclanthology.org/2020.findings-emnlp.352/
+LEAST_OCCURRENCES = 5
 LARGEST_SHARE = 100  # no document gives more than 1/100 of the sample, so that one long book does not dominate
 
 
@@ -48,15 +56,16 @@ def tokenizer_trained_on(sources: list[Source], arguments: SharedArguments) -> P
             raise InputError(
                 f"--tokenizer train: {source.given} holds tokens, not text. Give the tokenizer that made them."
             )
-    held_out = held_out_below(arguments.held_out_fraction) if arguments.split is None else arguments.split
-    decides = [[source.fingerprint() for source in sources], arguments.text_field, arguments.vocabulary_size, held_out]
-    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
-    folder = mark_as_cache(Path(arguments.cache_dir)) / f"{sources[0].name}-tokenizer-{key}"
+    folder = _folder_of(sources, arguments)
+    if not folder.exists():
+        sources = [with_cached_files(source) for source in sources]  # what is read now, if no hub has all of it
+        folder = _folder_of(sources, arguments)
     if not folder.exists():
         names = ", ".join(source.given for source in sources)
         say(f"training a tokenizer of {arguments.vocabulary_size:,} tokens on {names}")
         partial = folder.with_name(f"{folder.name}.partial-{uuid4().hex[:8]}")
-        train_tokenizer(training_sample(sources, arguments), arguments.vocabulary_size).save_pretrained(partial)
+        trained = train_tokenizer(training_sample(sources, arguments), arguments.vocabulary_size)
+        trained.save_pretrained(mark_as_cache(partial))
         try:
             partial.rename(folder)
         except OSError:  # another launch made the same folder meanwhile
@@ -64,10 +73,19 @@ def tokenizer_trained_on(sources: list[Source], arguments: SharedArguments) -> P
     return load_tokenizer(str(folder))
 
 
+def _folder_of(sources: list[Source], arguments: SharedArguments) -> Path:
+    """Return the folder in the cache of a tokenizer that is trained on ``sources``."""
+    held_out = held_out_below(arguments.held_out_fraction) if arguments.split is None else arguments.split
+    decides = [[source.fingerprint() for source in sources], arguments.text_field, arguments.vocabulary_size, held_out]
+    key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
+    return Path(arguments.cache_dir) / f"{sources[0].name}-tokenizer-{key}"
+
+
 def training_sample(sources: list[Source], arguments: SharedArguments) -> list[str]:
     """Return a sample of the training documents of ``sources``, about SAMPLE_BYTES of text.
 
     Held-out documents are left out as ``common/corpus/splits.py`` chooses them: by their hash, or by --split in order.
+    If there is only one document, its tail is left out.
     With --split, the end of a source's training documents is known only after all of them are read. The sample is
     then taken from all documents, and those after that end are dropped from it.
 
@@ -81,14 +99,10 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
         for text in read_documents(source, arguments.text_field, arguments.skip_malformed, count)
     )
     if arguments.split is None:
-        limit = held_out_below(arguments.held_out_fraction)
-        sample, sampled = sample_of(text for text in texts if content_hash(text.encode()) >= limit)
-        none_held_out = sampled["documents"] == sum(count.documents for count in counts)
-        if none_held_out:  # split_by_hash then holds out the document with the lowest hash, the sample's first
-            sample = sample[1:]
-        if not sample:
-            raise InputError("no document to train a tokenizer on: the only one is held out. Give more of them.")
-        return sample
+        only, texts = only_document(texts)
+        if only is not None:
+            return [head_and_tail(only, arguments.held_out_fraction)[0]]
+        return sample_and_held_out(texts, arguments.held_out_fraction)[0]
 
     def trains(number: int) -> bool:
         """Whether document ``number``, counted over all sources, is a training document of its source."""
@@ -100,6 +114,76 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
 
     sample, _ = sample_of(texts, may_be_used=trains)
     return sample
+
+
+def only_document(texts: Iterator[str]) -> tuple[str | None, Iterator[str]]:
+    """Return the text if all ``texts`` are the same, else None; and the texts, of which only copies may be missing."""
+    first = next(texts)
+    other = next((text for text in texts if _nfc_hash(text) != _nfc_hash(first)), None)
+    return (first, iter([first])) if other is None else (None, chain([first, other], texts))
+
+
+def head_and_tail(text: str, fraction: float) -> tuple[str, str]:
+    """Return the part of the only document on which a tokenizer is trained, and the part from which it is judged.
+
+    The last ``fraction`` of its tokens will be held out. How much text these are is not known before there is a
+    tokenizer, so twice as much is left out of the head, which has at most SAMPLE_BYTES.
+
+    Raises:
+        InputError: the text is too short to be cut.
+    """
+    cut = int(len(text) * (1 - min(2 * fraction, (1 + fraction) / 2)))
+    if cut == 0:
+        raise InputError(f"the only document has {len(text)} characters, too few to train a tokenizer. Give more text.")
+    return _beginning(text[:cut].encode(), SAMPLE_BYTES).decode(), text[int(len(text) * (1 - fraction)) :]
+
+
+def sample_and_held_out(
+    texts: Iterable[str], fraction: float, limit_bytes: int = SAMPLE_BYTES, held_out_bytes: int = 0
+) -> tuple[list[str], list[str], dict[str, int]]:
+    """Return a sample of the training documents, held-out documents, and the sample's counts.
+
+    Of the held-out documents, at most ``held_out_bytes`` are returned, or one.
+
+    If a document is the same as a held-out one in another Unicode normalisation, it is held out with it: both have the
+    same tokens.
+
+    Raises:
+        InputError: no document is left to train on.
+    """
+    limit = held_out_below(fraction)
+    held_out: list[str] = []
+    held_out_hashes: set[int] = set()
+
+    def not_held_out() -> Iterator[str]:
+        left_bytes = held_out_bytes
+        for text in texts:
+            content = text.encode()
+            if content_hash(content) >= limit:
+                yield text
+                continue
+            held_out_hashes.add(_nfc_hash(text))
+            if held_out_bytes and (not held_out or len(content) <= left_bytes):
+                held_out.append(text)
+                left_bytes -= len(content)
+
+    sample, counts = sample_of(not_held_out(), limit_bytes)
+    if not held_out_hashes:  # split_by_hash then holds out the document with the lowest hash, the sample's first
+        held_out.append(sample[0])
+        held_out_hashes.add(_nfc_hash(sample[0]))
+    sample = [text for text in sample if _nfc_hash(text) not in held_out_hashes]
+    if not sample:
+        raise InputError("no document to train a tokenizer on: all are held out. Give more of them.")
+    sampled_bytes = sum(len(text.encode()) for text in sample)
+    return sample, held_out, counts | {"sampled_documents": len(sample), "sampled_bytes": sampled_bytes}
+
+
+def _nfc_hash(text: str) -> int:
+    """Return a hash that texts have in common if they are the same in NFC. Of a long one, the beginning decides.
+
+    (``sample_of`` keeps only the beginning of a long document, by far more than these characters.)
+    """
+    return content_hash(unicodedata.normalize("NFC", text[:80_000])[:20_000].encode())
 
 
 class _Taken(NamedTuple):
@@ -181,7 +265,8 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
 
     Its base is the 256 bytes, so any text can be encoded and decoded again (after NFC normalisation). END_TOKEN has
     id 0. The same texts give the same tokenizer, in any order. Memory grows with the distinct words of ``texts``, see
-    SAMPLE_BYTES. If ``texts`` have no more pairs to merge, the vocabulary is smaller than asked for, with a note.
+    SAMPLE_BYTES. If no other pair of tokens occurs LEAST_OCCURRENCES times, the vocabulary is smaller than asked for,
+    with a note.
 
     Raises:
         InputError: ``vocabulary_size`` is below 257.
@@ -205,14 +290,16 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary_size,
+        min_frequency=LEAST_OCCURRENCES,
         special_tokens=[END_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
     backend.train_from_iterator(texts, trainer=trainer)
     if backend.get_vocab_size() < vocabulary_size:
         say(
-            f"note: the vocabulary has {backend.get_vocab_size():,} tokens, not {vocabulary_size:,}: the text has no "
-            "more pairs to merge"
+            f"note: the vocabulary has {backend.get_vocab_size():,} tokens, not {vocabulary_size:,}: no other pair of "
+            f"tokens occurs {LEAST_OCCURRENCES} times in the text, and what a model hardly meets it does not learn "
+            "(word2vec's limit)"
         )
     return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=END_TOKEN, pad_token=END_TOKEN)
 
@@ -248,10 +335,11 @@ def tokenizer_report(
 
 def _measured(tokenizer: PreTrainedTokenizerBase, texts: list[str], text_bytes: int, hidden_size: int) -> dict:
     tokens = sum(len(ids) for ids in encoder_of(tokenizer).encode(texts))
-    rows = padded_vocabulary(len(tokenizer))
+    ids = vocabulary_size(tokenizer)
+    rows = padded_vocabulary(ids)
     return {
         "bytes_per_token": round(text_bytes / tokens, 4),
-        "vocabulary_size": len(tokenizer),
+        "vocabulary_size": ids,
         "embedding_rows": rows,
         "embedding_parameters": rows * hidden_size,
     }

@@ -4,12 +4,13 @@ import hashlib
 import json
 import os
 import shutil
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -19,18 +20,31 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.corpus.documents import CorpusCounts, read_documents
+from common.corpus.hub_dataset import with_cached_files
 from common.corpus.sources import Source, mark_as_cache
 from common.corpus.splits import SeenHashes, content_hash
 from common.io import DISK_FULL, write_json
 from common.system import usable_cores
 from common.tokens.encoding import Encoder, encoder_of
-from common.tokens.megatron import HASHES, PAIR, SIDECAR, token_dtype, write_index
-from common.tokens.store import TokenStore
-from common.tokens.tokenizer import tokenizer_fingerprint
+from common.tokens.megatron import (
+    COLUMNS,
+    HASHES,
+    ID_HASHES,
+    PAIR,
+    SIDECAR,
+    TEXT_BYTES,
+    token_dtype,
+    write_index,
+    write_row,
+)
+from common.tokens.store import TokenStore, hash_ids
+from common.tokens.tokenizer import decoded, tokenizer_fingerprint, unknown_id, vocabulary_size
 
 BATCH_CHARACTERS = 500_000  # tokenized at once: enough to keep a thread busy, and still small in memory
-FILES = [*PAIR, HASHES, SIDECAR]  # renamed in this order, so a store that has a sidecar is complete
-WORK_FILES = (".sizes", ".hashes")  # int32 sizes and uint64 hashes as they come; deleted at the end
+TRIED_BATCHES = 4  # the first ones; their documents are decoded and compared with the text
+FILES = [*PAIR, *COLUMNS, SIDECAR]  # renamed in this order, so a store that has a sidecar is complete
+COMPLETE = [*PAIR, HASHES, SIDECAR]  # what a complete store has, also one of an earlier version
+WORK_FILES = [".sizes", *(suffix.removesuffix(".npy") for suffix in COLUMNS)]  # as they come; deleted at the end
 
 
 def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments) -> TokenStore:
@@ -43,25 +57,60 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: Shar
     Raises:
         InputError: see ``read_documents``, ``TokenStore`` and ``write_token_store``.
     """
-    if source.token_store is not None:
-        store = TokenStore(source.token_store, arguments.cache_dir)
-        store.check_tokenizer(tokenizer_fingerprint(tokenizer), len(tokenizer))
-        share = store.end_token_share(tokenizer.eos_token_id)
-        if share < 1:
-            say(f"note: only {share:.0%} of the first documents of {source.given} end with {tokenizer.eos_token!r}")
-        return store
-    origin = origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed)
-    key = hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
-    cache = mark_as_cache(Path(arguments.cache_dir))
-    for found in cache.glob(f"*-{key}/tokens{SIDECAR}"):  # by the key alone: the source may have had another name
-        prefix = found.with_suffix("")
-        say(f"tokenized before: {prefix}.bin")
-        return TokenStore(prefix, cache)
-    prefix = cache / f"{source.name}-{key}" / "tokens"
-    counts = CorpusCounts()
-    documents = read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
-    write_token_store(documents, counts, tokenizer, prefix, origin, source.size_bytes)
-    return TokenStore(prefix, cache)
+    place = source.token_store
+    if place is None:
+        place = _tokenized_before(source, tokenizer, arguments)
+    if place is None:
+        source = with_cached_files(source)  # what is read now, if no hub has the whole data set
+        place = _tokenized_before(source, tokenizer, arguments) if source.cached_files else None
+    if place is None:
+        origin = origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed)
+        place = mark_as_cache(Path(arguments.cache_dir, f"{source.name}-{_key(origin)}")) / "tokens"
+        counts = CorpusCounts()
+        documents = read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
+        write_token_store(documents, counts, tokenizer, place, origin, source.size_bytes)
+    store = TokenStore(place, arguments.cache_dir, tokenizer.eos_token_id)
+    store.check_tokenizer(tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer))
+    store.id_hashes()  # computed once, before other processes ask for them
+    _say_what_is_lost(store, source.given, tokenizer)
+    return store
+
+
+def _tokenized_before(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments) -> Path | None:
+    """Return the prefix of the token store that an earlier run made of ``source``; None if there is none."""
+    key = _key(origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed))
+    # By the key alone, because the source may have had another name.
+    for found in Path(arguments.cache_dir).glob(f"*-{key}/tokens{SIDECAR}"):
+        say(f"tokenized before: {found.with_suffix('.bin')}")
+        return found.with_suffix("")
+    return None
+
+
+def _key(origin: dict) -> str:
+    return hashlib.sha256(json.dumps(origin, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _say_what_is_lost(store: TokenStore, given: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Print what of the text is not in the tokens, and what is not known about it."""
+    share = store.end_token_share(tokenizer.eos_token_id)
+    if share < 1:
+        say(f"note: only {share:.0%} of the first documents of {given} end with {tokenizer.eos_token!r}")
+    counts = Counter(store.sidecar)  # 0 for a count that the sidecar does not have
+    if counts["unknown_tokens"]:
+        unknown = counts["unknown_tokens"] / max(1, counts["tokens"] - counts["end_tokens"])
+        token = tokenizer.convert_ids_to_tokens(unknown_id(tokenizer))
+        say(f"note: {unknown:.2%} of the tokens of {given} are {token}: the tokenizer does not know their text")
+    if counts["changed_documents"]:
+        say(
+            f"note: {counts['changed_documents']:,} of the first {counts['tried_documents']:,} documents of {given} do "
+            "not come back from their tokens as they were (case, spaces, Unicode normalisation or unknown characters)"
+        )
+    sizes = store.text_bytes()
+    if sizes is None or (len(sizes) and sizes.min() < 0):
+        say(
+            f"note: the token store {store.prefix} does not say how many bytes its texts have: bits per byte count the "
+            "bytes of the decoded tokens"
+        )
 
 
 def origin_of(
@@ -72,11 +121,14 @@ def origin_of(
     It is kept in the store's sidecar, and the store's name in the cache is a hash of it: any change here makes every
     user tokenize again.
     """
+    made_with = {"fingerprint": tokenizer_fingerprint(tokenizer), "end_token": tokenizer.eos_token}
+    if vocabulary_size(tokenizer) > len(tokenizer):
+        made_with["vocabulary_size"] = vocabulary_size(tokenizer)  # earlier versions stored such ids in too few bits
     return {
         "sources": [source.fingerprint() for source in sources],
         "text_field": text_field,
         "skip_malformed": skip_malformed,
-        "tokenizer": {"fingerprint": tokenizer_fingerprint(tokenizer), "end_token": tokenizer.eos_token},
+        "tokenizer": made_with,
     }
 
 
@@ -100,27 +152,26 @@ def write_token_store(
         counts: what the reader of ``documents`` counts; goes into the sidecar, with ``origin`` (JSON types).
         size_bytes: of the files that are read, to estimate the time left; 0 if not known.
         workers: threads that tokenize; by default one for each usable core.
-        drop_duplicates: drop exact copies of an earlier document; the sidecar counts them. Nothing else is dropped.
+        drop_duplicates: drop documents with the ids of an earlier one; the sidecar counts them. Nothing else is
+            dropped.
 
     Raises:
         InputError: the disk is full. Half-written files are removed.
     """
     prefix = Path(prefix)
     workers = usable_cores() if workers is None else workers
-    dtype = token_dtype(len(tokenizer))
+    dtype = token_dtype(vocabulary_size(tokenizer))
     with _only_writer(prefix) as already_written:
         if already_written:
             return TokenStore(prefix)
         encoder = encoder_of(tokenizer)
         note = f" ({encoder.note})" if encoder.note else ""
         say(f"tokenizing into {prefix}.bin with {encoder.name}{note}")
-        encoded = _in_order(
-            lambda texts: _encode(texts, encoder, tokenizer.eos_token_id, dtype), _batches(documents), workers
-        )
+        encoded = _in_order(lambda batch: _encode(*batch, encoder, tokenizer, dtype), _batches(documents), workers)
         partial = f"{prefix}.partial"
         try:
-            duplicates = _write_tokens(partial, encoded, counts, size_bytes, drop_duplicates)
-            _write_rest(partial, dtype, asdict(counts) | duplicates | origin)
+            found = _write_tokens(partial, encoded, counts, size_bytes, drop_duplicates)
+            _write_rest(partial, dtype, asdict(counts) | found | origin)
             for suffix in FILES:
                 os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")
         except OSError as error:
@@ -152,27 +203,32 @@ def _only_writer(prefix: Path) -> Iterator[bool]:
         say(f"another process is writing {prefix}.bin: waiting for it")
         lock.acquire()
     try:
-        yield all(Path(f"{prefix}{suffix}").exists() for suffix in FILES)
+        yield all(Path(f"{prefix}{suffix}").exists() for suffix in COMPLETE)
     finally:
         lock.release()
 
 
-def _batches(documents: Iterable[str]) -> Iterator[list[str]]:
-    """Yield ``documents`` in lists of at least BATCH_CHARACTERS in all, the last list excepted."""
+def _batches(documents: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
+    """Yield ``documents`` in lists of at least BATCH_CHARACTERS in all, the last list excepted.
+
+    With each comes whether it is one of the first TRIED_BATCHES.
+    """
     batch = []
     characters = 0
+    yielded = 0
     for text in documents:
         batch.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
-            yield batch
+            yield batch, yielded < TRIED_BATCHES
+            yielded += 1
             batch = []
             characters = 0
     if batch:
-        yield batch
+        yield batch, yielded < TRIED_BATCHES
 
 
-def _in_order(work: Callable, batches: Iterable[list[str]], workers: int) -> Iterator:
+def _in_order(work: Callable, batches: Iterable, workers: int) -> Iterator:
     """Yield ``work(batch)`` in the order of the batches, computed by ``workers`` threads.
 
     At most twice as many batches as workers wait, so that reading does not run ahead and fill the memory.
@@ -187,65 +243,103 @@ def _in_order(work: Callable, batches: Iterable[list[str]], workers: int) -> Ite
             yield waiting.popleft().result()
 
 
+class _Encoded(NamedTuple):
+    """A batch of documents as tokens."""
+
+    tokens: np.ndarray  # of all documents, an end token after each
+    sizes: np.ndarray  # int32, the tokens of each document, (documents,)
+    columns: dict[str, np.ndarray]  # suffix of COLUMNS -> a number for each document, (documents,)
+    unknown: np.ndarray  # how many tokens of each document are the unknown token, (documents,)
+    tried: int  # documents that were decoded
+    changed: int  # of these, the documents that did not come back as they were
+
+
 def _encode(
-    texts: list[str], encoder: Encoder, end_token_id: int, dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the tokens of all ``texts``, an end token after each, and the size and the hash of each text.
+    texts: list[str], is_tried: bool, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype
+) -> _Encoded:
+    """Return the tokens of all ``texts``, an end token after each, and what is known of each text.
 
     Texts with ids [5, 6] and [7], end token 0: tokens [5, 6, 0, 7, 0], sizes [3, 2].
 
-    Returns:
-        Tokens of ``dtype``, (tokens,); sizes, int32, (texts,); hashes, uint64, (texts,).
+    Args:
+        is_tried: decode the documents, and compare the result with the texts. A text larger than a batch is left out.
+
+    Raises:
+        InputError: ``dtype`` is too narrow for an id.
     """
+    end_token_id = tokenizer.eos_token_id
     ids = encoder.encode(texts)
     sizes = np.array([len(document) + 1 for document in ids], dtype=np.int32)
-    tokens = np.full(sizes.sum(dtype=np.int64), end_token_id, dtype=dtype)
-    is_text = np.ones(len(tokens), dtype=bool)
-    is_text[np.cumsum(sizes, dtype=np.int64) - 1] = False
-    tokens[is_text] = np.concatenate(ids)
-    return tokens, sizes, np.array([content_hash(text.encode()) for text in texts], dtype=np.uint64)
+    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    wide = np.full(starts[-1], end_token_id, dtype=np.int64)
+    is_text = np.ones(len(wide), dtype=bool)
+    is_text[starts[1:] - 1] = False
+    wide[is_text] = np.concatenate(ids)
+    if wide.max() > np.iinfo(dtype).max:
+        raise InputError(
+            f"the tokenizer gave id {wide.max():,}, but its largest is {vocabulary_size(tokenizer) - 1:,}: it does not "
+            f"fit {dtype}. Repair the tokenizer's files, or give another."
+        )
+    contents = [text.encode() for text in texts]
+    columns = {
+        HASHES: [content_hash(content) for content in contents],
+        ID_HASHES: hash_ids(wide, starts, end_token_id),
+        TEXT_BYTES: [len(content) for content in contents],
+    }
+    unknown = unknown_id(tokenizer)
+    is_unknown = np.zeros(len(wide), dtype=bool) if unknown is None else is_text & (wide == unknown)
+    tried = [place for place, text in enumerate(texts) if is_tried and len(text) <= BATCH_CHARACTERS]
+    return _Encoded(
+        tokens=wide.astype(dtype),
+        sizes=sizes,
+        columns={suffix: np.array(numbers, COLUMNS[suffix]) for suffix, numbers in columns.items()},
+        unknown=np.add.reduceat(is_unknown, starts[:-1], dtype=np.int64),
+        tried=len(tried),
+        changed=sum(decoded(ids[place], tokenizer) != texts[place] for place in tried),
+    )
 
 
 def _write_tokens(
-    partial: str, encoded: Iterable, counts: CorpusCounts, size_bytes: int, drop_duplicates: bool
+    partial: str, encoded: Iterable[_Encoded], counts: CorpusCounts, size_bytes: int, drop_duplicates: bool
 ) -> dict[str, int]:
-    """Write ``partial``.bin, .sizes and .hashes; return how many duplicates were dropped, and their tokens."""
+    """Write ``partial``.bin and the WORK_FILES; return how many duplicates were dropped, and other counts."""
     seen = SeenHashes()
-    duplicates = 0
-    duplicate_tokens = 0
+    found = Counter(duplicates=0, duplicate_tokens=0, unknown_tokens=0, tried_documents=0, changed_documents=0)
     total = size_bytes if size_bytes > 0 else None
-    with (
-        open(f"{partial}.bin", "wb") as bin_file,
-        open(f"{partial}.sizes", "wb") as sizes_file,
-        open(f"{partial}.hashes", "wb") as hashes_file,
-        tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, mininterval=1) as progress,
-    ):
-        for tokens, sizes, hashes in encoded:
+    with ExitStack() as files:
+        bin_file = files.enter_context(open(f"{partial}.bin", "wb"))
+        work_files = [files.enter_context(open(f"{partial}{suffix}", "wb")) for suffix in WORK_FILES]
+        progress = files.enter_context(tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, mininterval=1))
+        for batch in encoded:
             done_bytes = counts.text_bytes if total is None else counts.file_bytes
             progress.update(done_bytes - progress.n)
-            if drop_duplicates:
-                new = seen.add(hashes)
-                duplicates += int((~new).sum())
-                duplicate_tokens += int(sizes[~new].sum())
-                tokens, sizes, hashes = tokens[np.repeat(new, sizes)], sizes[new], hashes[new]
-            for array, file in ((tokens, bin_file), (sizes, sizes_file), (hashes, hashes_file)):
-                file.write(array.tobytes())
+            kept = seen.add(batch.columns[ID_HASHES]) if drop_duplicates else np.ones(len(batch.sizes), bool)
+            found["duplicates"] += int((~kept).sum())
+            found["duplicate_tokens"] += int(batch.sizes[~kept].sum())
+            found["unknown_tokens"] += int(batch.unknown[kept].sum())
+            found["tried_documents"] += batch.tried
+            found["changed_documents"] += batch.changed
+            bin_file.write(batch.tokens[np.repeat(kept, batch.sizes)].tobytes())
+            for file, numbers in zip(work_files, [batch.sizes, *batch.columns.values()], strict=True):
+                file.write(numbers[kept].tobytes())
         bin_file.flush()
         os.fsync(bin_file.fileno())
-    return {"duplicates": duplicates, "duplicate_tokens": duplicate_tokens}
+    return dict(found)
 
 
 def _write_rest(partial: str, dtype: np.dtype, described: dict) -> None:
-    """Write the index, the hashes and the sidecar that belong to ``partial``.bin."""
-    if os.path.getsize(f"{partial}.sizes") == 0:  # an empty file cannot be mapped
-        sizes = np.zeros(0, np.int32)
-        hashes = np.zeros(0, np.uint64)
-    else:
-        sizes = np.memmap(f"{partial}.sizes", np.int32, "r")
-        hashes = np.memmap(f"{partial}.hashes", np.uint64, "r")
+    """Write the index, the columns and the sidecar that belong to ``partial``.bin."""
+    sizes = _work_file(f"{partial}.sizes", np.dtype(np.int32))
     write_index(f"{partial}.idx", sizes, dtype)
-    np.save(f"{partial}{HASHES}", hashes)
+    for suffix, numbers in COLUMNS.items():
+        write_row(f"{partial}{suffix}", _work_file(f"{partial}{suffix.removesuffix('.npy')}", numbers))
     # "tokens" counts all tokens of the .bin, the end tokens among them.
     counts = {"documents": len(sizes), "tokens": int(sizes.sum(dtype=np.int64)), "end_tokens": len(sizes)}
     # ``counts`` stands first, so that the sidecar begins with them, and last, so that they win over ``described``.
-    write_json(Path(f"{partial}{SIDECAR}"), counts | described | counts | {"hashes": "text"})
+    write_json(Path(f"{partial}{SIDECAR}"), counts | described | counts)
+
+
+def _work_file(path: str, dtype: np.dtype) -> np.ndarray:
+    if os.path.getsize(path) == 0:  # an empty file cannot be mapped
+        return np.zeros(0, dtype)
+    return np.memmap(path, dtype, "r")

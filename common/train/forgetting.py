@@ -16,7 +16,7 @@ from common.corpus.splits import Split, repeated
 from common.dataset.ledger import Ledger
 from common.dataset.packing import JoinedRows, PackedRows
 from common.model.pretrained import check_start
-from common.tokens.store import TokenStore, make_hashes_comparable
+from common.tokens.store import TokenStore
 from common.train.trainer import PretrainingTrainer
 
 SETS = {"eval": "held out", "retain": "retained"}  # prefix of the metrics: name in the table
@@ -54,10 +54,9 @@ def retained_rows(
     """
     if not stores:
         return Retained(None, {}, [])
-    make_hashes_comparable([*stores.values(), *training.values()])
     chosen = [rows.chosen for rows in train_rows.sources]
-    trained_on = [store.document_hashes()[mask] for store, mask in zip(training.values(), chosen, strict=True)]
-    hashes = np.concatenate([store.document_hashes() for store in stores.values()])
+    trained_on = [store.id_hashes()[mask] for store, mask in zip(training.values(), chosen, strict=True)]
+    hashes = np.concatenate([store.id_hashes() for store in stores.values()])
     in_training = np.isin(hashes, np.concatenate(trained_on))
     left_out = in_training if arguments.keep_duplicates else in_training | repeated(hashes)
     packed, ledgers, first = [], {}, 0  # first: of the documents of all stores

@@ -18,9 +18,13 @@ import zstandard
 from conftest import ROOT
 from stand_in import be_impatient, running, use_hubs
 
+from common.arguments import SharedArguments
 from common.console import InputError
 from common.corpus.hub_dataset import find_files, hub_records
+from common.corpus.sources import resolve_sources
 from common.corpus.transfer import ATTEMPTS
+from common.tokens.train_tokenizer import tokenizer_trained_on
+from common.tokens.writer import tokenize
 
 TEXTS = [f"第 {i} 篇：" + "水" * (i % 700) for i in range(3000)]
 CARD = b"""---
@@ -244,6 +248,32 @@ def test_a_note_names_the_files_of_a_cache_and_a_hub_is_asked_first(hub, tmp_pat
     (tmp_path / "part2.jsonl.incomplete").write_bytes(b"{")
     with pytest.raises(InputError, match="ModelScope's cache: ValueError: part2.jsonl.incomplete was left unfinished"):
         texts_of()
+
+
+def test_what_was_made_of_half_a_cache_is_not_taken_for_the_whole(hub, tmp_path, monkeypatch):
+    """A launch that finds half of the data set in a cache, and later ones that find more, or a hub."""
+    from common.corpus import hub_dataset as hub_data
+
+    arguments = SharedArguments(tokenizer="train", vocabulary_size=300, cache_dir=str(tmp_path / "made"))
+
+    def documents() -> int:
+        [source] = resolve_sources(["owner/name"])
+        return tokenize(source, tokenizer_trained_on([source], arguments), arguments).documents
+
+    answer, hub.answer = hub.answer, lambda path, query: None
+    (tmp_path / "snapshot").mkdir()
+    monkeypatch.setattr(hub_data, "modelscope_snapshot", lambda _: str(tmp_path / "snapshot"))
+    (tmp_path / "snapshot" / "part1.jsonl").write_bytes(jsonl(TEXTS[:20]))
+    assert documents() == documents() == 20
+    (tmp_path / "snapshot" / "part2.jsonl").write_bytes(jsonl(TEXTS[20:50]))
+    assert documents() == documents() == 50
+    hub.answer = answer
+    hub.files = {f"part{number}.jsonl": jsonl(TEXTS[30 * number : 30 * number + 30]) for number in range(3)}
+    assert documents() == 90
+    hub.answer = lambda path, query: None  # what a hub gave is whole, and is kept
+    hub.asked.clear()
+    assert documents() == 90 and not hub.asked
+    assert len(list((tmp_path / "made").glob("owner-name-tokenizer-*"))) == 3
 
 
 def in_process(code: str, home, **environment) -> subprocess.CompletedProcess:

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.console import InputError
-from common.corpus.splits import SeenHashes, repeated, split_by_hash, split_in_order
+from common.corpus.splits import SeenHashes, hashes_of_equals, repeated, split_by_hash, split_in_order
 
 hash_lists = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=60)
 
@@ -18,12 +18,15 @@ def is_partition(split) -> bool:
 @given(hash_lists, st.floats(0.001, 0.999), st.booleans())
 def test_copies_of_a_document_are_on_the_same_side(hashes, fraction, keep_duplicates):
     hashes = np.array(hashes, dtype=np.uint64)
-    if len(np.unique(hashes)) < 2:
-        with pytest.raises(InputError, match="give more: one is held out"):
+    if len(hashes) == 0:
+        with pytest.raises(InputError, match="no documents; give more"):
             split_by_hash(hashes, fraction)
         return
     split = split_by_hash(hashes, fraction, keep_duplicates)
     assert is_partition(split)
+    if len(np.unique(hashes)) == 1:  # its tail is held out later
+        assert split.train[0] and not split.held_out.any()
+        return
     assert split.train.any() and split.held_out.any() and not split.test.any()
     assert not set(hashes[split.held_out].tolist()) & set(hashes[split.train].tolist())
     assert split.duplicate.sum() == (0 if keep_duplicates else len(hashes) - len(set(hashes.tolist())))
@@ -50,6 +53,15 @@ def test_the_first_of_equal_documents_stays(hashes):
         expected.append(number in seen)
         seen.add(number)
     assert repeated(np.array(hashes, np.uint64)).tolist() == expected
+
+
+@given(st.lists(st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 5) | st.integers(2**64 - 3, 2**64 - 1))))
+def test_documents_with_the_same_ids_get_the_lowest_hash_among_them(documents):
+    lowest = {}
+    for chosen_by, ids in documents:
+        lowest[ids] = min(chosen_by, lowest.get(ids, chosen_by))
+    hashes, id_hashes = (np.array([pair[place] for pair in documents], np.uint64) for place in (0, 1))
+    assert hashes_of_equals(hashes, id_hashes).tolist() == [lowest[ids] for _, ids in documents]
 
 
 @given(st.lists(hash_lists, max_size=12))

@@ -117,7 +117,7 @@ def test_a_source_without_rows_cannot_be_mixed_in():
 class TwoSources:
     """Stands in for joined rows: 20 of one source and 13 of another."""
 
-    sources, weights = (range(20), range(13)), None
+    sources, weights, context_length = (range(20), range(13)), None, 512
 
     def __len__(self) -> int:
         return 33
@@ -184,3 +184,22 @@ def test_weights_of_another_run_go_on_after_its_rows():
 
 def test_the_data_has_a_seed_of_its_own_if_wanted():
     assert list(run_of(8, seed=1, data_seed=7)[0]) == list(run_of(8, seed=7)[0]) != list(run_of(8, seed=1)[0])
+
+
+def test_a_run_of_few_steps_is_a_warning_with_the_flags_that_give_more(capsys):
+    """33 rows, 8 a step, are 5 steps; 100 steps take 20 passes. In 7 passes, 100 steps have 2 rows each."""
+    run_of(8)
+    said = capsys.readouterr().out
+    assert "warning: the run has only 5 steps of 8 rows: 33 rows of 512 tokens in 1 passes" in said
+    assert "100 steps or more: --num_train_epochs 20, or more text." in said and "--tokens_per_step" not in said
+    run_of(8, epochs=7)
+    said = capsys.readouterr().out
+    assert "only 29 steps" in said and "--tokens_per_step 1024, or --num_train_epochs 25, or more text." in said
+
+
+@pytest.mark.parametrize("enough", [dict(rows_per_step=8, epochs=25.0), dict(rows_per_step=2, epochs=7.0)])
+def test_a_run_of_100_steps_has_no_warning(capsys, enough):
+    _, training = run_of(**enough)
+    assert training.max_steps >= 100 and "warning" not in capsys.readouterr().out
+    run_of(8, max_steps=3)  # asked for in steps
+    assert "warning" not in capsys.readouterr().out

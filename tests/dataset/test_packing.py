@@ -5,13 +5,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import END, store_of_tokens
+from conftest import END, ROOT, store_of_tokens, texts_of
 from hypothesis import given
 from hypothesis import strategies as st
+from test_writer import lossy_tokenizer
 
+from common.arguments import SharedArguments
+from common.corpus.documents import CorpusCounts
+from common.corpus.sources import resolve_sources
 from common.dataset.mixture import IGNORED_ROW
 from common.dataset.packing import IGNORED_TARGET, JoinedRows, PackedRows, collate_rows
 from common.dataset.rows import unigram_loss
+from common.tokens.train_tokenizer import train_tokenizer
+from common.tokens.writer import tokenize, write_token_store
 
 documents_of_tokens = st.lists(st.lists(st.integers(1, 900), max_size=9), min_size=2, max_size=12)
 
@@ -123,3 +129,44 @@ def test_the_unigram_loss_by_hand(tmp_path):
     # A second source of which every document is held out, or a copy, has no row to train on, and changes nothing.
     train.sources.append(PackedRows(store, np.array([False, False]), 2))
     assert unigram_loss(train, held_out, 4) == expected
+
+
+CASES = [("cross", None), ("isolated", None), ("cross", 3), ("isolated", 2)]
+
+
+@pytest.fixture(scope="module")
+def bundled(tmp_path_factory):
+    """The bundled articles, their texts, and a byte-level tokenizer of 500 tokens."""
+    path = ROOT / "data" / "sample_zh.jsonl"
+    texts = texts_of(path)
+    tokenizer = train_tokenizer(texts, 500)
+    arguments = SharedArguments(cache_dir=str(tmp_path_factory.mktemp("cache")))
+    return texts, tokenizer, tokenize(resolve_sources([str(path)])[0], tokenizer, arguments)
+
+
+@pytest.mark.parametrize(("packing", "most"), CASES)
+def test_the_bytes_of_byte_level_targets_are_those_of_their_text(bundled, packing, most):
+    """Of such a tokenizer, the decoded targets are the text; so they were counted before the store had sizes."""
+    _, tokenizer, store = bundled
+    chosen = np.arange(store.documents) % 20 == 3
+    rows = JoinedRows([PackedRows(store, chosen, 128, packing == "isolated", most)])
+    targets = rows.targets()
+    by_decoding = tokenizer.decode(targets[targets != tokenizer.eos_token_id], clean_up_tokenization_spaces=False)
+    assert rows.target_bytes(tokenizer) == len(by_decoding.encode())
+
+
+def test_the_bytes_of_a_lossy_tokenizers_targets_are_the_sources(tmp_path):
+    """By hand: "One" is known, 水 is not, and every document but the last is whole."""
+    texts = ["One", "水水水 one", "one  one", "水 水 水 水"]
+    store = write_token_store(texts, CorpusCounts(), lossy_tokenizer(), tmp_path / "t", {})
+    sizes = [3, 13, 8, 15]
+    assert store.text_bytes().tolist() == sizes and len(store.tokens) == 2 + 3 + 3 + 5
+    everything = np.ones(4, bool)
+    # 12 targets: all tokens but the first. Decoded, the first document is "one", and its part in the targets is "".
+    assert PackedRows(store, everything, 12).target_bytes(lossy_tokenizer()) == sum(sizes[1:])
+    # 8 targets are of the first three documents, and the first token of the fourth: [UNK] of [UNK] [UNK] [UNK] [UNK].
+    cut = PackedRows(store, everything, 8).target_bytes(lossy_tokenizer())
+    assert cut == pytest.approx(sizes[1] + sizes[2] + sizes[3] * len("[UNK]") / len("[UNK] [UNK] [UNK] [UNK]"))
+    # Isolated, the first token of a document is no target: of "[UNK] one", "one" is left, and of "one one" also.
+    isolated = PackedRows(store, np.array([False, True, True, False]), 5, isolated=True).target_bytes(lossy_tokenizer())
+    assert isolated == pytest.approx(sizes[1] * len("one") / len("[UNK] one") + sizes[2] * len("one") / len("one one"))

@@ -1,8 +1,11 @@
 """The ledger: every document and token of every source is accounted for, or the run does not start."""
 
+import json
+import unicodedata
+
 import numpy as np
 import pytest
-from conftest import store_of_tokens
+from conftest import END, store_of_tokens
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from test_store import write_pair
@@ -13,10 +16,11 @@ from common.console import InputError
 from common.corpus.sources import resolve_sources
 from common.corpus.splits import Split
 from common.dataset.ledger import Ledger
-from common.dataset.packing import PackedRows
+from common.dataset.packing import JoinedRows, PackedRows
 from common.dataset.rows import build_rows
 from common.tokens.merge import merge_token_stores
 from common.tokens.store import TokenStore
+from common.tokens.train_tokenizer import train_tokenizer
 from common.tokens.writer import tokenize
 from common.train.forgetting import retained_rows
 
@@ -108,45 +112,103 @@ def test_a_copy_in_another_source_is_a_duplicate(tmp_path):
     assert [ledger.documents_duplicate for ledger in ledgers.values()] == [0, 1]
 
 
+def documents_of(rows: JoinedRows) -> set[str]:
+    """Return the tokens of the documents of ``rows``, without end tokens."""
+    return {
+        str([token for token in part.tokens[part.document_starts[i] : part.document_starts[i + 1]].tolist() if token])
+        for part in rows.sources
+        for i in np.flatnonzero(part.chosen)
+    }
+
+
+@pytest.mark.parametrize("end", [[0], []])
 @pytest.mark.parametrize("merged", [False, True])
-def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged):
-    """Known by its text here, and there by its tokens alone; in two sources, or in one that was merged of them."""
+def test_a_copy_in_another_writers_token_file_is_a_duplicate(tmp_path, merged, end):
+    """With end tokens or without, in two sources or in one that was merged of them: the ids decide."""
     documents = [[number, number + 1] for number in range(1, 81)]
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{text}"}}\n' for text in spelled(documents)))
-    write_pair(tmp_path / "b", [[*document, 0] for document in reversed(documents)], np.int32)
+    write_pair(tmp_path / "b", [[*document, *end] for document in reversed(documents)], np.int32)
     arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), held_out_fraction=0.5, context_length=2)
     sources = resolve_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.bin")])
     stores = {source.name: tokenize(source, SMALL, arguments) for source in sources}
-    by_text = stores["a"].fingerprint()
     if merged:
         merge_token_stores(list(stores.values()), tmp_path / "merged")
-        stores = {"merged": TokenStore(tmp_path / "merged")}
-        assert stores["merged"].sidecar["hashes"] == "tokens"
+        [source] = resolve_sources([str(tmp_path / "merged.bin")])
+        stores = {"merged": tokenize(source, SMALL, arguments)}
     built = build_rows(stores, arguments)
-    assert built.fingerprints == [store.fingerprint() for store in stores.values()]
     assert sum(built.ledgers.values(), Ledger()).documents_duplicate == 80
-    sides = []
-    for rows in (built.train, built.held_out):
-        chosen = [
-            store.tokens[store.document_starts[i] : store.document_starts[i + 1]].tolist()
-            for store, part in zip(stores.values(), rows.sources, strict=True)
-            for i in np.flatnonzero(part.chosen)
-        ]
-        sides.append({str(tokens) for tokens in chosen})
-    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 80
-    if not merged:
-        assert stores["a"].fingerprint() != by_text  # a run that was split by text is another one
-        kept = tokenize(sources[0], SMALL, arguments)  # as the next launch finds it
-        assert kept.fingerprint() == by_text
-        kept.hash_tokens()
-        assert kept.fingerprint() == stores["a"].fingerprint()
-        assert len(list((tmp_path / "cache" / "document_hashes").iterdir())) == 2
+    train, held_out = documents_of(built.train), documents_of(built.held_out)
+    assert not train & held_out and len(train | held_out) == 80 and min(len(train), len(held_out)) > 20
+
+
+@pytest.mark.parametrize("keep_duplicates", [False, True])
+def test_copies_in_two_normalisations_are_on_the_same_side(tmp_path, keep_duplicates):
+    """The tokenizer gives both the same ids, because it normalises (NFC)."""
+    texts = [f"été numéro {number}, déjà vu à l'été" for number in range(41)]
+    tokenizer = train_tokenizer(texts, 300)
+    both = [*texts, *(unicodedata.normalize("NFD", text) for text in reversed(texts))]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in both))
+    arguments = SharedArguments(
+        cache_dir=str(tmp_path), held_out_fraction=0.3, context_length=8, keep_duplicates=keep_duplicates
+    )
+    store = tokenize(resolve_sources([str(tmp_path / "a.jsonl")])[0], tokenizer, arguments)
+    built = build_rows({"a": store}, arguments)
+    assert built.ledgers["a"].documents_duplicate == (0 if keep_duplicates else 41)
+    train, held_out = documents_of(built.train), documents_of(built.held_out)
+    assert not train & held_out and len(train | held_out) == 41
+    assert built.fingerprints != [store.fingerprint()]  # a run of an earlier version, split otherwise, is another one
+
+
+def test_the_fingerprint_of_documents_without_such_copies_is_the_stores(tmp_path):
+    store = store_of_tokens(tmp_path, [[number, 5, 7] for number in range(20)] + [[3, 5, 7]])
+    arguments = SharedArguments(held_out_fraction=0.3, context_length=2)
+    assert build_rows({"it": store}, arguments).fingerprints == [store.fingerprint()]
+
+
+@pytest.mark.parametrize(("fraction", "tail"), [(0.25, 25), (0.001, 9)])
+@pytest.mark.parametrize("copies", [1, 3])
+def test_of_a_single_document_the_tail_is_held_out(tmp_path, capsys, fraction, tail, copies):
+    """100 tokens, the last the end token; at least a row of 8 + 1 tokens is held out."""
+    document = list(range(1, 100))
+    (tmp_path / "empty").mkdir()
+    stores = {"it": store_of_tokens(tmp_path, [document] * copies), "none": store_of_tokens(tmp_path / "empty", [])}
+    built = build_rows(stores, SharedArguments(held_out_fraction=fraction, context_length=8))
+    assert f"the last {tail} of its 100 tokens are held out" in capsys.readouterr().out
+    stream = [*document, END]
+    held_out = built.held_out.targets().tolist()
+    assert held_out == stream[100 - tail + 1 :][: len(held_out)] and len(held_out) > tail - 1 - 8
+    train = built.train.targets().tolist()
+    assert train == stream[1 : len(train) + 1] and 100 - tail - 8 <= len(train) < 100 - tail
+    ledger = built.ledgers["it"]
+    assert (ledger.documents, ledger.documents_train, ledger.documents_held_out) == (copies, 1, 0)
+    if copies > 1:
+        with pytest.raises(InputError, match="--keep_duplicates: the corpus has only one distinct document"):
+            build_rows(stores, SharedArguments(held_out_fraction=fraction, context_length=8, keep_duplicates=True))
+
+
+@pytest.mark.parametrize("tokens", [0, 40, 128])
+def test_a_single_document_shorter_than_two_rows_is_refused(tmp_path, tokens):
+    with pytest.raises(
+        InputError, match=f"only one distinct document, of {tokens + 1} tokens. Its tail cannot be held"
+    ):
+        build_rows({"it": store_of_tokens(tmp_path, [[1] * tokens])}, SharedArguments(context_length=64))
+
+
+def test_an_empty_share_of_a_split_is_said(tmp_path, capsys):
+    stores = {"it": store_of_tokens(tmp_path, [[number, 1, 2] for number in range(400)])}
+    built = build_rows(stores, SharedArguments(split="949,50,1", context_length=2))
+    assert built.test is None
+    said = capsys.readouterr().out
+    assert "note: --split 949,50,1 of the 400 documents of it leaves no document for test" in said
+    build_rows(stores, SharedArguments(split="949,50", context_length=2))
+    build_rows(stores, SharedArguments(split="9,1,1", context_length=2))
+    assert "leaves no document" not in capsys.readouterr().out
 
 
 def test_what_is_trained_on_is_known_in_a_retained_token_file(tmp_path):
     documents = [[number, number + 1, 0] for number in range(1, 81)]
     hashes = np.arange(80, dtype=np.uint64) * np.uint64(2**57)
-    ours = TokenStore(write_pair(tmp_path / "a", documents, sidecar={"hashes": "text"}, hashes=hashes))
+    ours = TokenStore(write_pair(tmp_path / "a", documents, hashes=hashes))
     foreign = TokenStore(write_pair(tmp_path / "b", documents))
     arguments = SharedArguments(held_out_fraction=0.5, context_length=2)
     built = build_rows({"a": ours}, arguments)

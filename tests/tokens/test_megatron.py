@@ -1,5 +1,7 @@
 """Index files: golden bytes, indexes packed by hand, and damage of every kind."""
 
+import errno
+import os
 import struct
 import tracemalloc
 
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import common.tokens.megatron as megatron
 from common.console import InputError
 from common.tokens.megatron import DTYPES, open_pair, read_index, read_legacy_index, write_index
 
@@ -261,3 +264,14 @@ def test_a_git_lfs_pointer_is_named(tmp_path):
         with pytest.raises(InputError, match=f"{path.name}: a Git LFS pointer, .*git lfs pull"):
             open_pair(str(tmp_path / "pair"), (".bin", ".idx"))
         path.write_bytes(content)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")
+def test_a_full_disk_is_noticed_with_its_reason_while_a_column_is_written(monkeypatch, tmp_path):
+    monkeypatch.setattr(megatron, "CHUNK", 3)
+    megatron.write_row(tmp_path / "row.npy", np.arange(10, dtype=np.uint64))
+    assert np.load(tmp_path / "row.npy").tolist() == list(range(10))
+    monkeypatch.setattr(megatron, "CHUNK", 1_000_000)
+    with pytest.raises(OSError) as caught:
+        megatron.write_row("/dev/full", np.zeros(1_000_000, np.uint64))
+    assert caught.value.errno == errno.ENOSPC

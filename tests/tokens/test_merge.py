@@ -41,11 +41,11 @@ def test_a_merge_holds_all_documents_in_order(tmp_path_factory, stores, legacy):
     ]
     merged = merge_token_stores(inputs, folder / "merged", legacy)
     assert read_all(merged) == [document for documents, _, _ in stores for document in documents]
-    assert merged.document_hashes().tolist() == [h for store in inputs for h in store.document_hashes().tolist()]
+    assert merged.id_hashes().tolist() == [h for store in inputs for h in store.id_hashes().tolist()]
     assert all(np.can_cast(store.tokens.dtype, merged.tokens.dtype) for store in inputs if len(store.tokens))
     suffixes = ("_ids.npy", "_idx.npz") if legacy else (".bin", ".idx")
     names = {path.name for path in folder.iterdir() if path.name.startswith("merged")}
-    assert names == {f"merged{suffix}" for suffix in (*suffixes, ".json", ".hashes.npy")}
+    assert names == {f"merged{suffix}" for suffix in (*suffixes, ".json", ".lock")}
 
 
 @pytest.mark.parametrize(
@@ -93,9 +93,7 @@ def test_the_merge_is_megatrons_byte_for_byte(tmp_path):
 
 def test_a_merge_of_one_store_converts_it_and_back(tmp_path):
     hashes = np.array([7, 8], np.uint64)
-    first = TokenStore(
-        write_pair(tmp_path / "a", [[1, 2], [3]], sidecar={"empty": 3, "hashes": "text", **MADE}, hashes=hashes)
-    )
+    first = TokenStore(write_pair(tmp_path / "a", [[1, 2], [3]], sidecar={"empty": 3, **MADE}, hashes=hashes))
     legacy = merge_token_stores([first], tmp_path / "b", legacy=True)
     ids = np.load(tmp_path / "b_ids.npy", allow_pickle=False)
     assert ids.tolist() == [1, 2, 3] and ids.dtype == np.uint16
@@ -115,7 +113,7 @@ def test_the_sidecar_sums_counts_and_lists_the_inputs(tmp_path):
     foreign = TokenStore(write_pair(tmp_path / "b", [[4, 5]]))
     known = merge_token_stores([TokenStore(tmp_path / "a")], tmp_path / "known")
     assert {key: value for key, value in known.sidecar.items() if key != "inputs"} == {
-        "documents": 3, "tokens": 3, "empty": 3, "text_bytes": 30, "hashes": "tokens", **MADE
+        "documents": 3, "tokens": 3, "empty": 3, "text_bytes": 30, **MADE
     }  # fmt: skip
     assert [entry["documents"] for entry in known.sidecar["inputs"]] == [1, 2]
     half_known = merge_token_stores([known, foreign], tmp_path / "half")
@@ -163,7 +161,42 @@ def test_a_failed_merge_leaves_no_file(tmp_path, monkeypatch, error, legacy):
     expected = InputError if isinstance(error, OSError) else KeyboardInterrupt
     with pytest.raises(expected, match="no space left" if isinstance(error, OSError) else None):
         merge_token_stores([store], tmp_path / "out" / "merged", legacy)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["merged.lock"]
+
+
+class Killed(BaseException):
+    """Stands for SIGKILL: nothing is tidied up."""
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_a_merge_that_is_killed_at_any_place_can_be_repeated(tmp_path, monkeypatch, legacy):
+    """Before each call that moves a file, and again at the same place of the second attempt."""
+    columns = {".id_hashes.npy": np.array([5, 6], np.uint64), ".text_bytes.npy": np.array([2, 3], np.int64)}
+    prefix = write_pair(tmp_path / "a", [[1], [2, 3]], sidecar=MADE, hashes=np.array([7, 8], np.uint64))
+    for suffix, column in columns.items():
+        np.save(prefix + suffix, column)
+    replace, moves = os.replace, 0
+
+    def killed(*names):
+        nonlocal moves
+        moves += 1
+        if moves == place:
+            raise Killed
+        replace(*names)
+
+    for place in range(1, 8):  # the sidecar is moved twice
+        output = tmp_path / f"out{place}" / "merged"
+        for _ in range(2):
+            moves = 0
+            with monkeypatch.context() as patch, pytest.raises(Killed):
+                patch.setattr(token_merge.os, "replace", killed)
+                patch.setattr(token_merge.Path, "unlink", lambda *_, **__: None)
+                merge_token_stores([TokenStore(prefix)], output, legacy)
+        merged = merge_token_stores([TokenStore(prefix)], output, legacy)
+        assert read_all(merged) == [[1], [2, 3]] and merged.text_bytes().tolist() == [2, 3]
+        assert merged.id_hashes().tolist() == [5, 6] and not list(output.parent.glob("*partial*.npy"))
+        with pytest.raises(InputError, match="exists already"):
+            merge_token_stores([TokenStore(prefix)], output, legacy)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="the device that is always full is Linux's")

@@ -231,7 +231,7 @@ def test_a_damaged_sidecar_is_refused(tmp_path, content, reason):
 
 @pytest.mark.parametrize("hashes", [np.zeros(3, np.uint64), np.zeros(2, np.int64), np.zeros((2, 1), np.uint64)])
 def test_damaged_hashes_are_refused(tmp_path, hashes):
-    store = TokenStore(write_pair(tmp_path / "pair", [[1], [2]], sidecar={"hashes": "text"}, hashes=hashes))
+    store = TokenStore(write_pair(tmp_path / "pair", [[1], [2]], hashes=hashes))
     with pytest.raises(InputError, match=r"pair\.hashes\.npy"):
         store.document_hashes()
     (tmp_path / "pair.hashes.npy").write_bytes(b"")
@@ -239,22 +239,41 @@ def test_damaged_hashes_are_refused(tmp_path, hashes):
         store.document_hashes()
 
 
-def test_hashes_are_those_of_the_text_or_of_the_tokens(tmp_path):
-    ours = write_pair(tmp_path / "a", [[1], [2]], sidecar={"hashes": "text"}, hashes=np.array([9, 8], np.uint64))
+def hashes_by_hand(documents):
+    return [content_hash(np.array(document, "<i4").tobytes()) for document in documents]
+
+
+def test_hashes_are_those_of_the_text_or_of_the_ids(tmp_path):
+    ours = write_pair(tmp_path / "a", [[1], [2]], hashes=np.array([9, 8], np.uint64))
     assert TokenStore(ours).document_hashes().tolist() == [9, 8]
-    for sidecar, hashes in (({"text_bytes": 2}, [9, 8]), ({"hashes": "tokens"}, [9, 8]), ({"documents": 2}, None)):
-        (tmp_path / "a.json").write_text(
-            json.dumps(sidecar)
-        )  # the last: an old merge, which did not say what the hashes are of
-        expected = hashes or [content_hash(np.array([token], "<i4").tobytes()) for token in (1, 2)]
-        assert TokenStore(ours).document_hashes().tolist() == expected
+    assert TokenStore(ours).id_hashes().tolist() == hashes_by_hand([[1], [2]])
     documents = [[1, 2], [], [3], [1, 2], [70_000]]
-    expected = [content_hash(np.array(document, "<i4").tobytes()) for document in documents]
     for dtype in (np.int32, np.uint32, np.int64, np.float64):
-        assert TokenStore(write_pair(tmp_path / "b" / "x", documents, dtype)).document_hashes().tolist() == expected
+        store = TokenStore(write_pair(tmp_path / "b" / "x", documents, dtype))
+        assert store.document_hashes().tolist() == store.id_hashes().tolist() == hashes_by_hand(documents)
     shards = TokenStore(write_legacy_pair(tmp_path / "b" / "y", [[3]], np.float64).removesuffix("/y"))
-    assert shards.document_hashes().tolist() == [*expected, expected[2]]
+    assert shards.document_hashes().tolist() == hashes_by_hand([*documents, [3]])
     assert shards.duplicates().tolist() == [3, 5] and shards.duplicates().dtype == np.int64
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 4_000_000])
+def test_hashes_of_ids_leave_end_tokens_out(tmp_path, monkeypatch, chunk):
+    monkeypatch.setattr(token_store, "CHUNK_TOKENS", chunk)
+    documents = [[5, 6], [7], [], [5, 6]]
+    for name, closed in (("with", [[*d, 0] for d in documents]), ("before", [[0, *d] for d in documents])):
+        store = TokenStore(write_pair(tmp_path / name, closed), tmp_path / "cache", end_token_id=0)
+        assert store.id_hashes().tolist() == hashes_by_hand(documents)
+        again = TokenStore(tmp_path / name, tmp_path / "cache", end_token_id=7)  # not what was kept for the other
+        assert again.id_hashes().tolist() == hashes_by_hand([[t for t in d if t != 7] for d in closed])
+
+
+def test_sizes_of_texts_are_known_of_some_documents(tmp_path):
+    write_pair(tmp_path / "shards" / "a", [[1], [2]])
+    np.save(tmp_path / "shards" / "a.text_bytes.npy", np.array([3, 40], np.int64))
+    assert TokenStore(tmp_path / "shards").text_bytes().tolist() == [3, 40]
+    write_pair(tmp_path / "shards" / "b", [[3]])
+    assert TokenStore(tmp_path / "shards").text_bytes().tolist() == [3, 40, -1]
+    assert TokenStore(tmp_path / "shards" / "b").text_bytes() is None
 
 
 def test_documents_are_hashed_alike_in_chunks_of_any_size(tmp_path, monkeypatch):
@@ -332,6 +351,21 @@ def test_ids_beyond_the_vocabulary_are_refused(tmp_path, monkeypatch, chunk):
     TokenStore(write_pair(tmp_path / "y", [[3.0]], np.float32)).check_tokenizer("anything", 7)
     with pytest.raises(InputError, match=r"18,446,744,073,709,551,615"):
         TokenStore(write_pair(tmp_path / "y", [[2**64 - 1]], np.uint64)).check_tokenizer("anything", 7)
+
+
+def test_ids_beyond_the_vocabulary_are_refused_in_our_own_store_too(tmp_path, monkeypatch):
+    """A sidecar says which tokenizer made the store, and nothing of what happened to it since."""
+    prefix = write_pair(tmp_path / "x", [[1], [4, 5]], sidecar={"tokenizer": {"fingerprint": "abc"}})
+    with monkeypatch.context() as patch:
+        TokenStore(prefix, tmp_path / "cache").check_tokenizer("abc", 6)
+        patch.setattr(token_store.TokenStore, "_check_ids", None)  # the next check must not read the tokens again
+        TokenStore(prefix, tmp_path / "cache").check_tokenizer("abc", 6)
+    (tmp_path / "x.bin").write_bytes(np.array([1, 4, 6], np.uint16).tobytes())
+    for cache in (None, tmp_path / "cache"):
+        with pytest.raises(
+            InputError, match="document 1 holds token 6.*its sidecar names this tokenizer, so it is dam"
+        ):
+            TokenStore(prefix, cache).check_tokenizer("abc", 6)
 
 
 def test_the_share_of_documents_that_end_with_the_end_token(tmp_path):

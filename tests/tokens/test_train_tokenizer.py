@@ -154,15 +154,16 @@ def test_any_text_comes_back_after_nfc(trained, text):
 
 def test_vocabulary(trained, capsys):
     assert len(trained) == 2_000 and trained.eos_token == END_TOKEN and trained.eos_token_id == 0
-    small = train_tokenizer(["aaaa bbbb"], 1_000)
-    assert 257 < len(small) < 300 and f"{len(small)} tokens, not 1,000" in capsys.readouterr().out
+    small = train_tokenizer(["ab ab ab ab ab cd cd cd cd"], 1_000)  # ab occurs 5 times, cd and the pairs with a space 4
+    assert {token for token in small.get_vocab() if len(token) > 1} == {END_TOKEN, "ab"} and len(small) == 258
+    assert f"{len(small)} tokens, not 1,000: no other pair of tokens occurs 5 times" in capsys.readouterr().out
     assert len(train_tokenizer(["水"], 257)) == 257
     with pytest.raises(InputError, match="at least 257"):
         train_tokenizer(CHINESE, 256)
 
 
 def test_first_merge_is_the_most_frequent_pair():
-    tokenizer = train_tokenizer(["ab ab ab cd", "xy"], 258)
+    tokenizer = train_tokenizer(["ab ab ab ab ab cd", "xy"], 258)
     assert tokenizer.convert_ids_to_tokens(257) == "ab"
 
 

@@ -61,6 +61,68 @@ def test_the_bytes_are_those_of_the_format(tmp_path):
     )
 
 
+def test_ids_beyond_the_number_of_tokens_are_stored_whole(tmp_path):
+    """The tokenizer has few tokens, and one has id 70,000, which would be 4,464 in 16 bits."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"0": 0, "1": 1, "70000": 70_000}, unk_token="0"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    gaps = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="0", unk_token="0")
+    (tmp_path / "c.jsonl").write_text('{"text": "1 70000"}\n')
+    store = tokenize(
+        resolve_source(str(tmp_path / "c.jsonl")), gaps, SharedArguments(cache_dir=str(tmp_path / "cache"))
+    )
+    assert read(store) == [[1, 70_000, 0]] and store.tokens.dtype == np.int32
+    assert "vocabulary_size" in store.sidecar["tokenizer"]  # so that a store of an earlier version is not found
+
+
+def test_an_id_that_would_wrap_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(token_writer, "vocabulary_size", lambda _: 300)
+    monkeypatch.setattr(token_writer, "token_dtype", lambda _: np.dtype(np.uint16))
+    wide = number_tokenizer(70_000)
+    write(tmp_path / "fits", [[65_535]], wide)
+    with pytest.raises(InputError, match="gave id 65,536, but its largest is 299: it does not fit uint16"):
+        write(tmp_path / "x", [[65_536]], wide)
+
+
+def lossy_tokenizer() -> PreTrainedTokenizerFast:
+    """Return a tokenizer of words in lower case: it knows "one" and "two", and calls everything else [UNK]."""
+    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+
+    backend = Tokenizer(models.WordLevel({"</s>": 0, "[UNK]": 1, "one": 2, "two": 3}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.Lowercase()
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")  # it does not name its unknown token
+
+
+def test_what_a_tokenizer_loses_is_counted_and_said(tmp_path, capsys):
+    texts = ["one two", "One  two", "水水水 two"]
+    lines = "".join(json.dumps({"text": text}) + "\n" for text in texts)
+    (tmp_path / "c.jsonl").write_text(lines, encoding="utf-8")
+    for _ in range(2):  # also when the store is found again
+        arguments = SharedArguments(cache_dir=str(tmp_path / "cache"))
+        store = tokenize(resolve_source(str(tmp_path / "c.jsonl")), lossy_tokenizer(), arguments)
+        assert store.text_bytes().tolist() == [7, 8, 13]
+        said = capsys.readouterr().out
+        assert "16.67% of the tokens of" in said and "are [UNK]" in said  # 1 of 6
+        assert "2 of the first 3 documents of" in said and "do not come back" in said
+    assert store.duplicates().tolist() == [1]  # another text, the same tokens
+    foreign = store_of_tokens(tmp_path, [[2, 3]])
+    tokenize(resolve_source(f"{foreign.prefix}.bin"), lossy_tokenizer(), arguments)
+    assert "bits per byte count the bytes of the decoded tokens" in capsys.readouterr().out
+
+
+def test_a_byte_level_tokenizer_loses_nothing(tmp_path, capsys):
+    from common.tokens.train_tokenizer import train_tokenizer
+
+    texts = [json.loads(line)["text"] for line in (ROOT / "data" / "sample_zh.jsonl").open(encoding="utf-8")]
+    arguments = SharedArguments(cache_dir=str(tmp_path))
+    store = tokenize(resolve_source(str(ROOT / "data" / "sample_zh.jsonl")), train_tokenizer(texts, 500), arguments)
+    assert store.text_bytes().tolist() == [len(text.encode()) for text in texts]
+    assert (store.sidecar["unknown_tokens"], store.sidecar["changed_documents"]) == (0, 0)
+    assert store.sidecar["tried_documents"] == len(texts) and "note" not in capsys.readouterr().out
+
+
 def test_datatrove_writes_the_same_bytes(tmp_path):
     from datatrove.pipeline.tokens.megatron_tokenizer import MegatronTokenizedFile
 
@@ -93,7 +155,7 @@ def test_the_store_does_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
     write(tmp_path / "one", documents, workers=1)
     monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 50)
     write(tmp_path / "many", documents, workers=7)
-    for suffix in (".bin", ".idx", ".hashes.npy"):
+    for suffix in (".bin", ".idx", ".hashes.npy", ".id_hashes.npy", ".text_bytes.npy"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
 
 
@@ -185,6 +247,21 @@ def test_killed_and_run_again_the_store_is_the_same(tmp_path):
     assert again.documents == 20_000 and again.fingerprint() == alone.fingerprint()
     assert Path(again.prefix + ".bin").read_bytes() == Path(alone.prefix + ".bin").read_bytes()
     assert not list(tmp_path.glob("cache/*/*.partial*"))
+
+
+def test_a_cache_inside_of_the_corpus_hides_no_document(tmp_path, capsys):
+    (tmp_path / "c" / "more").mkdir(parents=True)
+    corpus(tmp_path / "c" / "a.jsonl", 3)
+    corpus(tmp_path / "c" / "more" / "b.jsonl", 5)
+    arguments = SharedArguments(cache_dir=str(tmp_path / "c" / "more"))
+    for _ in range(2):
+        store = tokenize(resolve_source(str(tmp_path / "c")), SMALL, arguments)
+        assert store.documents == 8
+    said = capsys.readouterr().out
+    assert said.count("tokenizing into") == 1 and "not read" not in said
+    (tmp_path / "c" / "more" / "CACHEDIR.TAG").write_text("Signature: 8a477f597d28d172789f06886806bc55")
+    resolve_source(str(tmp_path / "c"))
+    assert "marked as a cache by CACHEDIR.TAG, so its files are not read: " in capsys.readouterr().out
 
 
 def test_many_at_once_on_a_cold_cache_write_it_once(tmp_path):
