@@ -124,6 +124,16 @@ class SharedArguments:
         default=None,
         metadata={"help": "With --plan: memory of a card, in GiB; otherwise that of the card here, if any."},
     )
+    eval_tasks: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Also measure these tasks of lm_eval at the end: names (zhoblimp blimp xstorycloze_zh ...) or YAML "
+            "files. docs/tasks.md says which of them small models can do."
+        },
+    )
+    eval_tasks_every: int | None = field(
+        default=None, metadata={"help": "Measure --eval_tasks every so many steps, too."}
+    )
     cache_dir: str = field(default="data/cache", metadata={"help": "Where tokenized data is kept and found again."})
     swanlab: str = field(
         default="auto",
@@ -169,6 +179,10 @@ class SharedArguments:
             if getattr(self, name) is not None and (self.probe or not self.plan):
                 why = "the probe runs as it is launched" if self.probe else "it would be ignored"
                 raise InputError(f"--{name} {getattr(self, name)}: {why}. With --plan alone, or leave it out.")
+        if self.eval_tasks_every is not None and not self.eval_tasks:
+            raise InputError(f"--eval_tasks_every {self.eval_tasks_every}: name what to measure with --eval_tasks.")
+        if self.eval_tasks_every is not None and self.eval_tasks_every < 1:
+            raise InputError(f"--eval_tasks_every {self.eval_tasks_every}: must be at least 1 step.")
 
 
 class _Default:

@@ -51,6 +51,7 @@ from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
+from common.train.eval_tasks import EvalTasks
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before
 from common.train.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
 from common.train.plan import print_plan, probe, take_precision_of_yaml
@@ -209,6 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         run.check_disk_space(parameters, launch.strategy, training, weight_bytes, state_bytes, merged_bytes)
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
+        tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
+        trainer.add_callback(tasks)
         trainer.add_callback(MeasureBefore(trainer, None, pretrained=True))
         for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
             trainer.add_callback(callback)
@@ -220,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
         if rows.test is not None:
             metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
         metrics |= figures_before(trainer.state.log_history)
+        metrics |= tasks.measure()
         trainer.save_model()
         results = save_results(trainer, rows.ledgers, metrics)
         say(f"{summary(results)}\n\n{before_and_after(results)}")

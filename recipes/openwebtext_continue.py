@@ -50,6 +50,7 @@ from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
+from common.train.eval_tasks import EvalTasks
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before, retained_rows
 from common.train.plan import print_plan, probe
 from common.train.preflight import preflight
@@ -204,6 +205,8 @@ def main(argv: list[str] | None = None) -> None:
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
+        tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
+        trainer.add_callback(tasks)
         trainer.add_callback(MeasureBefore(trainer, retained.rows, pretrained=not own.from_scratch))
         for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
             trainer.add_callback(callback)
@@ -217,6 +220,7 @@ def main(argv: list[str] | None = None) -> None:
         if retained.rows is not None:
             metrics |= trainer.evaluate(retained.rows, metric_key_prefix="retain") | retained.counts
         metrics |= figures_before(trainer.state.log_history)
+        metrics |= tasks.measure()
         trainer.save_model()
         results = save_results(trainer, rows.ledgers, metrics)
         say(f"{summary(results)}\n\n{before_and_after(results)}")

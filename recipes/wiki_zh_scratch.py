@@ -40,6 +40,7 @@ from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
+from common.train.eval_tasks import EvalTasks
 from common.train.plan import print_plan, probe
 from common.train.preflight import preflight
 from common.train.trainer import PretrainingTrainer
@@ -179,6 +180,8 @@ def main(argv: list[str] | None = None) -> None:
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
+        tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
+        trainer.add_callback(tasks)
         for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=run.last_checkpoint())
@@ -188,6 +191,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics["eval_unigram_loss"] = unigram_loss(rows.train, rows.held_out, model.config.vocab_size)
         if rows.test is not None:
             metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
+        metrics |= tasks.measure()
         trainer.save_model()
         say(summary(save_results(trainer, rows.ledgers, metrics)))
         say(f"model, results and report.html are in {run.folder}")

@@ -6,6 +6,8 @@ is used. ``remove_dead_locks`` and ``take_over_compile`` come before the launche
 
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -251,3 +253,22 @@ def separate_layers(model: PreTrainedModel) -> list[torch.nn.Module]:
 def compile_forward(module: torch.nn.Module, **settings) -> None:
     """Compile the forward of ``module`` without its hooks. Replaces: Module.compile, which compiles the hooks, too."""
     module.forward = torch.compile(module.forward, **settings)
+
+
+@contextmanager
+def without_autocast(model: torch.nn.Module) -> Iterator[None]:
+    """Call ``model`` as whoever loads it will, in the dtype of its weights.
+
+    ``Accelerator.prepare`` replaces the ``forward`` of the model by one that computes in the YAML's precision, and has
+    no way to leave that out for a while: unwrap_model(keep_fp32_wrapper=False) takes it away for good. Seen with
+    accelerate 1.15. It can go when accelerate has one.
+    """
+    in_autocast = vars(model).get("forward")
+    if "_original_forward" not in vars(model):  # the YAML says fp32
+        yield
+        return
+    model.forward = model._original_forward
+    try:
+        yield
+    finally:
+        model.forward = in_autocast

@@ -30,6 +30,7 @@ from common.run.lock import read_status
 from common.run.plots import Line
 
 LAUNCHES_FILE = "launches.jsonl"
+TASKS_FILE = "eval_tasks.jsonl"
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao", "numpy", "tokenizers")
 # Beginnings of the environment variables that the launcher sets from its YAML.
 LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")
@@ -169,6 +170,23 @@ def mean_logged_loss(log_history: list[dict]) -> float:
     return total / steps if steps else math.nan
 
 
+def task_key(score: dict) -> str:
+    """Return the name that the ``score`` of a task (common/train/eval_tasks.py) has in the log."""
+    return f"eval_{score['task']}_{score['metric']}"
+
+
+def score_text(score: dict) -> str:
+    """Return the ``score`` of a task, with its standard error and its chance level, on one line."""
+    text = f"{score['task']} {score['metric']} {score['score']:.4f}"
+    if score["stderr"] is not None:
+        text += f" ± {score['stderr']:.4f}"
+    if score["chance"] is None:
+        return text
+    noise = 2 * score["stderr"] if score["stderr"] is not None else 0.0
+    verdict = "" if score["score"] > score["chance"] + noise else ": not above it"
+    return f"{text} (chance {score['chance']:.4f}{verdict})"
+
+
 @dataclass
 class RunRecord:
     """All records of one run."""
@@ -179,6 +197,7 @@ class RunRecord:
     identity: dict = field(default_factory=dict)  # run.json
     launches: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
+    tasks: list[dict] = field(default_factory=list)  # scores of --eval_tasks, those of parts of a group included
     status: dict = field(default_factory=dict)
 
     @classmethod
@@ -205,6 +224,7 @@ class RunRecord:
             identity=_json(folder / "run.json"),
             launches=read_lines(folder / LAUNCHES_FILE),
             samples=read_lines(folder / "samples.jsonl"),
+            tasks=read_lines(folder / TASKS_FILE),
             status={} if status is None else status,
         )
 

@@ -12,8 +12,8 @@ import numpy as np
 from transformers import TrainerCallback
 
 from common.run.folder import Run
-from common.run.plots import finite, line_plot, stacked_bar
-from common.run.record import RunRecord
+from common.run.plots import Line, finite, line_plot, stacked_bar
+from common.run.record import RunRecord, task_key
 
 REPORT_FILE = "report.html"
 SHOWN_SAMPLES = 12  # evaluations whose texts are shown: the first, the last, and evenly spaced ones between them
@@ -84,6 +84,7 @@ def page(run: RunRecord) -> str:
         _section("Run", _table(description(run))),
         _section("Results", _table(figures(run))),
         _section("Curves", f"<div class=plots>{''.join(plots(run))}</div>"),
+        _section("Tasks", _tasks(run)),
         _section("Where every token went", _ledgers(run.results.get("sources", {}))),
         _section("Samples", _samples(run.samples)),
         _section("Environment", _table(environment(run))),
@@ -207,6 +208,39 @@ def _ledgers(sources: dict[str, dict]) -> str:
         bar = stacked_bar(name, parts)
         blocks.append(f"{bar}<p>{escape(sentence + trained)}; {ledger.get('documents', 0):,} documents</p>")
     return "".join(blocks)
+
+
+def _tasks(run: RunRecord) -> str:
+    """Return the newest score of every task, and a plot of those that were measured more than once, as HTML."""
+    # A step that was made twice, before and after an interruption, shows its later score.
+    newest = {task_key(score): score for score in run.tasks if "part_of" not in score}
+    heads = ["task", "metric", "score", "standard error", "chance", "documents", "examples", "step", "seconds"]
+    rows = "".join(
+        f"<tr><td>{escape(score['task'])}</td><td>{escape(score['metric'])}</td>"
+        + "".join(
+            f"<td>{'' if value is None else format(value, form)}</td>"
+            for value, form in (
+                (score["score"], ".4f"), (score["stderr"], ".4f"), (score["chance"], ".4f"), (score["documents"], ","),
+                (score["shots"], ""), (score["step"], ","), (score["seconds"], ".1f"),
+            )
+        )
+        + "</tr>"
+        for score in newest.values()
+    )  # fmt: skip
+    if not rows:
+        return ""
+    drawn = []
+    for key, score in newest.items():
+        line = run.line("score", key, dots=True)
+        if len(line.xs) > 1:
+            lines = [line]
+            if score["chance"] is not None:
+                lines.append(Line("chance", line.xs, [score["chance"]] * len(line.xs)))
+            drawn.append(line_plot(f"{score['task']}, {score['metric']}", "tokens seen", lines))
+    parts = sum("part_of" in score for score in run.tasks)
+    note = f"<p class=dim>eval_tasks.jsonl has {parts:,} scores of parts, too.</p>" if parts else ""
+    head = "".join(f"<th>{name}</th>" for name in heads)
+    return f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>{note}<div class=plots>{''.join(drawn)}</div>"
 
 
 def _samples(samples: list[dict]) -> str:

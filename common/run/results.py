@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.dataset.ledger import Ledger
 from common.run.model_card import write_card
-from common.run.record import RunRecord, mean_logged_loss
+from common.run.record import RunRecord, mean_logged_loss, score_text
 from common.run.report import write_report
 from common.run.tracking import finish_tracking
 
@@ -71,6 +71,12 @@ def summary(results: dict) -> str:
     ledger = Ledger(**results["ledger"])
     sources = {name: Ledger(**entry) for name, entry in results["sources"].items()}
     test = [f"test loss        {results['test_loss']:.4f} nats a token"] if "test_loss" in results else []
+    tasks = [
+        f"task             {score['task']} failed: {score['failed']}"
+        if "failed" in score
+        else f"task             {score_text(score)}, {score['documents']:,} documents"
+        for score in results.get("tasks", [])
+    ]
     shares = [
         f"  {name}: {source.rows_trained / max(ledger.rows_trained, 1):.2%} of the rows trained on,"
         f" {source.rows_trained / max(source.rows_train, 1):.2f} passes; {source}"
@@ -85,6 +91,7 @@ def summary(results: dict) -> str:
             *test,
             f"perplexity       {results['eval_perplexity']:,.2f}",
             f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
+            *tasks,
             f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
             f" = {results['epochs']:.2f} passes over the training rows",
             f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",

@@ -23,6 +23,7 @@ from common.run.lock import lock_folder
 from common.system import GIB, take_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
 from common.train.combinations import check_combinations, choose_optimizer
+from common.train.eval_tasks import check_eval_tasks
 from common.train.plan import setting_of_run
 from common.train.schedule import check_schedule
 
@@ -78,6 +79,7 @@ def preflight(
     name = by_muon if launch.optimizer == "muon" else optimizer_name(training)
     say(f"optimizer: {name}; learning rate: {training.learning_rate:g}")
     check_combinations(launch, training, method)
+    check_eval_tasks(launch, shared, training)
     if model is not None and not size.guessed:
         say(f"memory: {memory(model, launch, training, shared.context_length)}")
         check_disk_space(training.output_dir, model.num_parameters(), launch.strategy, training)
