@@ -165,7 +165,7 @@ class EvalTasks(TrainerCallback):
                 append_lines(Path(self.trainer.run.folder) / TASKS_FILE, scores)
 
 
-@functools.lru_cache(maxsize=1)  # takes seconds: lm_eval reads the names of 14,000 tasks
+@functools.lru_cache(maxsize=1)  # takes seconds: lm_eval reads the names of all its tasks
 def load_tasks(names: tuple[str, ...]) -> dict[str, dict]:
     """Return what lm_eval loads for each of ``names``: a task, a group or a tag of its own, or a YAML file.
 
@@ -175,15 +175,17 @@ def load_tasks(names: tuple[str, ...]) -> dict[str, dict]:
         InputError: a name is unknown or there twice, its documents cannot be loaded, or its answers would be run.
     """
     from lm_eval.tasks import TaskManager
-    from lm_eval.tasks._yaml_loader import load_yaml
 
-    files = {name: load_yaml(Path(name), resolve_func=False) for name in names if Path(name).is_file()}
-    alone = all(isinstance(files.get(name, {}).get("task"), str) for name in names)  # they need no other tasks
-    manager = TaskManager(include_defaults=not alone)
+    files = {name: _content(name) for name in names if Path(name).is_file()}
+    # A task becomes what is in its file, as in the command. A group is found by its name, with the files beside it:
+    # lm_eval 0.4.13 cannot load one by its file.
+    groups = [name for name, content in files.items() if "group" in content]
+    alone = len(files) == len(names) and not groups  # they need none of lm_eval's 14,000 tasks
+    manager = TaskManager(include_path=[str(Path(name).parent) for name in groups], include_defaults=not alone)
     tasks: dict[str, dict] = {}
     for name in names:
         try:
-            loaded = manager.load([name])
+            loaded = manager.load([files[name]["group"] if name in groups else files.get(name, name)])
         except KeyError as error:
             raise InputError(unknown_task(name, manager.all_tasks, error)) from None
         except Exception as error:  # lm_eval and datasets raise many kinds
@@ -203,10 +205,24 @@ def load_tasks(names: tuple[str, ...]) -> dict[str, dict]:
     return tasks
 
 
+def _content(path: str) -> dict:
+    """Return what is in a YAML file of lm_eval's."""
+    from lm_eval.tasks._yaml_loader import load_yaml
+
+    try:
+        content = load_yaml(path)
+    except Exception as error:  # of YAML, of an included file, of a function that it names
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(f"--eval_tasks {path}: it cannot be read ({reason}).") from None
+    if not isinstance(content, dict) or not {"task", "group"} & set(content):
+        raise InputError(f"--eval_tasks {path}: there is no task and no group in it.")
+    return content
+
+
 def unknown_task(name: str, known: list[str], error: KeyError) -> str:
     """Return what to say of a ``name`` that lm_eval does not know."""
     if Path(name).suffix in (".yaml", ".yml"):
-        return f"--eval_tasks {name}: no such file, or no task or group in it ({error})."
+        return f"--eval_tasks {name}: no such file, or it names a task that lm_eval does not know ({error})."
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"Near it: {', '.join(near)}. " if near else ""
     return f"--eval_tasks {name}: lm_eval has no such task, group or tag. {hint}All of them: lm_eval ls tasks."

@@ -1,4 +1,4 @@
-"""--eval_tasks: the scores of lm_eval's command, from the model in training, which goes on as if nothing had happened."""
+"""--eval_tasks: the scores of lm_eval's command, from the model in training, whose training they do not change."""
 
 import hashlib
 import json
@@ -106,7 +106,7 @@ def scores_of_run(folder: Path) -> dict[tuple[str, str], dict]:
 def test_the_scores_are_those_of_the_command_on_the_saved_model(
     wiki, cache_dir, tmp_path, tasks, monkeypatch, precision
 ):
-    """Also where the run computes in bf16: the command loads the weights in fp32, as they are saved."""
+    """On the saved model, also where the run computes in bf16: the weights are saved in fp32."""
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
     run = tmp_path / "run"
     bf16 = ["--bf16", "true"] if precision == "bf16" else []
@@ -253,7 +253,7 @@ def test_a_task_that_fails_is_named_and_does_not_end_the_run(wiki, cache_dir, tm
     output = capsys.readouterr().out
     reason = "and the model reads 64), and is not measured again"
     assert output.count("note: --eval_tasks own_long: it failed") == output.count(reason) == 1
-    failed, *scores = results_of(tmp_path / "run")["tasks"]
+    *scores, failed = results_of(tmp_path / "run")["tasks"]
     assert failed["task"] == "own_long" and "the model reads 64" in failed["failed"]
     assert [score["task"] for score in scores] == ["own_pairs", "own_pairs"]
     assert "task             own_long failed: " in output and "task             own_pairs acc 0." in output
@@ -276,9 +276,7 @@ def test_a_group_has_its_own_score_and_chance_and_its_parts_are_in_the_file(wiki
     """Four choices in two documents, two in eight: by documents (2 x 1/4 + 8 x 1/2) / 10, by tasks 3/8."""
     four = CHOICE.replace("[good, bad]", "[good, bad, good, bad]")
     write_task(tmp_path / "tasks", "own_four", four, PAIRS[:2])
-    group = "group: own_group\ntask:\n"
-    for name in ("own_pairs", "own_four"):
-        group += "  - " + (tmp_path / "tasks" / f"{name}.yaml").read_text().strip().replace("\n", "\n    ") + "\n"
+    group = "group: own_group\ntask: [own_pairs, own_four]\n"
     for by_size, chance in (("true", 0.45), ("false", 0.375)):
         text = f"{group}aggregate_metric_list:\n  - metric: acc\n    weight_by_size: {by_size}\n"
         (tmp_path / "tasks" / "own_group.yaml").write_text(text, encoding="utf-8")
@@ -313,7 +311,8 @@ def test_the_other_recipes_measure_too(weights, cache_dir, tmp_path, tasks):
     for recipe, own in extra.items():
         run = tmp_path / recipe
         load_recipe(recipe).main([*flags, "--output_dir", str(run), *own])
-        measured = simple_evaluate("hf", f"pretrained={run}", [tasks[0], tasks[2]], device="cpu")["results"]
+        model = run / "merged" if own else run
+        measured = simple_evaluate("hf", f"pretrained={model}", [tasks[0], tasks[2]], device="cpu")["results"]
         scores = scores_of_run(run)
         assert len(scores) == 3
         for (task, metric), score in scores.items():
@@ -325,8 +324,9 @@ def test_the_other_recipes_measure_too(weights, cache_dir, tmp_path, tasks):
     ("names", "message"),
     [
         (["blimpp"], r"no such task, group or tag. Near it: .*blimp"),
-        (["no/such.yaml"], "no such file, or no task or group in it"),
-        (["{folder}/empty.yaml"], "no such file, or no task or group in it"),
+        (["no/such.yaml"], "no such file, or it names a task"),
+        (["{folder}/empty.yaml"], "there is no task and no group in it"),
+        (["{folder}/broken.yaml"], "it cannot be read"),
         (["{folder}/own_pairs.yaml", "{folder}/own_pairs.yaml"], "own_pairs is there twice"),
         (["{folder}/gone.yaml"], "cannot be loaded .*HF_ENDPOINT=https://hf-mirror.com"),
     ],
@@ -336,6 +336,7 @@ def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_read(
 ):
     folder = tmp_path / "tasks"
     (folder / "empty.yaml").write_text("output_type: multiple_choice\n", encoding="utf-8")
+    (folder / "broken.yaml").write_text("task: [", encoding="utf-8")
     gone = Path(tasks[0]).read_text(encoding="utf-8").replace("own_pairs", "gone")
     (folder / "gone.yaml").write_text(gone, encoding="utf-8")
     flags = ["--eval_tasks", *(name.format(folder=folder) for name in names), "--data", "no/such/data.jsonl"]
