@@ -1,6 +1,7 @@
 """The bundled articles are what data/README.md says they are."""
 
 import json
+from collections import Counter
 
 import pytest
 from conftest import ROOT
@@ -17,3 +18,16 @@ def test_the_samples(name, articles, size):
     assert len({document["text"][:12] for document in documents}) == len(documents)
     readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
     assert f"{len(documents)} articles" in readme and f"{len(content):,} bytes" in readme
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_minimal_pairs(language):
+    """100 pairs, 20 of each kind, no pair twice; the two sentences differ, and the task reads this file."""
+    path = f"data/tasks/minimal_pairs_{language}.jsonl"
+    pairs = [json.loads(line) for line in (ROOT / path).read_text(encoding="utf-8").splitlines()]
+    assert Counter(Counter(pair["phenomenon"] for pair in pairs).values()) == {20: 5}
+    sentences = {(pair["sentence_good"], pair["sentence_bad"]) for pair in pairs}
+    assert len(sentences) == 100 and all(good != bad for good, bad in sentences)
+    if language == "zh":  # of equal length: a longer sentence is less probable, whatever is in it
+        assert all(len(good) == len(bad) for good, bad in sentences)
+    assert path in (ROOT / path.replace(".jsonl", ".yaml")).read_text(encoding="utf-8")
