@@ -29,7 +29,7 @@ TEXT = "The outer shell of the Earth is broken into a set of rigid pieces that m
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return train_tokenizer([TEXT], 300)
+    return train_tokenizer([TEXT] * 5, 300)
 
 
 @pytest.fixture
@@ -127,7 +127,7 @@ def test_a_damaged_file_is_one_clear_error(folder, tokenizer):
 
 @pytest.mark.parametrize("build", [pretrained_model, random_model])
 def test_a_tokenizer_larger_than_the_embedding_is_refused(folder, build):
-    tokenizer = train_tokenizer([TEXT], 300)
+    tokenizer = train_tokenizer([TEXT] * 5, 300)
     tokenizer.add_tokens([f"<extra_{number}>" for number in range(384 - len(tokenizer))])
     build(str(folder), tokenizer, 64)  # 384 ids for 384 rows
     tokenizer.add_tokens(["<one_more>"])
