@@ -106,8 +106,14 @@ def scores_of_run(folder: Path) -> dict[tuple[str, str], dict]:
 def test_the_scores_are_those_of_the_command_on_the_saved_model(
     wiki, cache_dir, tmp_path, tasks, monkeypatch, precision
 ):
-    """On the saved model, also where the run computes in bf16: the weights are saved in fp32."""
+    """On the saved model, also where the run computes in bf16 and is compiled: the weights are saved in fp32.
+
+    Computed in bf16, the bits per byte differ by 2e-5 of themselves.
+    """
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    if precision == "bf16":
+        for name, value in (("BACKEND", "AOT_EAGER"), ("USE_REGIONAL_COMPILATION", "true"), ("USE_DYNAMIC", "false")):
+            monkeypatch.setenv(f"ACCELERATE_DYNAMO_{name}", value)
     run = tmp_path / "run"
     bf16 = ["--bf16", "true"] if precision == "bf16" else []
     wiki.main(small_run(cache_dir, run, "--eval_tasks", *tasks, "--eval_tasks_every", "2", *bf16))
@@ -122,7 +128,7 @@ def test_the_scores_are_those_of_the_command_on_the_saved_model(
     wanted = {("own_pairs", "acc"), ("own_pairs", "acc_norm"), ("own_examples", "acc"), ("own_examples", "acc_norm")}
     assert set(scores) == wanted | {("own_bits", "bits_per_byte"), ("own_texts", "exact_match")}
     for (task, metric), score in scores.items():
-        assert score["score"] == pytest.approx(measured[task][f"{metric},none"], rel=1e-5, abs=1e-9)
+        assert score["score"] == pytest.approx(measured[task][f"{metric},none"], rel=1e-6, abs=1e-9)
         error = measured[task][f"{metric}_stderr,none"]
         assert score["stderr"] == (None if error == "N/A" else pytest.approx(error, rel=1e-5))
         assert score["documents"] == len(PAIRS) and score["seconds"] > 0 and score["step"] == 6
