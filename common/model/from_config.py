@@ -13,6 +13,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from common.console import InputError
+from common.model.counts import experts_per_token
 from common.tokens.tokenizer import padded_vocabulary, vocabulary_size
 
 # A whole model is built on the card, before it is sharded, if it takes up to this share of the card's memory.
@@ -98,7 +99,7 @@ def hands_on_bf16(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     embeddings = sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
-    return embeddings == 1 and not getattr(config, "num_experts_per_tok", None) and config.model_type != "glm4"
+    return embeddings == 1 and not experts_per_token(config) and config.model_type != "glm4"
 
 
 def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:

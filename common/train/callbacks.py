@@ -121,7 +121,7 @@ def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str
     minutes, seconds = divmod(round(seconds_left), 60)
     parts = [
         f"step {step}/{max_steps} {step / max_steps:4.0%}",
-        f"loss {logs['loss']:.4f}",
+        f"loss {logs['loss']:.4f}" + (f" + router {logs['router_loss']:.4f}" if "router_loss" in logs else ""),
         f"grad_norm {logs.get('grad_norm', float('nan')):.2f}",
         f"lr {logs['learning_rate']:.2e}",
         f"{logs['tokens_seen']:,} tokens",
