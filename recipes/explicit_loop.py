@@ -230,9 +230,8 @@ def main(argv: list[str] | None = None) -> None:
             optimizer = torch.optim.AdamW(groups, **adamw)
         warmup, settings = training.get_warmup_steps(steps), schedule_settings(training, steps)
         schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
-        model, optimizer, train_batches, eval_batches = accelerator.prepare(
-            model, optimizer, train_batches, eval_batches
-        )
+        prepared = accelerator.prepare(model, optimizer, train_batches, eval_batches)
+        model, optimizer, train_batches, eval_batches = prepared
         accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
         if checkpoint is not None:
             accelerator.load_state(checkpoint)
@@ -263,8 +262,7 @@ def main(argv: list[str] | None = None) -> None:
             if saving or step % log_every == 0 or (step == 1 and training.logging_first_step):
                 means = [total / (step - logged_step) for total in accelerator.reduce(sums, "sum").tolist()]
                 entry |= {"loss": means[0], "grad_norm": float(grad_norm)}
-                if has_router_loss:  # logged apart: ``loss`` is that of the tokens, as the held-out loss is
-                    entry["router_loss"] = means[1]
+                entry |= {"router_loss": means[1]} if has_router_loss else {}
                 entry["learning_rate"] = schedule.get_last_lr()[0]
                 entry["tokens_seen"] = order.position_after(step) * shared.context_length
                 sums, logged_step = torch.zeros_like(sums), step
