@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.console import InputError, say
+from common.model_folder import refuse_pointers
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 DATA_SET_ID = re.compile(rf"({HUB_ID.pattern})(?::(.+))?")  # owner/name, owner/name:subset or owner/name:file
@@ -66,6 +67,7 @@ def _fetch_repository(what: str, name: str, files: list[str], needs: list[list[s
     """
     flag = f"--{what}"
     if Path(name).is_dir():
+        refuse_pointers(name, files)
         return name
     if not HUB_ID.fullmatch(name):
         raise InputError(f"{flag} {name}: no such folder, and not a hub id like owner/name.")

@@ -7,6 +7,7 @@ import socket
 from contextlib import suppress
 from pathlib import Path
 
+LFS_POINTER = b"version https://git-lfs.github.com/spec/"  # how a file begins that Git LFS has not fetched
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)  # errno of an OSError: the disk, or this user's share of it, is full
 
 

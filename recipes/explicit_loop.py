@@ -175,12 +175,14 @@ def main(argv: list[str] | None = None) -> None:
     if training.gradient_checkpointing:  # where the launcher's YAML asks for it
         model.gradient_checkpointing_enable()
 
-    def loss_of(batch: dict[str, torch.Tensor], targets: torch.Tensor | int) -> torch.Tensor:
-        """Return the sum of the losses of a batch's targets, divided by ``targets``."""
+    def losses_of(batch: dict[str, torch.Tensor], targets: torch.Tensor | int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the sum of the losses divided by ``targets``, and the part that a router adds to it in training."""
         if model_attention == DOCUMENTS:  # flex attention is told where documents begin
             batch = batch | {"document_mask": block_mask(batch["position_ids"])}
-        return model(**batch, num_items_in_batch=targets).loss
+        output = model(**batch, num_items_in_batch=targets)
+        return output.loss, output.aux_loss if has_router_loss and model.training else torch.zeros_like(output.loss)
 
+    has_router_loss = model.router_coefficient > 0  # of a mixture of experts: common/model/router_loss.py
     model_attention = model.config._attn_implementation
 
     # One folder, one run: continued if it was interrupted, shown if it is finished.
@@ -240,17 +242,16 @@ def main(argv: list[str] | None = None) -> None:
         eval_every = every(training.eval_steps, steps)
         save_every = every(training.save_steps, steps)
         batches = iter(train_batches)
-        loss_sum, logged_step = 0.0, first_step
+        sums, logged_step = torch.zeros(2, device=accelerator.device), first_step  # the tokens' losses, the router's
         for step in range(first_step + 1, steps + 1):
             step_batches = [next(batches) for _ in range(micro_batches)]
             targets = accelerator.reduce(sum(batch["labels"].ne(-100).sum() for batch in step_batches), "sum")
             for batch in step_batches:
                 with accelerator.accumulate(model):  # processes exchange gradients in the last micro-batch only
-                    loss = loss_of(batch, targets)
-                    # Accelerate divides by the micro-batches and averages over the processes. ``targets`` counts them
-                    # all, so both are undone here.
+                    loss, router = losses_of(batch, targets)
+                    # ``targets`` counts those of all micro-batches and processes: undo Accelerate's divisions by both.
                     accelerator.backward(loss * micro_batches * accelerator.num_processes)
-                    loss_sum += loss.detach()
+                    sums += torch.stack([loss - router, router]).detach()
             # 0 is no clipping, and the norm is still logged.
             largest_norm = training.max_grad_norm if training.max_grad_norm > 0 else math.inf
             grad_norm = accelerator.clip_grad_norm_(model.parameters(), largest_norm)
@@ -260,15 +261,16 @@ def main(argv: list[str] | None = None) -> None:
             entry = {"step": step}
             saving = step % save_every == 0 or step == steps
             if saving or step % log_every == 0 or (step == 1 and training.logging_first_step):
-                mean_loss = accelerator.reduce(loss_sum, "sum").item() / (step - logged_step)  # since the last log
-                entry |= {"loss": mean_loss, "grad_norm": float(grad_norm)}
+                means = [total / (step - logged_step) for total in accelerator.reduce(sums, "sum").tolist()]
+                entry |= {"loss": means[0], "grad_norm": float(grad_norm)}
+                entry |= {"router_loss": means[1]} if has_router_loss else {}
                 entry["learning_rate"] = schedule.get_last_lr()[0]
                 entry["tokens_seen"] = order.position_after(step) * shared.context_length
-                loss_sum, logged_step = 0.0, step
+                sums, logged_step = torch.zeros_like(sums), step
             if step % eval_every == 0 or step == steps:
                 model.eval()
                 with torch.no_grad():
-                    shares = [loss_of(batch, eval_targets).item() for batch in eval_batches]
+                    shares = [losses_of(batch, eval_targets)[0].item() for batch in eval_batches]
                 model.train()
                 entry |= {"eval_loss": sum(gather_object(shares)), "eval_tokens": eval_targets}
             if len(entry) > 1 and accelerator.is_main_process:

@@ -37,7 +37,7 @@ from common.dataset.rows import build_rows, unigram_loss
 from common.distributed.launch import read_launch
 from common.model.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, unpacked_gguf
 from common.model.attention import set_attention
-from common.model.counts import parameter_report
+from common.model.counts import parameters_in_words
 from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import state_bits
@@ -179,7 +179,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = build_rows(stores, shared)
     quantization = four_bits(dtype) if own.method == "qlora" else None
     model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
-    say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
+    say(f"parameters: {parameters_in_words(model)}")
     start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
     set_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held

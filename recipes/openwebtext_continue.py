@@ -36,7 +36,7 @@ from common.dataset.mixture import training_order
 from common.dataset.rows import build_rows, unigram_loss
 from common.distributed.launch import read_launch
 from common.model.attention import set_attention
-from common.model.counts import parameter_report
+from common.model.counts import parameters_in_words
 from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PretrainedSize
@@ -181,7 +181,7 @@ def main(argv: list[str] | None = None) -> None:
     model = build(place, tokenizer, shared.context_length)
     if shared.init_from:
         load_start(model, shared.init_from)
-    say("parameters: {total:,} = {embedding:,} embedding + {rest:,} others".format(**parameter_report(model)))
+    say(f"parameters: {parameters_in_words(model)}")
     start = {"weights": weights_fingerprint(model), "from_scratch": own.from_scratch}
     isolated = shared.packing == "isolated"
     set_attention(model, shared.attn_implementation, isolated, training.device, launch.context_parallel > 1)

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from conftest import ROOT
 
 from common.console import InputError
-from common.hub import TOKENIZER_NEEDS, fetch_tokenizer, lack_of
+from common.hub import TOKENIZER_NEEDS, fetch_model, fetch_tokenizer, lack_of
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FILES = {
@@ -255,3 +256,15 @@ def test_a_name_that_is_no_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such folder, and not a hub id like owner/name"):
         fetch_tokenizer(name)
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0123\nsize 988097824\n"
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "tokenizer.model"])
+def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_files(tmp_path, name):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / name).write_text(POINTER)
+    fetch = partial(fetch_model, weights=True) if "model.s" in name else fetch_tokenizer
+    with pytest.raises(InputError, match=f"{name}: a Git LFS pointer, .* git lfs pull"):
+        fetch(str(tmp_path))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from common.console import InputError
+from common.io import LFS_POINTER
 
 # What the readers of records.py and tables.py yield: where a record is, and the record.
 Records = Iterator[tuple[str, object]]
@@ -42,7 +43,6 @@ FORMATS = {".json", ".jsonl", ".ndjson", ".txt", *TABLE_DELIMITERS, *COLUMN_FORM
 LARGEST_DOCUMENT_BYTES = 1 << 28  # more is not one document, but a file without separators
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 LARGEST_POINTER_BYTES = 1024  # by the specification of Git LFS
 DAMAGE = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises
 BUFFER_BYTES = 1 << 20

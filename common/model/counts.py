@@ -3,7 +3,13 @@
 import re
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
+
+# What the configs of mixtures of experts call the number of experts of a layer, and of those that a token is sent to.
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
+# Parts of the names of parameters that choose experts. A shared expert may have a gate, too.
+ROUTERS = {"gate", "router", "shared_expert_gate"}
 
 # Dense 16-bit tensor-core peak in TFLOP/s, from the vendors' data sheets. The first entry that is among the words of
 # the device's name counts. V100 and T4 have fp16 only. A device that is not listed gets no MFU, not a guessed one.
@@ -19,7 +25,7 @@ def flops_per_token(model: PreTrainedModel, context_length: int) -> int:
 
     The sum of two terms:
 
-        6 x parameters of matrix products (with the head; 4 x those that are frozen, as under LoRA)
+        6 x parameters of matrix products that a token meets (with the head; 4 x those that are frozen, as under LoRA)
         12 x layers x attention width x context_length, where the attention width is heads x head size
 
     Attention is counted in full, not halved for causality. Recompute is not counted.
@@ -48,10 +54,56 @@ def peak_tflops(device: torch.device, half_precision: bool) -> float | None:
 
 
 def parameter_report(model: PreTrainedModel) -> dict[str, int]:
-    """Count parameters: all (``total``), those of the embedding and an untied head (``embedding``), and the rest."""
+    """Count parameters: all (``total``), those of the embedding and an untied head (``embedding``), and the rest.
+
+    ``active`` are those that a token meets: fewer than ``total`` if each token is sent to a few of many experts.
+    """
     total = sum(map(numbers_of, model.parameters()))
     ends = sum(map(numbers_of, embedding_and_head(model)))
-    return {"total": total, "embedding": ends, "rest": total - ends}
+    active = sum(met_numbers(model, name, parameter) for name, parameter in model.named_parameters())
+    return {"total": total, "embedding": ends, "rest": total - ends, "active": active}
+
+
+def parameters_in_words(model: PreTrainedModel) -> str:
+    """Return ``parameter_report`` as text."""
+    counts = parameter_report(model)
+    text = "{total:,} = {embedding:,} embedding + {rest:,} others".format(**counts)
+    return text if counts["active"] == counts["total"] else f"{text}; active, met by a token: {counts['active']:,}"
+
+
+def experts_per_token(config: PretrainedConfig) -> int:
+    """Return the experts of a layer that a token is sent to, without shared ones; 0 for a dense model."""
+    return _first_number(config, EXPERTS_PER_TOKEN)
+
+
+def is_router(name: str) -> bool:
+    """Whether the parameter called ``name`` belongs to a router."""
+    return not ROUTERS.isdisjoint(name.split("."))
+
+
+def is_expert(model: PreTrainedModel, name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether ``parameter`` belongs to experts that tokens are sent to: not to all tokens, as shared experts do."""
+    shape = shape_of_parameter(parameter)
+    stacked = len(shape) == 3 and shape[0] == _first_number(model.config, EXPERTS) and min(shape) > 1
+    return not is_router(name) and (stacked or "experts" in name.split("."))
+
+
+def met_numbers(model: PreTrainedModel, name: str, parameter: torch.nn.Parameter) -> int:
+    """Return how many numbers of ``parameter`` a token meets: of stacked experts, those that it is sent to."""
+    experts, met = _first_number(model.config, EXPERTS), experts_per_token(model.config)
+    if not (experts and met and is_expert(model, name, parameter)):
+        return numbers_of(parameter)
+    return numbers_of(parameter) * min(met, experts) // experts
+
+
+def _first_number(config: PretrainedConfig, names: tuple[str, ...]) -> int:
+    """Return the first of ``names`` that the text config has: a number, or the largest of a list; else 0."""
+    text = config.get_text_config()
+    for name in names:
+        value = getattr(text, name, None)
+        if value:
+            return max(value) if isinstance(value, list | tuple) else value
+    return 0
 
 
 def numbers_of(parameter: torch.nn.Parameter) -> int:
@@ -69,23 +121,35 @@ def layer_matrices(model: PreTrainedModel, stacks: bool = False) -> dict[str, to
     """Return the matrices of the layers by name, in the order of ``named_parameters``.
 
     This is the one place that says which parameters these are, trained or frozen: those with two dimensions. Not among
-    them: tables that are looked up (token and position embeddings), the head, and vectors (norms and biases). Of GPT-2:
+    them: tables that are looked up (token and position embeddings), the head, vectors (norms and biases, also the
+    biases of all experts in one tensor), routers, and the decay rates of state-space models. Of GPT-2:
 
         wte, wpe, lm_head                                       no
         c_attn.weight, c_proj.weight, c_fc.weight               yes
         ln_1.weight, c_attn.bias                                no
 
     Args:
-        stacks: also return parameters with more than two dimensions, such as the experts of a layer,
-            (experts, rows, columns), which are a matrix for each expert.
+        stacks: also return the experts of a layer, (experts, rows, columns), which are a matrix for each expert.
     """
-    others = {id(parameter) for parameter in [*embeddings(model), model.get_output_embeddings().weight]}
     found = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in multiplied(model).items():
         dimensions = len(shape_of_parameter(parameter))
-        if id(parameter) not in others and (dimensions == 2 or (stacks and dimensions > 2)):
+        stack = dimensions == 3 and is_expert(model, name, parameter)
+        if not is_router(name) and (dimensions == 2 or (stacks and stack)):
             found[name] = parameter
     return found
+
+
+def multiplied(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters of the layers that tokens are multiplied by: matrices, routers, experts, convolutions."""
+    others = {id(parameter) for parameter in [*embeddings(model), model.get_output_embeddings().weight]}
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in others
+        and len(shape_of_parameter(parameter)) > 1
+        and not name.endswith(("bias", "A_log"))
+    }
 
 
 def embeddings(model: PreTrainedModel) -> list[torch.nn.Parameter]:
@@ -100,10 +164,18 @@ def embedding_and_head(model: PreTrainedModel) -> list[torch.nn.Parameter]:
 
 
 def matmul_parameters(model: PreTrainedModel, trained: bool = False) -> int:
-    """Count the parameters of matrix products: the matrices of the layers, and the head.
+    """Count the parameters of matrix products that a token meets: those of the layers, and the head.
 
     Args:
         trained: count only those that are trained.
     """
-    parameters = [*layer_matrices(model, stacks=True).values(), model.get_output_embeddings().weight]
-    return sum(numbers_of(parameter) for parameter in parameters if parameter.requires_grad or not trained)
+    parameters = multiplied(model) | {"head": model.get_output_embeddings().weight}
+    return sum(
+        met_numbers(model, name, parameter)
+        for name, parameter in parameters.items()
+        if parameter.requires_grad or not trained
+    )
+
+
+def _named(model: PreTrainedModel) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(model.named_parameters())

@@ -3,6 +3,7 @@
 import torch
 from accelerate.utils import gather_object
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     PretrainedConfig,
@@ -13,6 +14,7 @@ from transformers import (
 from transformers.integrations import unset_hf_deepspeed_config
 
 from common.console import InputError
+from common.model.counts import experts_per_token
 from common.tokens.tokenizer import padded_vocabulary, vocabulary_size
 
 # A whole model is built on the card, before it is sharded, if it takes up to this share of the card's memory.
@@ -20,11 +22,53 @@ BUILT_SHARE = 1 / 3
 
 
 def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> PreTrainedModel:
-    """Build the model that ``model_from_config`` would build, on torch's meta device: it takes no memory."""
+    """Build the model that ``model_from_config`` would build, on torch's meta device: it takes no memory.
+
+    Raises:
+        InputError: transformers refuses the shape, or see ``check_config``.
+    """
     settings = {"vocab_size": padded_vocabulary(vocabulary_size), "max_position_embeddings": context_length, **shape}
     build_whole()
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings), dtype=torch.float32)
+    try:
+        config = AutoConfig.for_model(**settings)
+        check_config(config)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    except Exception as error:  # a shape may be wrong in any way
+        raise InputError(f"MODEL {shape}: transformers cannot build it ({in_one_line(error)}).") from None
+
+
+def check_config(config: PretrainedConfig) -> None:
+    """Raise InputError unless ``config`` is that of a causal language model with attention, and its heads divide.
+
+    Whatever else does not fit is noticed by transformers when it builds the model, or by ``check_targets_hidden``.
+    """
+    name, text = config.model_type, config.get_text_config()
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise InputError(f"model_type {name}: transformers has no causal language model of this family. Take another.")
+    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if text is not config and model_class.config_class is type(config):
+        raise InputError(
+            f"model_type {name} is more than a language model, which alone is trained here. Give the shape of its text "
+            f"model: model_type {text.model_type}, with the sizes in {name}'s text_config; --model FOLDER of "
+            "wiki_zh_scratch.py takes them from there."
+        )
+    heads, key_heads = (getattr(text, key, None) for key in ("num_attention_heads", "num_key_value_heads"))
+    if not heads:
+        raise InputError(
+            f"model_type {name} has no attention heads: state-space and recurrent models (Mamba, RWKV, xLSTM) are not "
+            "trained here, because their FLOPs and memory are not known. Take one with attention, or a hybrid (Jamba)."
+        )
+    if isinstance(heads, int) and isinstance(key_heads, int) and key_heads and heads % key_heads:
+        raise InputError(
+            f"model_type {name}: {heads} attention heads are not a multiple of {key_heads} key-value heads. Change "
+            "num_attention_heads or num_key_value_heads in its config."
+        )
+
+
+def in_one_line(error: Exception) -> str:
+    """Return the type and the beginning of the text of ``error``."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
 
 
 def model_from_config(
@@ -57,10 +101,11 @@ def model_from_config(
     build_whole()
     try:
         config = AutoConfig.for_model(**settings)
+        check_config(config)
         with device_to_build_on(config, training) if training else torch.device("cpu"):
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    except (KeyError, ValueError, TypeError) as error:
-        raise InputError(f"MODEL {shape}: transformers cannot build it ({error}).") from None
+    except Exception as error:  # a shape may be wrong in any way
+        raise InputError(f"MODEL {shape}: transformers cannot build it ({in_one_line(error)}).") from None
     # Text of a base model is sampled, not searched for. The settings are saved with the checkpoint, for everybody who
     # generates text with it.
     sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
@@ -98,7 +143,7 @@ def hands_on_bf16(model: PreTrainedModel) -> bool:
     """
     config = model.config.get_text_config()
     embeddings = sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
-    return embeddings == 1 and not getattr(config, "num_experts_per_tok", None) and config.model_type != "glm4"
+    return embeddings == 1 and not experts_per_token(config) and config.model_type != "glm4"
 
 
 def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:

@@ -13,8 +13,11 @@ How it works. In nearly every causal model of transformers, forward ends like th
 This code stays as it is. Two parts of the model are replaced. The head becomes a linear layer with the same parameters,
 which returns DeferredLogits when there are labels: they hold no logits, only the hidden states and the scale and cap
 that the model applies. And ``loss_function``, which transformers allows to set on a model, computes the loss from them,
-chunk by chunk. Auxiliary losses, masks and caches stay the model's own. If a model does anything to its logits but
-scale and cap them, DeferredLogits raises an error that names it.
+chunk by chunk. Masks and caches stay the model's own. If a model does anything to its logits but scale and cap them,
+DeferredLogits raises an error that names it.
+
+Mixtures of experts. The router's loss is added in training only, row by row (see router_loss.py); ``aux_loss`` of the
+output is then this part of ``loss``. In evaluation, ``loss`` is that of the tokens.
 
 Why inside the model. The product is computed in the head's forward, so the hooks run that gather the weight (FSDP,
 ZeRO-3), reduce its gradient (DDP) or cast (autocast). Parameter names, checkpoints and ``generate`` do not change. Two
@@ -30,14 +33,17 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from common.console import InputError
+from common.model.counts import experts_per_token
 from common.model.linear_cross_entropy import CHUNK_BYTES, fused_linear_cross_entropy
+from common.model.router_loss import router_part, take_coefficient
 
 
 def use_fused_loss(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> None:
     """Make ``model`` compute its loss in chunks of ``chunk_bytes`` in every forward pass with labels.
 
-    Loss and gradients are those of transformers, also with ``num_items_in_batch``, ``shift_labels`` and labels of -100.
-    In a forward pass with labels, ``logits`` are DeferredLogits.
+    Loss and gradients are those of transformers, also with ``num_items_in_batch``, ``shift_labels`` and labels of -100;
+    only the router's loss of a mixture of experts is that of router_loss.py. In a forward pass with labels, ``logits``
+    are DeferredLogits.
 
     Raises:
         InputError: the model is wrapped already, its head is not a plain linear layer, or it has a loss of its own.
@@ -50,6 +56,7 @@ def use_fused_loss(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> No
         raise InputError(f"{name}: its head is {type(head).__name__}; the fused loss needs torch.nn.Linear.")
     if model.loss_function is not ForCausalLMLoss:
         raise InputError(f"{name}: its loss is {model.loss_function.__name__}; the fused loss is ForCausalLMLoss.")
+    model.router_coefficient = take_coefficient(model)  # 0 if the model adds no router loss
     model.set_output_embeddings(DeferringHead(head, chunk_bytes))
     model.loss_function = loss_of_deferred_logits
     model.forward = MethodType(_deferring_when_labelled(type(model).forward), model)
@@ -169,6 +176,13 @@ def _deferring_when_labelled(forward):
     @wraps(forward)
     def deferring_forward(self, *args, labels=None, **kwargs):
         self.get_output_embeddings().deferring = labels is not None
-        return forward(self, *args, labels=labels, **kwargs)
+        output = forward(self, *args, labels=labels, **kwargs)
+        if labels is not None and self.router_coefficient and self.training:
+            targets = kwargs.get("shift_labels")
+            targets = labels[:, 1:] if targets is None else targets
+            num_items, chosen = kwargs.get("num_items_in_batch"), experts_per_token(self.config)
+            output.aux_loss = router_part(self.router_coefficient, output.router_logits, targets, num_items, chosen)
+            output.loss = output.loss + output.aux_loss
+        return output
 
     return deferring_forward

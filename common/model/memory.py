@@ -22,6 +22,7 @@ from common.distributed.strategy import DDP, SINGLE, Strategy
 from common.model.counts import (
     embedding_and_head,
     embeddings,
+    experts_per_token,
     head_size,
     layer_matrices,
     numbers_of,
@@ -218,7 +219,7 @@ def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
     Args:
         optimizer: see ``Setting.optimizer``.
     """
-    matrices = {id(parameter) for parameter in layer_matrices(model).values()}
+    matrices = {id(parameter) for parameter in layer_matrices(model, stacks=True).values()}
     in_fp32 = set()  # Trainer has bitsandbytes keep the states of embeddings in fp32; LowMemoryAdamW does not
     if optimizer == "adamw_8bit":
         in_fp32 = {id(parameter) for parameter in embeddings(model)}
@@ -270,7 +271,7 @@ def copy_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int) -> f
 
     The copy that the fused head makes of its own weight is part of ``logit_bytes``.
     """
-    matrices = list(layer_matrices(model).values())
+    matrices = list(layer_matrices(model, stacks=True).values())
     if not setting.fused_loss:
         matrices.append(model.get_output_embeddings().weight)
     return number_bytes * sum(numbers_of(parameter) for parameter in matrices if parameter.itemsize == 4)
@@ -283,12 +284,22 @@ def mlp_width(model: PreTrainedModel) -> tuple[int, int]:
     """
     config = model.config.get_text_config()
     gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
-    experts = getattr(config, "num_experts_per_tok", None)
+    experts = experts_per_token(config)
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
     if experts:
         width = experts * (getattr(config, "moe_intermediate_size", None) or width)
-        width += getattr(config, "shared_expert_intermediate_size", None) or 0
+        width += shared_width(model)
     return width, 3 if gated else 2
+
+
+def shared_width(model: PreTrainedModel) -> int:
+    """Return the width of the experts of a layer that every token meets."""
+    shared = [
+        shape_of_parameter(parameter)[-1]
+        for name, parameter in model.named_parameters()
+        if "shared_expert" in name and name.endswith("down_proj.weight")  # (hidden size, width)
+    ]
+    return max(shared, default=0)
 
 
 def logit_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int, copied: bool) -> float:

@@ -13,8 +13,9 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.hub import fetch_model
-from common.model.from_config import planned_model
+from common.model.from_config import in_one_line, planned_model
 from common.model.pretrained import find_model, model_without_memory
+from common.model_folder import custom_code
 
 # Shapes as their config.json files have them; weights and vocabulary are not theirs here.
 PRESETS = {
@@ -141,10 +142,18 @@ def shape_named(model: str) -> dict:
         raise InputError(f"--model {model}: not a folder, not an id like owner/name, and not of {', '.join(PRESETS)}.")
     folder = fetch_model(model, weights=False)
     try:
-        return shape_of_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
-    except (ValueError, OSError, KeyError) as error:
-        reason = (str(error).splitlines() or [""])[0]
-        raise InputError(f"--model {model}: {folder} has no config that transformers can read ({reason}).") from None
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        text = config.get_text_config()
+    except Exception as error:  # a config may be wrong in any way
+        code = custom_code(folder)
+        if code is not None:
+            raise InputError(f"--model {model}: {code}") from None
+        raise InputError(
+            f"--model {model}: {folder} has no config that transformers can read ({in_one_line(error)})."
+        ) from None
+    if text is not config:
+        say(f"note: of {model} ({config.model_type}), its text model alone is built and trained: {text.model_type}")
+    return shape_of_config(text)
 
 
 def parameter_count(text: str) -> int:

@@ -22,7 +22,8 @@ from transformers.utils import is_gguf_available
 
 from common.console import InputError, say
 from common.hub import fetch_model
-from common.model.from_config import build_whole
+from common.model.from_config import build_whole, check_config, in_one_line
+from common.model_folder import custom_code
 from common.tokens.tokenizer import vocabulary_size
 
 # Weights are refused if their loss is above this share of ln(vocabulary), the loss of predicting all tokens alike.
@@ -144,10 +145,10 @@ def model_without_memory(place: str) -> PreTrainedModel:
     folder, in_file = _as_transformers_asks(place)
     try:
         build_whole()
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file)
+        check_config(config)
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file), dtype=torch.float32
-            )
+            return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:
         raise _cannot_load(place, error) from None
 
@@ -186,6 +187,7 @@ def _config_for(place: str, tokenizer: PreTrainedTokenizerBase, context_length: 
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **in_file)
     except Exception as error:  # a damaged file may raise anything
         raise _cannot_load(place, error) from None
+    check_config(config)
     method = getattr(config, "quantization_config", None)
     if method is not None:
         raise InputError(f"{place}: its weights are quantized and cannot be trained. Give the original. ({method})")
@@ -233,10 +235,10 @@ def _as_transformers_asks(place: str) -> tuple[str, dict[str, str]]:
 
 
 def _cannot_load(place: str, error: Exception) -> InputError:
-    reason = (str(error).strip().splitlines() or [""])[0]
-    return InputError(
-        f"{place}: not a causal language model that transformers can load ({type(error).__name__}: {reason})."
-    )
+    code = custom_code(place)
+    if code is not None:
+        return InputError(f"--model {place}: {code}")
+    return InputError(f"{place}: not a causal language model that transformers can load ({in_one_line(error)}).")
 
 
 def _some(names) -> str:

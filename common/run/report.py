@@ -130,10 +130,13 @@ def description(run: RunRecord) -> dict[str, str]:
     data = run.identity.get("data", {})
     shape = ", ".join(f"{name} {value}" for name, value in model.items() if isinstance(value, int | float | str))
     training = run.identity.get("training", {})
+    counts = run.results.get("parameters", {})  # earlier versions did not write them
+    parameters = {"parameters": "{total:,}, of which a token meets {active:,}".format(**counts)} if counts else {}
     optimizer = data.get("optimizer") or training.get("optim", "?")
     return {
         "recipe": str(run.identity.get("recipe", "unknown")),
         "model": shape,
+        **parameters,
         "data": ", ".join(run.results.get("sources", {})),
         "context": f"{data.get('context_length', '?')} tokens, {data.get('packing', '?')} packing, "
         f"{data.get('rows_per_step', '?')} rows a step",

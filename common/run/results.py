@@ -39,6 +39,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         "effective_tokens_per_second": trainer.tokens_seen / seconds if seconds else 0.0,
         "first_step_seconds": trainer.clock.first_step_seconds,  # of this launch
         "steps_left_out": trainer.guard.left_out,  # bad steps: loss or gradient not finite, or a spike
+        "parameters": trainer.clock.parameters,
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from common.console import InputError
 from common.hub import fetch_tokenizer
+from common.model_folder import custom_code
 
 # Tensor cores are fastest when the sizes of a matrix are multiples of this.
 # Source: https://docs.nvidia.com/deeplearning/performance/dl-performance-matrix-multiplication/index.html
@@ -34,6 +35,9 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the Rust tokenizer raise many types
+        code = custom_code(folder)
+        if code is not None:
+            raise InputError(f"--tokenizer {name}: {code}") from None
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(f"{folder}: no tokenizer that transformers can load ({reason}). Give another.") from None
     # From a folder with a config alone, transformers makes a tokenizer with an empty vocabulary.

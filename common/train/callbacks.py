@@ -121,7 +121,7 @@ def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str
     minutes, seconds = divmod(round(seconds_left), 60)
     parts = [
         f"step {step}/{max_steps} {step / max_steps:4.0%}",
-        f"loss {logs['loss']:.4f}",
+        f"loss {logs['loss']:.4f}" + (f" + router {logs['router_loss']:.4f}" if "router_loss" in logs else ""),
         f"grad_norm {logs.get('grad_norm', float('nan')):.2f}",
         f"lr {logs['learning_rate']:.2e}",
         f"{logs['tokens_seen']:,} tokens",
@@ -137,17 +137,24 @@ class SampleCallback(TrainerCallback):
     """Continue each prompt at every evaluation; print the texts and keep them in ``samples.jsonl``.
 
     All processes generate, because a sharded model needs all of them; the main one writes. The random state of the
-    training is left as it was, so that sampling does not change the run.
+    training is left as it was, so that sampling does not change the run, nor end it.
     """
 
     def __init__(self, run: Run, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
         self.run, self.strategy, self.tokenizer, self.prompts = run, strategy, tokenizer, prompts
+        self.failed = False  # said once
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
         if "eval_loss" not in metrics:  # another set, right after the held-out documents: the same texts again
             return
         synchronized = self.strategy.is_fsdp and torch.distributed.is_initialized()
-        texts = generate_samples(model, self.tokenizer, self.prompts, args.seed, args.device, synchronized)
+        try:
+            texts = generate_samples(model, self.tokenizer, self.prompts, args.seed, args.device, synchronized)
+        except Exception as error:  # a model may fail to generate in its own way; it trains all the same
+            if not self.failed:
+                say(f"note: no samples, training continues: {type(error).__name__}: {error}".splitlines()[0])
+            self.failed = True
+            return
         if not state.is_world_process_zero:
             return
         for prompt, text in zip(self.prompts, texts, strict=True):
@@ -170,25 +177,29 @@ def generate_samples(
     """
     was_training = model.training
     model.eval()
-    texts = []
     accelerators = [] if device.type == "cpu" else [device]
-    with (
-        generating(model),
-        torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
-    ):
-        torch.manual_seed(seed)
-        for prompt in prompts:
-            ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)
-            most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # Bloom has no limit
-            new_tokens = max(1, min(SAMPLE_TOKENS, most - ids.shape[1])) if most else SAMPLE_TOKENS
-            # A model that has become NaN still gives a text: drawing from NaN would end the run, on CUDA for good.
-            output = model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=new_tokens,
-                remove_invalid_values=True,
-                synced_gpus=True if synchronized else None,  # None: transformers synchronizes under ZeRO-3
-            )
-            texts.append(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
-    model.train(was_training)
-    return texts
+    try:
+        with (
+            generating(model),
+            torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
+        ):
+            torch.manual_seed(seed)
+            return [continuation(model, tokenizer, prompt, device, synchronized) for prompt in prompts]
+    finally:
+        model.train(was_training)
+
+
+def continuation(model, tokenizer, prompt: str, device: torch.device, synchronized: bool) -> str:
+    """Return the model's continuation of ``prompt``."""
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], device=device)
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # Bloom has no limit
+    new_tokens = max(1, min(SAMPLE_TOKENS, most - ids.shape[1])) if most else SAMPLE_TOKENS
+    # A model that has become NaN still gives a text: drawing from NaN would end the run, on CUDA for good.
+    output = model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new_tokens,
+        remove_invalid_values=True,
+        synced_gpus=True if synchronized else None,  # None: transformers synchronizes under ZeRO-3
+    )
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.console import say
 from common.dataset.mixture import TrainingOrder
-from common.model.counts import flops_per_token, peak_tflops
+from common.model.counts import flops_per_token, parameter_report, peak_tflops
 from common.system import memory_gib
 
 
@@ -25,6 +25,7 @@ class RunClock(TrainerCallback):
         self.order, self.context_length, self.training = order, context_length, training
         self.interval, self.first_step_seconds = Stopwatch(), None
         self.flops_per_token = flops_per_token(model, context_length)
+        self.parameters = parameter_report(model)
         # The products of FP8 have another peak than the rest of the model: no share of one peak would be honest.
         half_precision = training.bf16 or training.fp16
         self.peak_tflops = None

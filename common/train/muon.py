@@ -6,6 +6,11 @@ another, with some 25 small kernels each. Here, matrices of the same shape go th
 that FSDP2 shards are gathered for it, all of a shape at once. DeepSpeed's ZeRO flattens the parameters into one vector,
 in which the matrices cannot be found; under ZeRO, the optimizer is AdamW.
 
+The experts of a layer are one tensor, (experts, rows, columns), and go through the iteration as the stack of matrices
+that they are. FSDP2 shards it by experts, so that each process has whole matrices and nothing is gathered. A fused
+gate_up_proj of experts holds two matrices for each expert. (Fused projections of a layer without experts, such as
+GPT-2's c_attn, are taken as the one matrix that they are stored as.)
+
 Sources: https://kellerjordan.github.io/posts/muon/ (the method, its coefficients), https://arxiv.org/abs/2502.16982
 (the scale of the updates, with which both optimizers can have the same learning rate and weight decay).
 """
@@ -14,6 +19,7 @@ import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from transformers import PreTrainedModel
 
+from common.console import InputError
 from common.model.counts import layer_matrices
 
 MOMENTUM = 0.95
@@ -33,15 +39,17 @@ class MuonWithAdamW(torch.optim.AdamW):
             decayed: names of the parameters that ``weight_decay`` applies to.
             adamw: ``betas``, ``eps``, ``fused`` of torch.optim.AdamW.
         """
-        matrices = layer_matrices(model)
-        groups: dict[tuple[bool, bool], list[torch.nn.Parameter]] = {}
+        matrices = layer_matrices(model, stacks=True)
+        groups: dict[tuple[bool, bool, str | None], list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                groups.setdefault((name in matrices, name in decayed), []).append(parameter)
+                halved = halved_along(model, name) if name in matrices and parameter.dim() == 3 else None
+                groups.setdefault((name in matrices, name in decayed, halved), []).append(parameter)
         super().__init__(
             [
                 {"params": parameters, "matrices": by_muon, "weight_decay": weight_decay if decay else 0.0}
-                for (by_muon, decay), parameters in groups.items()
+                | ({"halved": halved} if halved else {})
+                for (by_muon, decay, halved), parameters in groups.items()
             ],
             lr=lr,
             **adamw,
@@ -64,7 +72,9 @@ class MuonWithAdamW(torch.optim.AdamW):
     def _step_matrices(self, group: dict) -> None:
         alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
         for parameter in group["params"]:
-            if parameter.grad is not None:
+            if parameter.grad is not None and parameter.dim() == 3:
+                self._step_experts(group, parameter)
+            elif parameter.grad is not None:
                 alike.setdefault(parameter.shape, []).append(parameter)
         for shape, parameters in alike.items():
             at_once = max(1, STACK_NUMBERS // shape.numel())
@@ -77,6 +87,21 @@ class MuonWithAdamW(torch.optim.AdamW):
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, placed_like(some[0], updates).unbind(), alpha=-rate)
 
+    def _step_experts(self, group: dict, parameter: torch.nn.Parameter) -> None:
+        """Update the experts in ``parameter``, (experts, rows, columns), or those of them that this process has."""
+        if isinstance(parameter, DTensor) and any(place.is_shard() and place.dim > 0 for place in parameter.placements):
+            raise InputError(f"Muon needs whole experts, and this strategy cuts them up: {parameter.placements}.")
+        [momentum] = self._with_momentum([parameter])
+        weights = local(parameter)
+        weights.mul_(1 - group["lr"] * group["weight_decay"])
+        halved = group.get("halved")
+        for part, direction in zip(matrices_in(weights, halved), matrices_in(momentum, halved), strict=True):
+            rate = group["lr"] * UPDATE_SIZE * max(part.shape[1:]) ** 0.5
+            at_once = max(1, STACK_NUMBERS // part.shape[1:].numel())
+            for experts, directions in zip(part.split(at_once), direction.split(at_once), strict=True):
+                if len(experts):  # FSDP2 may leave a process without experts
+                    experts.add_(orthogonalized(directions).to(experts.dtype), alpha=-rate)
+
     def _with_momentum(self, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
         """Update the momenta of ``parameters`` and return their gradients with Nesterov's momentum, as sharded."""
         for parameter in parameters:
@@ -87,6 +112,35 @@ class MuonWithAdamW(torch.optim.AdamW):
         gradients = [local(parameter.grad) for parameter in parameters]
         torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
         return list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+
+
+def halved_along(model: PreTrainedModel, name: str) -> str | None:
+    """Return how gate and up share the experts' parameter called ``name``: see ``matrices_in``; None: it is neither.
+
+    transformers writes into its modules of experts whether they are stored transposed, and whether gate and up follow
+    each other. Llama 4's and JetMoe's do not say so; they are told by the dimension that is not the hidden size.
+    """
+    owner, _, last = name.rpartition(".")
+    if last != "gate_up_proj" and not name.endswith("mlp.input_linear.weight"):
+        return None
+    module, hidden = model.get_submodule(owner), model.config.get_text_config().hidden_size
+    columns = getattr(module, "is_transposed", model.get_parameter(name).shape[-1] != hidden)
+    along = "columns" if columns else "rows"
+    return along if getattr(module, "is_concatenated", True) else f"alternate {along}"
+
+
+def matrices_in(experts: torch.Tensor, halved: str | None) -> list[torch.Tensor]:
+    """Return views of the one or two stacks of matrices that ``experts`` (experts, rows, columns) holds.
+
+    Args:
+        halved: None, "rows" or "columns" (first all of gate, then all of up), "alternate rows" or "alternate columns".
+    """
+    if halved is None:
+        return [experts]
+    last = halved.endswith("columns")
+    if not halved.startswith("alternate"):
+        return list(experts.chunk(2, -1 if last else -2))
+    return [experts[..., half::2] if last else experts[:, half::2] for half in (0, 1)]
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:

@@ -19,6 +19,7 @@ from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch, precision_of
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
+from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
 from common.model.memory import CONTEXT_BYTES, Setting, optimizer_name, predict, state_bits
 from common.system import GIB, memory_gib
@@ -64,9 +65,11 @@ def print_plan(
     rows = max(1, min(rows, rows_a_step))
     setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
     need = predict(model, setting)
-    count = sum(parameter.numel() for parameter in model.parameters())
+    counts = parameter_report(model)
+    active = "" if counts["active"] == counts["total"] else f", of which a token meets {counts['active']:,}"
     vocabulary = model.get_output_embeddings().weight.shape[0]
-    say(f"{count:,} parameters, vocabulary of {vocabulary:,} rows, {described(setting)}. Each card, in GiB:")
+    about = f"vocabulary of {vocabulary:,} rows, {described(setting)}"
+    say(f"{counts['total']:,} parameters{active}, {about}. Each card, in GiB:")
     sharing = shared.context_length // setting.context_length
     if sharing > 1:
         say(f"  ({sharing} cards share each row of {shared.context_length:,} tokens)")

@@ -85,10 +85,19 @@ class PretrainingTrainer(Trainer):
             raise InputError(
                 "--on_loss_spike skip: DeepSpeed makes its step before it can be judged. Use stop, or another YAML."
             )
+        self.has_router_loss = bool(getattr(model, "router_coefficient", 0.0))  # set by use_fused_loss
+        if self.has_router_loss and launch.context_parallel > 1:
+            raise InputError(
+                "context parallelism: the router's loss is computed of whole rows. Use fsdp2.yaml, or write "
+                '"output_router_logits": false in the model\'s config.'
+            )
         self.order, self.launch, self.run = order, launch, run
         self.guard = StepGuard(shared.on_loss_spike, shared.max_bad_steps, scaled=training.fp16)
         self.interruption = Interruption(shared.save_minutes, launch.launched)
-        self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device
+        # Of the step at hand, on the device: the tokens' loss of each micro-batch, and what the router added to it.
+        self.micro_losses: list[torch.Tensor] = []
+        self.router_losses: list[torch.Tensor] = []
+        self.router_losses_made: list[torch.Tensor] = []  # of the steps made since the last log
         training.remove_unused_columns = False  # Trainer would take shift_labels for a column that the model lacks
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
         training.accelerator_config.non_blocking = training.dataloader_pin_memory
@@ -164,10 +173,26 @@ class PretrainingTrainer(Trainer):
         return batches
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
-        """Keep the loss of every micro-batch, on its device, until the step is checked."""
+        """Keep the tokens' loss of every micro-batch, on its device, until the step is checked.
+
+        Replaces: logging the sum of the tokens' and the router's losses.
+        """
         loss = super().training_step(*args, **kwargs)
+        if self.router_loss is not None:
+            self.router_losses.append(self.router_loss)
+            loss = loss - self.router_loss
         self.micro_losses.append(loss)
         return loss
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Note what the router of a mixture of experts adds to the loss."""
+        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.router_loss = None
+        if self.has_router_loss:
+            # Trainer multiplies the loss by the processes, whose gradients are averaged.
+            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
+            self.router_loss = outputs["aux_loss"].detach() * processes
+        return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
         """Check the step, for which all is known now. Replaces: making a step whatever its numbers are.
@@ -208,7 +233,9 @@ class PretrainingTrainer(Trainer):
                     "spoilt, and not saved. The same command goes back to the last checkpoint; to have such steps left "
                     f"out instead, train {instead}."
                 )
-        self.micro_losses = []
+        elif self.router_losses:
+            self.router_losses_made.append(torch.stack(self.router_losses).sum())
+        self.micro_losses, self.router_losses = [], []
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Replaces: one optimizer for all parameters, if it is to be Muon for the matrices."""
@@ -326,7 +353,16 @@ class PretrainingTrainer(Trainer):
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
         if "loss" in logs:
             logs.update(self.clock.metrics(start_time, self.state.global_step) | self.guard.logged())
+            logs.update(self._mean_router_loss())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
         with self.run.writing("what trackers keep"):
             super().log(logs, start_time)
+
+    def _mean_router_loss(self) -> dict[str, float]:
+        """Return what the router added to the loss, as a mean over the steps made since the last log; {} if nothing."""
+        if not self.router_losses_made:
+            return {}
+        mean = torch.stack(self.router_losses_made).float().mean()
+        self.router_losses_made = []
+        return {"router_loss": self.accelerator.reduce(mean, "mean").item()}

@@ -12,7 +12,7 @@ from common.dataset.packing import IGNORED_TARGET, JoinedRows, PackedRows, colla
 from common.model.attention import (
     block_mask,
     causal_attention,
-    check_isolation,
+    check_targets_hidden,
     document_attention,
     generating,
     repeating_attention,
@@ -28,7 +28,7 @@ GPT2 = dict(model_type="gpt2", n_embd=32, n_layer=2, n_head=4, vocab_size=1000, 
 BLOOM = dict(model_type="bloom", n_layer=2, n_head=4, hidden_size=32, vocab_size=1000)
 
 
-def model_of(shape: dict, attention: str = "sdpa"):
+def model_of(shape: dict, attention: str | None = "sdpa"):
     torch.manual_seed(0)
     shape = dict(shape)
     config = AutoConfig.for_model(shape.pop("model_type"), **shape, attn_implementation=attention)
@@ -97,13 +97,60 @@ def test_isolated_rows_have_the_loss_and_gradients_of_their_documents_one_by_one
 @pytest.mark.parametrize("shape", [QWEN2, GEMMA3, GPT2], ids=lambda shape: shape["model_type"])
 def test_architectures_that_isolate_pass_the_check(shape):
     model = model_of(shape)
-    check_isolation(model)
+    check_targets_hidden(model, isolated=True)
     assert model.training
 
 
 def test_an_architecture_that_mixes_documents_is_refused():
+    model = model_of(BLOOM, "eager")
+    check_targets_hidden(model, isolated=False)
     with pytest.raises(InputError, match="--packing isolated: BloomForCausalLM lets documents"):
-        check_isolation(model_of(BLOOM, "eager"))
+        check_targets_hidden(model, isolated=True)
+
+
+BERT = dict(intermediate_size=64, max_position_embeddings=64, **SHAPE)
+ENCODERS = ["bert", "electra", "roformer", "rembert", "bert-generation", "megatron-bert", "ernie"]
+
+
+@pytest.mark.parametrize("family", ENCODERS)
+def test_a_model_that_sees_its_targets_is_refused_and_trains_as_a_decoder(family):
+    with pytest.raises(InputError, match='see the tokens that it is to predict.* Write "is_decoder": true'):
+        set_attention(model_of(dict(model_type=family, **BERT), None), "auto", False, torch.device("cpu"))
+    check_targets_hidden(model_of(dict(model_type=family, is_decoder=True, **BERT), None), isolated=False)
+
+
+CAUSAL = {
+    "gpt2": {}, "opt": dict(ffn_dim=64), "bloom": {}, "gpt_neox": {}, "falcon": {}, "gemma2": dict(head_dim=8),
+    "phi": {}, "cohere": {}, "mamba": {}, "rwkv": {}, "mixtral": dict(num_key_value_heads=2, num_local_experts=4),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", CAUSAL)
+def test_causal_models_pass_and_draw_no_random_numbers(family):
+    """Mixtral's experts get other batches of tokens when one changes; the others' logits move by rounding only."""
+    shape = SHAPE | dict(bos_token_id=0, eos_token_id=0, pad_token_id=None) | CAUSAL[family]
+    model, before = model_of(dict(model_type=family, **shape), None), torch.get_rng_state()
+    check_targets_hidden(model, isolated=False)
+    assert torch.equal(torch.get_rng_state(), before) and model.training
+
+
+def test_one_layer_that_looks_ahead_is_enough():
+    model = model_of(QWEN2)
+    attention = model.model.layers[1].self_attn
+    forward = attention.forward
+
+    def looking_ahead(hidden_states, **kwargs):
+        return forward(hidden_states + 0.1 * hidden_states.mean(1, keepdim=True), **kwargs)
+
+    attention.forward = looking_ahead
+    with pytest.raises(InputError, match="Qwen2ForCausalLM: its logits change with tokens after them"):
+        check_targets_hidden(model, isolated=False)
+
+
+def test_sizes_that_do_not_fit_are_one_line():
+    shape = dict(model_type="gptj", n_embd=64, n_layer=1, n_head=4, vocab_size=1000)  # rotary_dim is 64, heads of 16
+    with pytest.raises(InputError, match="GPTJForCausalLM cannot compute a row; do its sizes fit?"):
+        check_targets_hidden(model_of(shape, "eager"), isolated=False)
 
 
 CPU = torch.device("cpu")

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.training_args import OptimizerNames
 
-from common.model.counts import layer_matrices, matmul_parameters
+from common.model.counts import flops_per_token, layer_matrices, matmul_parameters, parameter_report
 from common.model.memory import Setting, copy_bytes, optimizer_bytes, optimizer_name, state_bits
 from common.train.muon import MuonWithAdamW
 
@@ -58,6 +58,46 @@ def test_experts_are_stacks_of_matrices_and_only_counted_if_asked_for():
     experts = {name for name, parameter in model.named_parameters() if parameter.dim() == 3}
     assert len(experts) == 2 * 2, "transformers keeps the experts of a layer in two tensors"
     assert set(layer_matrices(model, stacks=True)) - set(layer_matrices(model)) == experts
+
+
+PUBLISHED = {  # GFLOP a token at 4,096 tokens a row, total and active parameters: by hand from the shapes
+    "Mixtral-8x7B": (dict(model_type="mixtral", vocab_size=32_000), 82.9, 46.70e9, 12.88e9),
+    "Qwen3-30B-A3B": (
+        dict(
+            model_type="qwen3_moe", vocab_size=151_936, hidden_size=2048, num_hidden_layers=48, num_attention_heads=32,
+            num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8, moe_intermediate_size=768,
+        ),
+        27.9, 30.53e9, 3.35e9,
+    ),
+    "Qwen1.5-MoE-A2.7B": (dict(model_type="qwen2_moe", vocab_size=151_936), None, 14.32e9, 2.69e9),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_parameters_that_a_token_does_not_meet_are_not_counted(name):
+    shape, gflops, total, active = PUBLISHED[name]
+    model = model_of(shape)
+    counts = parameter_report(model)
+    assert (counts["total"], counts["active"]) == (pytest.approx(total, rel=1e-3), pytest.approx(active, rel=2e-3))
+    if gflops is not None:
+        assert flops_per_token(model, 4096) / 1e9 == pytest.approx(gflops, abs=0.05)
+
+
+def test_flops_of_shared_experts_and_router_by_hand():
+    shape = SMALL | dict(num_experts=8, num_experts_per_tok=2, moe_intermediate_size=16, num_key_value_heads=4)
+    model = model_of(dict(model_type="qwen2_moe", shared_expert_intermediate_size=24, **shape))
+    attention, experts, shared = 4 * WIDTH * WIDTH, 2 * 3 * WIDTH * 16, 3 * WIDTH * 24
+    routers = 8 * WIDTH + WIDTH  # of the experts, and of the shared expert
+    layer = attention + experts + shared + routers
+    assert matmul_parameters(model) == 2 * layer + WIDTH * VOCABULARY
+    assert flops_per_token(model, 64) == 6 * (2 * layer + WIDTH * VOCABULARY) + 12 * 2 * WIDTH * 64
+
+
+def test_what_is_no_matrix_stays_away_from_muon():
+    """Mamba's convolution and decay rates, and routers, whatever their dimensions."""
+    model = model_of(dict(model_type="mamba", hidden_size=WIDTH, num_hidden_layers=1, vocab_size=VOCABULARY))
+    names = {name.split("mixer.")[-1] for name in layer_matrices(model, stacks=True)}
+    assert names == {f"{part}_proj.weight" for part in ("in", "x", "dt", "out")}
 
 
 def test_matrices_that_zero3_has_emptied_are_found():

@@ -33,6 +33,7 @@ def test_the_recipes_model_is_the_seed_tutorials():
         "total": embedding + 12 * layer + 512,
         "embedding": embedding,
         "rest": 12 * layer + 512,
+        "active": embedding + 12 * layer + 512,
     }
     assert round(parameter_report(model)["total"] / 1e6, 1) == 123.3
     assert matmul_parameters(model) == embedding + 12 * matrices

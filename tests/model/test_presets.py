@@ -1,5 +1,7 @@
 """Sizes by name and by number."""
 
+import json
+
 import pytest
 from transformers import AutoConfig
 
@@ -135,3 +137,53 @@ def test_published_weights_have_a_known_size_and_others_on_a_hub_do_not(tmp_path
     assert PretrainedSize("owner/not-fetched").planned(512) is None
     AutoConfig.for_model(**QWEN2, vocab_size=777).save_pretrained(tmp_path)
     assert PretrainedSize(str(tmp_path)).planned(512).config.vocab_size == 777
+
+
+def folder_of(tmp_path, **config) -> str:
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return str(tmp_path)
+
+
+SMALL = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+CODE = {"AutoConfig": "configuration.Config"}
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (dict(model_type="mamba2", hidden_size=64, num_heads=8, head_dim=16), "mamba2 has no attention heads"),
+        (dict(model_type="rwkv", hidden_size=64), "rwkv has no attention heads"),
+        (dict(model_type="qwen2", **SMALL | dict(hidden_size=64.0)), "'hidden_size' expected int, got float"),
+        (dict(model_type="qwen2", num_key_value_heads=3, **SMALL), "4 attention heads are not a multiple of 3"),
+        (dict(model_type="llama", hidden_act="nonsense", **SMALL), "transformers cannot build it .KeyError"),
+        (dict(model_type="t5", d_model=64), "model_type t5: transformers has no causal language model"),
+        (dict(model_type="vit", hidden_size=64), "model_type vit: transformers has no causal language model"),
+        (dict(model_type="qwen", auto_map=CODE), "custom code.* Qwen 1 has no place .* qwen2, qwen3"),
+        (dict(model_type="chatglm", auto_map=CODE), "ChatGLM 1 to 3 have no place .* glm, glm4"),
+        (dict(model_type="baichuan", auto_map=CODE), "Baichuan 1 and 2 have no place .* llama"),
+        (dict(model_type="yuan", auto_map=CODE), "Yuan 2 has no place"),
+        (dict(model_type="minimind", auto_map=CODE), "MiniMind has no place .*convert_model"),
+        (dict(model_type="telechat", auto_map=CODE), "transformers has no place for telechat"),
+    ],
+    ids=lambda value: value.get("model_type") if isinstance(value, dict) else None,
+)
+def test_a_config_that_cannot_train_is_refused_before_anything_is_tokenized(tmp_path, config, message):
+    shared = SharedArguments(tokenizer="train", vocabulary_size=300)
+    size = ModelSize(QWEN2, folder_of(tmp_path, **config), None, shared)
+    with pytest.raises(InputError, match=message) as refused:
+        size.planned(context_length=32)
+    assert "\n" not in str(refused.value)
+
+
+def test_of_a_config_with_a_sub_config_its_text_model_is_taken(tmp_path, capsys):
+    text = dict(model_type="gemma3_text", head_dim=16, vocab_size=4096, num_key_value_heads=2, **SMALL)
+    vision = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, image_size=28)
+    folder = folder_of(tmp_path, model_type="gemma3", text_config=text, vision_config=vision | dict(patch_size=14))
+    model = planned_model(shape_of(folder, None, 500), 500, context_length=32)
+    assert "its text model alone is built and trained: gemma3_text" in capsys.readouterr().out
+    assert model.get_input_embeddings().weight.shape == (512, 64) and model.config.max_position_embeddings == 32
+    assert not [name for name, _ in model.named_parameters() if "vision" in name]
+    with pytest.raises(InputError, match="gemma3 is more than a language model.* model_type gemma3_text"):
+        planned_model(dict(model_type="gemma3", text_config=text), 500, context_length=32)
+    with pytest.raises(InputError, match="gemma3 is more than a language model"):
+        PretrainedSize(folder).planned(context_length=32)

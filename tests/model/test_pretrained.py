@@ -148,7 +148,7 @@ def test_quantized_weights_are_refused(folder, tokenizer):
 
 def test_a_model_that_is_no_causal_language_model_is_refused(tokenizer, tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "clip_vision_model", "vocab_size": 384}', encoding="utf-8")
-    with pytest.raises(InputError, match="not a causal language model that transformers can load"):
+    with pytest.raises(InputError, match="clip_vision_model: transformers has no causal language model of this family"):
         random_model(str(tmp_path), tokenizer, 64)
 
 

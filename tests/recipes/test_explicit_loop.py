@@ -43,7 +43,8 @@ def by_step(entries: list[dict]) -> dict[int, dict]:
     steps = {}
     for entry in entries:
         known = steps.setdefault(entry["step"], {})
-        names = {"loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss", "eval_tokens"} & entry.keys()
+        names = {"loss", "router_loss", "grad_norm", "learning_rate", "tokens_seen", "eval_loss", "eval_tokens"}
+        names &= entry.keys()
         assert not names & known.keys(), entry
         known |= {name: entry[name] for name in names}
     return steps
@@ -82,6 +83,17 @@ def test_the_losses_are_trainers(loop, wiki, cache_dir, tmp_path, flags):
     last = max(found)
     assert last > 5 and found[last]["tokens_seen"] < last * 256, "the last step must be a partial one"
     assert len({entry["loss"] for entry in found.values() if "loss" in entry}) > 2
+
+
+def test_a_mixture_of_experts_has_trainers_losses_too(loop, wiki, cache_dir, tmp_path, monkeypatch):
+    experts = dict(model_type="mixtral", num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.1)
+    for recipe in (loop, wiki):
+        monkeypatch.setattr(recipe, "SAMPLE_MODEL", recipe.SAMPLE_MODEL | experts)
+    loop.main(small_run(cache_dir, tmp_path / "loop", *ODD))
+    wiki.main(small_run(cache_dir, tmp_path / "trainer", *ODD))
+    found = logged(tmp_path / "loop")
+    assert_same(found, logged_by_trainer(tmp_path / "trainer"), tolerance=1e-5)
+    assert all(entry["router_loss"] > 0.1 for entry in found.values() if "loss" in entry)
 
 
 def test_the_folder_is_an_ordinary_checkpoint(loop, odd, cache_dir):

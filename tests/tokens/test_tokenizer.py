@@ -287,3 +287,11 @@ def test_a_token_store_trains_no_tokenizer(tmp_path):
     (tmp_path / "a.idx").write_bytes(b"")
     with pytest.raises(InputError, match=r"--tokenizer train: .*a\.bin holds tokens, not text"):
         tokenizer_trained_on([resolve_source(str(tmp_path / "a.bin"))], SharedArguments(cache_dir=str(tmp_path)))
+
+
+def test_a_tokenizer_with_custom_code_is_refused_with_the_familys_place(tmp_path):
+    own = {"tokenizer_class": "QWenTokenizer", "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(own))
+    (tmp_path / "qwen.tiktoken").write_text("IQ== 0\n")
+    with pytest.raises(InputError, match="Qwen 1 has no place in transformers.* Qwen/Qwen2.5-0.5B"):
+        load_tokenizer(str(tmp_path))

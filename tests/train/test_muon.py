@@ -1,4 +1,4 @@
-"""Muon against torch.optim.Muon, which takes one matrix at a time; and sharded by FSDP2."""
+"""Muon against torch.optim.Muon, which takes one matrix at a time; and sharded by FSDP2. Experts one by one."""
 
 from pathlib import Path
 
@@ -14,12 +14,14 @@ QWEN2 = dict(
     model_type="qwen2", hidden_size=32, intermediate_size=65, num_hidden_layers=3, num_attention_heads=4,
     num_key_value_heads=2, vocab_size=100, tie_word_embeddings=True,
 )  # fmt: skip
+MIXTRAL = QWEN2 | dict(
+    model_type="mixtral", intermediate_size=64, num_local_experts=3, num_experts_per_tok=2, tie_word_embeddings=False
+)
 SETTINGS = dict(lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
 
 
-def model_and_decayed():
+def model_and_decayed(shape=QWEN2):
     torch.manual_seed(0)
-    shape = dict(QWEN2)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape))
     return model, [name for name, parameter in model.named_parameters() if parameter.dim() >= 2]
 
@@ -110,20 +112,80 @@ def test_a_run_continued_from_a_saved_state_is_the_same(tmp_path):
 
 
 def sharded_run(rank: int, folder: Path) -> None:
-    model, decayed = model_and_decayed()
-    for layer in model.model.layers:
-        fully_shard(layer)
-    fully_shard(model)
-    train(model, [MuonWithAdamW(model, decayed, **SETTINGS)])
-    found = {name: parameter.full_tensor() for name, parameter in model.state_dict().items()}
-    if rank == 0:
-        torch.save(found, folder / "sharded.pt")
+    for shape in (QWEN2, MIXTRAL):  # three experts: two on one process, one on the other
+        model, decayed = model_and_decayed(shape)
+        for layer in model.model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+        train(model, [MuonWithAdamW(model, decayed, **SETTINGS)])
+        found = {name: parameter.full_tensor() for name, parameter in model.state_dict().items()}
+        if rank == 0:
+            torch.save(found, folder / f"{shape['model_type']}.pt")
 
 
 def test_sharded_by_fsdp2_it_updates_the_same(tmp_path):
     in_two_processes(sharded_run, tmp_path)
-    alone, decayed = model_and_decayed()
-    train(alone, [MuonWithAdamW(alone, decayed, **SETTINGS)])
-    found = torch.load(tmp_path / "sharded.pt")
-    for name, parameter in alone.state_dict().items():
-        torch.testing.assert_close(found[name], parameter, rtol=1e-4, atol=1e-5)
+    for shape in (QWEN2, MIXTRAL):
+        alone, decayed = model_and_decayed(shape)
+        train(alone, [MuonWithAdamW(alone, decayed, **SETTINGS)])
+        found = torch.load(tmp_path / f"{shape['model_type']}.pt")
+        for name, parameter in alone.state_dict().items():
+            torch.testing.assert_close(found[name], parameter, rtol=1e-4, atol=1e-5)
+
+
+def muon_by_hand(weight: torch.Tensor, gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Return one matrix after steps with ``gradients``: Nesterov's momentum and Newton-Schulz as published, fp64."""
+    weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for gradient in gradients:
+        momentum = 0.95 * momentum + 0.05 * gradient.double()
+        x = 0.05 * gradient.double() + 0.95 * momentum
+        x = x / x.norm()
+        for _ in range(5):
+            gram = x @ x.T
+            x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+        weight = weight * (1 - 0.01 * 0.1) - 0.01 * 0.2 * max(weight.shape) ** 0.5 * x
+    return weight
+
+
+LAYOUTS = {  # a family, and the matrices of an expert as its forward takes them from gate_up_proj
+    "mixtral": (dict(num_local_experts=3), lambda stack: stack.chunk(2, 1)),
+    "qwen3_moe": (dict(num_experts=3, moe_intermediate_size=24, head_dim=8), lambda stack: stack.chunk(2, 1)),
+    "llama4_text": (dict(num_local_experts=3, head_dim=8, intermediate_size_mlp=48), lambda stack: stack.chunk(2, 2)),
+    "gpt_oss": (dict(num_local_experts=3, head_dim=8), lambda stack: (stack[..., ::2], stack[..., 1::2])),
+}
+
+
+@pytest.mark.parametrize("family", LAYOUTS)
+def test_every_experts_own_matrix_is_updated_as_by_muon_alone(family):
+    more, parts_of = LAYOUTS[family]
+    model, decayed = model_and_decayed(QWEN2 | dict(model_type=family, num_hidden_layers=1) | more)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    gradients = {name: torch.randn(3, *parameter.shape) for name, parameter in model.named_parameters()}
+    optimizer = MuonWithAdamW(model, decayed, **SETTINGS)
+    for step in range(3):
+        for name, parameter in model.named_parameters():
+            parameter.grad = gradients[name][step].clone()
+        optimizer.step()
+
+    matrices = 0
+    for name, parameter in model.named_parameters():
+        if name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            split = parts_of if "gate_up" in name else lambda stack: (stack,)
+            for found, start, *steps in zip(*map(split, (parameter, before[name], *gradients[name])), strict=True):
+                for expert in range(3):
+                    expected = muon_by_hand(start[expert], [step[expert] for step in steps])
+                    torch.testing.assert_close(found[expert].double(), expected, rtol=1e-4, atol=1e-5, msg=name)
+                    matrices += 1
+    assert matrices == 3 * 3, "gate, up and down of three experts"
+
+
+def test_routers_norms_and_the_biases_of_experts_go_to_adamw():
+    more = dict(num_local_experts=3, head_dim=8)
+    model, decayed = model_and_decayed(QWEN2 | dict(model_type="gpt_oss", num_hidden_layers=1) | more)
+    optimizer = MuonWithAdamW(model, decayed, **SETTINGS)
+    by_muon = {id(parameter) for group in optimizer.param_groups if group["matrices"] for parameter in group["params"]}
+    names = {
+        name.removeprefix("model.layers.0.") for name, parameter in model.named_parameters() if id(parameter) in by_muon
+    }
+    attention = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
+    assert names == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}

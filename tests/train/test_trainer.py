@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import losses, small_run
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Trainer
 
 import common.train.metrics as clock
 import common.train.trainer as trainer
@@ -48,6 +48,17 @@ def test_samples_leave_the_training_as_it_was():
     assert torch.equal(torch.get_rng_state(), before) and model.training
     assert first == generate_samples(model, tokenizer, ["地球", "太阳"], 1, torch.device("cpu"))
     assert first != generate_samples(model, tokenizer, ["地球", "太阳"], 2, torch.device("cpu"))
+
+
+def test_sampling_that_fails_is_said_once_and_the_run_goes_on(wiki, cache_dir, tmp_path, monkeypatch, capsys):
+    def fail(self, *args, **kwargs):
+        raise RuntimeError("no cache for this layer")
+
+    monkeypatch.setattr(GenerationMixin, "generate", fail)
+    wiki.main(small_run(cache_dir, tmp_path))
+    said = capsys.readouterr().out
+    assert said.count("note: no samples, training continues: RuntimeError: no cache for this layer") == 1
+    assert [*losses(tmp_path)] == [1, 2, 3, 4, 5, 6] and not (tmp_path / "samples.jsonl").exists()
 
 
 def test_a_model_without_a_longest_row_is_sampled():
