@@ -21,6 +21,8 @@ SHARED_NOT_DECIDING = {
     "data": "run.json has the documents",
     "encoding": "run.json has the documents",
     "end_token": "run.json has the tokenizer",
+    "eval_tasks": "what is measured, not what is trained",
+    "eval_tasks_every": "when to measure",
     "init_from": "run.json has it where the recipe reads it",
     "max_bad_steps": "when a run gives up",
     "max_eval_rows": "what is measured, not what is trained; the results have the number of tokens",
