@@ -109,8 +109,7 @@ SAMPLE = dict(
 )
 
 NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
-NOT_READ |= {"eval_tasks", "eval_tasks_every"}
-NOT_READ |= set(TrainingArguments.__dataclass_fields__) - {*TRAINING, "disable_tqdm"}
+NOT_READ |= {"eval_tasks", "eval_tasks_every", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}
 
 
 @dataclass
@@ -152,9 +151,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
     with accelerator.local_main_process_first():
-        sources = resolve_sources(
-            shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])], shared.encoding
-        )
+        names = shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])]
+        sources = resolve_sources(names, shared.encoding)
         if shared.tokenizer == "train":
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
@@ -170,6 +168,7 @@ def main(argv: list[str] | None = None) -> None:
     if launch.offloads:
         model.cpu()
     set_attention(model, shared.attn_implementation, shared.packing == "isolated", accelerator.device)
+    model_attention = model.config._attn_implementation
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
     keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
     gather_layers_whole(deepspeed, model, launch.compiled)
@@ -181,8 +180,6 @@ def main(argv: list[str] | None = None) -> None:
         if model_attention == DOCUMENTS:  # flex attention is told where documents begin
             batch = batch | {"document_mask": block_mask(batch["position_ids"])}
         return model(**batch, num_items_in_batch=targets).loss
-
-    model_attention = model.config._attn_implementation
 
     # One folder, one run: continued if it was interrupted, shown if it is finished.
     order = training_order(rows.train, training, launch.rows_per_step)
