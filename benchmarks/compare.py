@@ -12,7 +12,7 @@ from html import escape
 from pathlib import Path
 
 from common.console import InputError, say
-from common.run.folder import differences
+from common.run.identity import differences
 from common.run.plots import line_plot
 from common.run.record import RunRecord
 from common.run.report import COLOURS, document, figures

@@ -8,6 +8,7 @@ Each store is opened in a process of its own. Memory is the peak while opening a
 after its imports. Mapped pages of the ``.bin`` count, though the system takes them back when it needs memory.
 """
 
+import argparse
 import json
 import subprocess
 import sys
@@ -19,8 +20,9 @@ DOCUMENTS = [100_000, 1_000_000, 10_000_000]
 WINDOWS, WINDOW_TOKENS = 10_000, 513
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Print the table."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
     print(
         f"{'documents':>12} {'tokens':>15} {'seconds to open':>16} {f's for {WINDOWS:,} windows':>22} {'MB added':>9}"
     )
@@ -89,7 +91,7 @@ def _peak_bytes() -> int:
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 1:
-        main()
-    else:
+    if len(sys.argv) == 4:  # started by _in_a_process
         print(json.dumps({"make": make, "measure": measure}[sys.argv[1]](sys.argv[2], int(sys.argv[3]))))
+    else:
+        main()

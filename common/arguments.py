@@ -1,12 +1,16 @@
 """The flags: those that every recipe shares, and how a recipe's dicts and the command line become arguments."""
 
+import difflib
+import json
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, field, fields
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from transformers import HfArgumentParser, TrainingArguments
 
 from common.console import InputError
+from common.trainer_fields import check_fields
 
 Own = TypeVar("Own")
 
@@ -114,7 +118,7 @@ class SharedArguments:
         default=None,
         metadata={
             "help": "With --plan: the accelerate YAML to plan for. Without one: a card in fp32, not compiled "
-            "(low_memory_16gb.py: single_gpu.yaml)."
+            "(low_memory_16gb.py: single_gpu.yaml or ddp.yaml)."
         },
     )
     plan_processes: int | None = field(
@@ -168,9 +172,7 @@ class SharedArguments:
     )
     allow_changes: list[str] = field(
         default_factory=list,
-        metadata={
-            "help": "Continue a run although these differ; the names are those of the refusal: training.seed ..."
-        },
+        metadata={"help": "Continue a run although these differ; the refusal names them: training.weight_decay ..."},
     )
 
     def __post_init__(self):
@@ -185,6 +187,51 @@ class SharedArguments:
             raise InputError(f"--eval_tasks_every {self.eval_tasks_every}: must be at least 1 step.")
 
 
+# Flags that were renamed or taken out, here or in transformers 5 -> what to write instead.
+RENAMED = {
+    "adafactor": "--optim adafactor",
+    "do_lower_case": "nothing: the tokenizer decides it",
+    "eval_batch_size": "--per_device_eval_batch_size",
+    "evaluation_strategy": "--eval_strategy",
+    "fp16_backend": "nothing: the launcher's YAML owns the precision",
+    "fp16_opt_level": "nothing: the launcher's YAML owns the precision",
+    "fsdp_min_num_params": "nothing: the launcher's YAML owns the strategy",
+    "fsdp_transformer_layer_cls_to_wrap": "nothing: the launcher's YAML owns the strategy",
+    "group_by_length": "nothing: all rows are equally long",
+    "half_precision_backend": "nothing: the launcher's YAML owns the precision",
+    "include_tokens_per_second": "nothing: the log has tokens_per_second_per_device",
+    "jit_mode_eval": "nothing: the launcher's YAML owns compiling",
+    "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment",
+    "lr": "--learning_rate",
+    "model_name_or_path": "--model",
+    "no_cuda": "--use_cpu",
+    "overwrite_output_dir": "nothing, the same command continues; or another --output_dir",
+    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "--per_device_train_batch_size",
+    "push_to_hub_model_id": "--hub_model_id",
+    "save_safetensors": "nothing: weights are always saved as safetensors",
+    "tokenizer_name": "--tokenizer",
+    "tokenizer_name_or_path": "--tokenizer",
+    "torchdynamo": "nothing: the launcher's YAML owns compiling, --dynamo_backend",
+    "train_batch_size": "--per_device_train_batch_size",
+    "train_file": "--data",
+    "use_ipex": "nothing: torch has what it did",
+    "use_mps_device": "nothing: an accelerator that is there is used",
+    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps",
+}
+# The smallest values of numbers that nobody checks further on.
+AT_LEAST = {
+    "learning_rate": 0, "weight_decay": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "max_grad_norm": 0,
+    "warmup_steps": 0, "neftune_noise_alpha": 0, "seed": 0, "data_seed": 0, "context_length": 1, "tokens_per_step": 1,
+    "per_device_train_batch_size": 0, "per_device_eval_batch_size": 0, "gradient_accumulation_steps": 0,
+    "dataloader_num_workers": 0, "dataloader_prefetch_factor": 1, "logging_steps": 0, "eval_steps": 0, "save_steps": 0,
+    "eval_delay": 0, "save_total_limit": 0, "ddp_timeout": 1, "ddp_bucket_cap_mb": 1, "max_bad_steps": 0,
+    "save_minutes": 0, "plan_processes": 1, "plan_memory_gib": 0.01,
+}  # fmt: skip
+BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+JSON_FIELDS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+
 class _Default:
     """A default of a flag, which differs from the same value given on the command line. Prints as the value."""
 
@@ -193,6 +240,13 @@ class _Default:
 
     def __str__(self) -> str:
         return str(self.value)
+
+
+class _Parser(HfArgumentParser):
+    """A parser whose errors are one line. Replaces: all flags of the recipe, some 600 lines, before the error."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
 
 
 def parse_flags(
@@ -211,15 +265,16 @@ def parse_flags(
 
     Raises:
         SystemExit: a flag is unknown, abbreviated, not read, or has a value of the wrong kind; the parser says which.
+        InputError: a value is out of its range, or would not do what it says.
     """
     kinds = (own_flags, SharedArguments, TrainingArguments)
-    parser = HfArgumentParser(kinds, allow_abbrev=False)
+    parser = _Parser(kinds, allow_abbrev=False)
     parser.set_defaults(**defaults)
     names = [each.name for kind in kinds for each in fields(kind) if each.init]
     parser.set_defaults(**{name: _Default(parser.get_default(name)) for name in names})
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
-        parser.error(f"unknown flags: {' '.join(unknown)}")
+        parser.error(f"unknown flags: {' '.join(unknown)}{hints(unknown, names)}")
     values = vars(parsed)
     changed = {
         name
@@ -229,7 +284,7 @@ def parse_flags(
     for name in sorted(changed.intersection(not_read)):
         parser.error(
             f"--{name}: this recipe does not read it. Precision and devices are the launcher's. wiki_zh_scratch.py "
-            "reads every flag."
+            "reads every flag"
         )
     replaced = {}
     for flag, others in replacements.items():
@@ -238,5 +293,65 @@ def parse_flags(
     for name in names:
         if isinstance(values[name], _Default):
             values[name] = replaced.get(name, values[name].value)
-    made = [kind(**{each.name: values[each.name] for each in fields(kind) if each.init}) for kind in kinds]
-    return made[0], made[1], made[2]
+    check_numbers(values)
+    check_fields(values)
+    return _made(own_flags, values), _made(SharedArguments, values), _made(TrainingArguments, values)
+
+
+def _made(kind: type, values: dict):
+    """Return an object of ``kind``, a dataclass. What TrainingArguments refuse themselves is an InputError."""
+    own = {each.name: values[each.name] for each in fields(kind) if each.init}
+    try:
+        return kind(**own)
+    except (ValueError, TypeError, ImportError, OSError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(f"transformers refuses these flags: {reason}") from None
+
+
+def hints(unknown: list[str], names: list[str]) -> str:
+    """Return what may have been meant by flags that are unknown, as a sentence after their names."""
+    found = []
+    for word in unknown:
+        if not word.startswith("--"):
+            continue
+        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
+        longer = [known for known in names if name and known.startswith(name)]
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
+        if name in RENAMED:
+            found.append(f". Instead of --{name}: {RENAMED[name]}")
+        elif longer or close:
+            found.append(f". Did you mean --{(close or longer)[0]}?")
+    return "".join(found)
+
+
+def check_numbers(values: dict) -> None:
+    """Raise InputError for numbers out of their range. No flag takes NaN or infinity."""
+    for name, value in values.items():
+        in_json = name in JSON_FIELDS and isinstance(value, str)
+        for number in _numbers(_json_object(name, value) if in_json else value):
+            if not math.isfinite(number):
+                off = " To switch clipping off: --max_grad_norm 0" if name == "max_grad_norm" else ""
+                raise InputError(f"--{name} {value}: must be a finite number.{off}")
+        if name in AT_LEAST and value is not None and value < AT_LEAST[name]:
+            raise InputError(f"--{name} {value}: must be at least {AT_LEAST[name]}.")
+        if name in BELOW and value is not None and value >= BELOW[name]:
+            raise InputError(f"--{name} {value}: must be below {BELOW[name]}.")
+
+
+def _json_object(name: str, text: str) -> dict:
+    try:
+        found = json.loads(text)
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        raise InputError(f"--{name} {text}: must be JSON, such as '{{\"num_decay_steps\": 0.3}}'.")
+    return found
+
+
+def _numbers(value: object) -> list[float]:
+    """Return the numbers in ``value``, also those within lists and dicts."""
+    if isinstance(value, dict):
+        return _numbers(list(value.values()))
+    if isinstance(value, list | tuple):
+        return [number for inner in value for number in _numbers(inner)]
+    return [value] if isinstance(value, float) else []

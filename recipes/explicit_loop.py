@@ -31,13 +31,14 @@ from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import ModelSize
 from common.run.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
-from common.run.folder import open_run, run_identity
+from common.run.folder import open_run
+from common.run.identity import run_identity
 from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.muon import MuonWithAdamW
 from common.train.preflight import preflight
-from common.train.schedule import schedule_settings
+from common.train.schedule import keep_settings, schedule_settings, settings_of
 
 RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
@@ -108,8 +109,7 @@ SAMPLE = dict(
 )
 
 NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
-NOT_READ |= {"eval_tasks", "eval_tasks_every"}
-NOT_READ |= set(TrainingArguments.__dataclass_fields__) - {*TRAINING, "disable_tqdm"}
+NOT_READ |= {"eval_tasks", "eval_tasks_every", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}
 
 
 @dataclass
@@ -151,9 +151,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
     with accelerator.local_main_process_first():
-        sources = resolve_sources(
-            shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])], shared.encoding
-        )
+        names = shared.data or [str(download("wiki-zh", ROOT / "data", verify=False)[0])]
+        sources = resolve_sources(names, shared.encoding)
         if shared.tokenizer == "train":
             tokenizer = tokenizer_trained_on(sources, shared)
         else:
@@ -169,7 +168,9 @@ def main(argv: list[str] | None = None) -> None:
     if launch.offloads:
         model.cpu()
     set_attention(model, shared.attn_implementation, shared.packing == "isolated", accelerator.device)
+    model_attention = model.config._attn_implementation
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
+    has_router_loss = model.router_coefficient > 0  # of a mixture of experts: common/model/router_loss.py
     keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
     gather_layers_whole(deepspeed, model, launch.compiled)
     if training.gradient_checkpointing:  # where the launcher's YAML asks for it
@@ -182,15 +183,11 @@ def main(argv: list[str] | None = None) -> None:
         output = model(**batch, num_items_in_batch=targets)
         return output.loss, output.aux_loss if has_router_loss and model.training else torch.zeros_like(output.loss)
 
-    has_router_loss = model.router_coefficient > 0  # of a mixture of experts: common/model/router_loss.py
-    model_attention = model.config._attn_implementation
-
     # One folder, one run: continued if it was interrupted, shown if it is finished.
     order = training_order(rows.train, training, launch.rows_per_step)
     steps = training.max_steps
-    backend = accelerator.state.dynamo_plugin.backend
     more = {"rows": order.rows_in_run, "optimizer": launch.optimizer}
-    more["launch"] = [accelerator.distributed_type, accelerator.num_processes, backend]
+    more["launch"] = [accelerator.distributed_type, accelerator.num_processes, accelerator.state.dynamo_plugin.backend]
     identity = run_identity(RECIPE, shape, rows, tokenizer, launch, shared, training, more)
     with open_run(identity, shared, training) as run:
         results = run.finished(order)
@@ -208,11 +205,10 @@ def main(argv: list[str] | None = None) -> None:
             file.truncate(min(file.tell(), state.get("log_bytes", 0)))
 
         # Batches: training starts at the checkpoint's row. Ignored rows complete the last step and the evaluation.
-        order.begin_at(first_step, first_step * launch.rows_per_step, training)
+        order.begin_at(first_step, state.get("tokens_seen", 0) // shared.context_length, training)
         eval_rows = training.per_device_eval_batch_size * accelerator.num_processes
-        ignored = [IGNORED_ROW] * (-len(rows.held_out) % eval_rows)
         eval_targets = len(rows.held_out.targets())
-        eval_order = [*range(len(rows.held_out)), *ignored]
+        eval_order = [*range(len(rows.held_out)), *[IGNORED_ROW] * (-len(rows.held_out) % eval_rows)]
         loading = dict(collate_fn=collate_rows, pin_memory=accelerator.device.type == "cuda")
         loading["generator"] = torch.Generator()  # its own: a loader draws a number whenever it starts
         train_batches = DataLoader(rows.train, training.per_device_train_batch_size, sampler=order, **loading)
@@ -229,13 +225,16 @@ def main(argv: list[str] | None = None) -> None:
             vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
             groups = [{"params": list(decayed.values())}, {"params": vectors, "weight_decay": 0.0}]
             optimizer = torch.optim.AdamW(groups, **adamw)
-        warmup, settings = training.get_warmup_steps(steps), schedule_settings(training, steps)
-        schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
+        warmup, shape_of_rate = training.get_warmup_steps(steps), schedule_settings(training, steps)
+        schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, shape_of_rate)
         prepared = accelerator.prepare(model, optimizer, train_batches, eval_batches)
         model, optimizer, train_batches, eval_batches = prepared
         accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
+        settings = settings_of(optimizer)
         if checkpoint is not None:
             accelerator.load_state(checkpoint)
+            keep_settings(optimizer, schedule, settings)  # this launch's
+        run.accept_changes()
 
         # The loop.
         log_every = every(training.logging_steps, steps)

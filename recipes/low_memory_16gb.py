@@ -43,7 +43,8 @@ from common.model.fused_loss import use_fused_loss
 from common.model.memory import state_bits
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
-from common.run.folder import open_run, run_identity
+from common.run.folder import open_run
+from common.run.identity import run_identity
 from common.run.merge_adapters import save_merged
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary
@@ -144,7 +145,8 @@ def main(argv: list[str] | None = None) -> None:
     # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
     planning = shared.plan and not shared.probe
     if planning:  # without a launcher, so the YAML's precision has not come yet
-        shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / "single_gpu.yaml")
+        yaml = "single_gpu.yaml" if shared.plan_processes in (None, 1) else "ddp.yaml"
+        shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / yaml)
         take_precision_of_yaml(shared.plan_config, training)
     else:
         check_method(own.method, own.weights, launch, shared, training)

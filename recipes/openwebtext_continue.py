@@ -41,7 +41,8 @@ from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, pretrained_model, random_model, weights_fingerprint
-from common.run.folder import open_run, run_identity
+from common.run.folder import open_run
+from common.run.identity import run_identity
 from common.run.init_from import load_start, rows_before
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary

@@ -1,12 +1,14 @@
 """Flags: the recipe's dicts are defaults, a flag may swap other defaults in, and what is typed always wins."""
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import pytest
+from transformers import HfArgumentParser, TrainingArguments
 
-from common.arguments import parse_flags
+from common.arguments import RENAMED, SharedArguments, parse_flags
 from common.console import InputError
+from common.trainer_fields import REFUSED
 
 
 @dataclass
@@ -86,6 +88,87 @@ def test_what_is_not_understood_is_refused(words, message, capsys):
     assert stopped.value.code == 2
     printed = capsys.readouterr().err.splitlines()[-1]
     assert re.search(message, printed), printed
+
+
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (
+            ["--warmup_ratio", "0.03"],
+            "Instead of --warmup_ratio: --warmup_steps, which below 1 is a share",
+        ),
+        (["--evaluation_strategy=steps"], "Instead of --evaluation_strategy: --eval_strategy"),
+        (["--overwrite_output_dir"], "the same command continues"),
+        (["--no-cuda"], "Instead of --no_cuda: --use_cpu"),
+        (["--learning_rat", "1"], r"Did you mean --learning_rate\?"),
+        (["--max-step", "1"], r"Did you mean --max_steps\?"),
+        (["--context", "5"], r"Did you mean --context_length\?"),
+        (["--from_scrach"], r"Did you mean --from_scratch\?"),
+    ],
+)
+def test_a_flag_that_was_renamed_or_mistyped_gets_its_name_in_one_line(words, hint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        parse(*words)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and re.search(hint, printed)
+    assert printed.count("\n") == 1, "no list of all flags above it"
+
+
+def test_the_names_that_replace_old_ones_are_flags():
+    parser = HfArgumentParser([Own, SharedArguments, TrainingArguments])
+    known = {option for action in parser._actions for option in action.option_strings} | {"--model"}
+    for old, new in RENAMED.items():
+        assert f"--{old}" not in known, f"transformers has --{old} again"
+        assert {word.strip(",;.") for word in new.split() if word.startswith("--")} <= known | {"--dynamo_backend"}
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_no_number_is_nan_or_infinite(value):
+    """All flags of numbers, of whatever part."""
+    numbers = [
+        each.name
+        for kind in (SharedArguments, TrainingArguments)
+        for each in fields(kind)
+        if "float" in str(each.type) and each.name not in REFUSED
+    ]
+    assert {"learning_rate", "data_weights", "save_minutes", "plan_memory_gib", "warmup_steps"} <= set(numbers)
+    for name in numbers:
+        with pytest.raises(InputError, match=f"--{name} .*: must be a finite number"):
+            parse("--plan", f"--{name}={value}")
+    with pytest.raises(InputError, match="--lr_scheduler_kwargs .*: must be a finite number"):
+        parse("--lr_scheduler_kwargs", '{"min_lr_rate": NaN}')
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--learning_rate=-1e-3", "--learning_rate -0.001: must be at least 0"),
+        ("--weight_decay -1", "must be at least 0"),
+        ("--adam_beta1 1", "must be below 1"),
+        ("--seed -1", "must be at least 0"),
+        ("--seed 4294967296", "must be below 4294967296"),
+        ("--tokens_per_step 0", "must be at least 1"),
+        ("--plan --plan_memory_gib -1", "must be at least 0.01"),
+        ("--save_steps -5", "must be at least 0"),
+        ("--lr_scheduler_kwargs nonsense", "--lr_scheduler_kwargs nonsense: must be JSON"),
+        ("--lr_scheduler_kwargs [1]", "must be JSON"),
+        ("--logging_steps 2.5", "transformers refuses these flags: --logging_steps must be an integer"),
+        ("--save_strategy best", "--save_strategy best: .*What works: steps or no"),
+        ("--use_liger_kernel true", "--use_liger_kernel: not with these recipes"),
+        ("--deepspeed z.json", "--deepspeed: .*accelerate_configs/zero2.yaml"),
+        ("--torch_compile true", "--torch_compile: .*--dynamo_backend"),
+        ("--bf16_full_eval true", "--bf16_full_eval: .*the model itself would be cast"),
+    ],
+)
+def test_a_value_out_of_its_range_is_one_line(words, message):
+    with pytest.raises(InputError, match=message) as stopped:
+        parse(*words.split())
+    assert "\n" not in str(stopped.value)
+
+
+def test_a_recipes_dict_is_held_to_the_same_rules():
+    with pytest.raises(InputError, match="--eval_strategy epoch"):
+        parse_flags(Own, [], DEFAULTS | dict(eval_strategy="epoch"))
 
 
 def test_a_flag_that_a_recipe_does_not_read_is_refused_unless_it_says_what_is_so_anyway(capsys):

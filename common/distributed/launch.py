@@ -231,7 +231,6 @@ def check_launch(launch: Launch, training: TrainingArguments) -> None:
     """
     if hasattr(sys.stdout, "reconfigure"):  # a Windows console without Chinese must not end a run at its first sample
         sys.stdout.reconfigure(errors="backslashreplace")
-    check_flags(training)
     if launch.processes > 1 and training.world_size == 1:
         raise InputError(
             f"{launch.processes} processes were launched, but each sees only itself: they would train "
@@ -249,37 +248,6 @@ def check_launch(launch: Launch, training: TrainingArguments) -> None:
     visible = torch.accelerator.device_count()
     if launch.local_processes < visible and not training.use_cpu:
         say(f"note: {visible} GPUs are visible, {launch.local_processes} used. All of them: --num_processes {visible}")
-
-
-def check_flags(training: TrainingArguments) -> None:
-    """Refuse TrainingArguments that these recipes cannot keep their promises with."""
-    for flag, value, why in (
-        ("--label_smoothing_factor", training.label_smoothing_factor, "Trainer would shift the targets a second time"),
-        ("--auto_find_batch_size", training.auto_find_batch_size, "it would change the tokens of a step"),
-        ("--resume_from_checkpoint", training.resume_from_checkpoint, "the same command resumes by itself"),
-        (
-            "--train_sampling_strategy",
-            getattr(training, "train_sampling_strategy", "random") != "random",
-            "the recipes have their own order of rows",
-        ),
-        ("--save_only_model", training.save_only_model, "such a checkpoint cannot be resumed exactly"),
-        ("--load_best_model_at_end", training.load_best_model_at_end, "a run ends with its last weights"),
-        ("--bf16_full_eval", training.bf16_full_eval, "the model itself would be cast, and saved so"),
-        ("--fp16_full_eval", training.fp16_full_eval, "the model itself would be cast, and saved so"),
-        ("--hub_token", training.hub_token, "it would be saved in training_args.bin; export HF_TOKEN instead"),
-        ("--report_to swanlab", "swanlab" in training.report_to, "SwanLab has its own flag, --swanlab"),
-        ("--deepspeed", training.deepspeed, "the launcher's YAML owns the strategy: accelerate_configs/zero2.yaml"),
-        ("--fsdp", training.fsdp, "the launcher's YAML owns the strategy: accelerate_configs/fsdp2.yaml"),
-        ("--torch_compile", training.torch_compile, "the launcher's YAML owns it: dynamo_config, --dynamo_backend"),
-        ("--accelerator_config split_batches", training.accelerator_config.split_batches, "it changes the batch"),
-    ):
-        if value:
-            raise InputError(f"{flag}: not with these recipes, {why}. Leave it out.")
-    if training.push_to_hub and training.hub_strategy != "end":
-        raise InputError(
-            f"--push_to_hub with --hub_strategy {training.hub_strategy.value}: checkpoints would be uploaded half "
-            "written. Add --hub_strategy end, which uploads the model when it is trained."
-        )
 
 
 def check_precision(launch: Launch, training: TrainingArguments) -> None:

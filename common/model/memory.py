@@ -169,6 +169,18 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, number_bytes: in
     return 0.0 if setting.offload_parameters else parameters, gradients, states, buffers
 
 
+def main_memory_bytes(model: PreTrainedModel, setting: Setting) -> float:
+    """Return the bytes of main memory, of all cards together, that hold what ``setting`` offloads; 0 if nothing is.
+
+    Parameters, gradients and states are divided among the cards, so all of them hold one whole: with AdamW 16 bytes a
+    parameter under FSDP2, 18 under ZeRO-3 in half precision.
+    """
+    whole = replace(setting, processes=1, offload_optimizer=False, offload_parameters=False)
+    parameters, gradients, states, _ = bytes_by_strategy(model, whole, 4 if setting.precision == "no" else 2)
+    offloaded = parameters if setting.offload_parameters else 0.0
+    return offloaded + (gradients + states if setting.offload_optimizer else 0.0)
+
+
 def bucket_bytes(setting: Setting, number_bytes: int) -> float:
     """Return the bytes of DeepSpeed's bucket of gradients under ZeRO-1, which has it in fp32, and under ZeRO-2.
 

@@ -161,7 +161,10 @@ def parameter_count(text: str) -> int:
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", text.upper().replace("_", ""))
     if match is None:
         raise InputError(f"--target_parameters {text}: not a number such as 120M or 1.5B.")
-    return round(float(match[1]) * UNITS[match[2]])
+    count = round(float(match[1]) * UNITS[match[2]])
+    if count < 1:
+        raise InputError(f"--target_parameters {text}: must be at least 1; useful are 1M and more.")
+    return count
 
 
 def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:

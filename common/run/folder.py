@@ -9,6 +9,7 @@ The folder is locked and checked when the run is opened, and given back when it 
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,13 +17,11 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
-from transformers import PreTrainedTokenizerBase, TrainingArguments
+from transformers import TrainingArguments
 
 from common.arguments import SharedArguments
 from common.console import InputError, is_local_main_process, is_main_process, say
 from common.dataset.mixture import TrainingOrder
-from common.dataset.rows import Rows
-from common.distributed.launch import Launch, precision_of
 from common.distributed.strategy import Strategy
 from common.io import write_json
 from common.run.checkpoints import (
@@ -35,58 +34,11 @@ from common.run.checkpoints import (
     remove_unfinished,
     write_checkpoint,
 )
+from common.run.identity import DECIDING_ROWS, OTHER_ORDER, check_changes, deciding_rows, deciding_training
 from common.run.lock import STATUS_FILE, lock_folder, write_status
-from common.tokens.tokenizer import tokenizer_fingerprint
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
-# What decides the losses. Everything else (logging, saving, micro-batch) may change at a relaunch. So may the number of
-# steps, which moves the learning-rate schedule: PretrainingTrainer notes it.
-DECIDING = [
-    "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "weight_decay", "adam_beta1",
-    "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "seed", "data_seed", "bf16", "fp16",
-]  # fmt: skip
-DECIDING_ROWS = [
-    "context_length", "packing", "held_out_fraction", "split", "keep_duplicates", "data_weights",
-]  # fmt: skip
-
-
-def run_identity(
-    recipe: str,
-    model: dict,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    launch: Launch,
-    shared: SharedArguments,
-    training: TrainingArguments,
-    more_data: dict,
-) -> dict:
-    """Describe a run by what decides its losses, as JSON types.
-
-    Args:
-        recipe: the file's name.
-        model: what the model is built from: a shape, or the fingerprint of weights.
-        more_data: what else of this recipe decides what is trained on, and how.
-    """
-    data = {
-        "documents": rows.fingerprints,
-        "tokenizer": tokenizer_fingerprint(tokenizer),
-        "rows_per_step": launch.rows_per_step,
-        **more_data,
-        **_deciding_rows(shared),
-    }
-    return {"recipe": recipe, "model": model, "data": data, "training": _deciding_training(training)}
-
-
-def _deciding_rows(shared: SharedArguments) -> dict:
-    return {name: getattr(shared, name) for name in DECIDING_ROWS}
-
-
-def _deciding_training(training: TrainingArguments) -> dict:
-    values = training.to_dict()
-    deciding = {name: values[name] for name in DECIDING}
-    if precision_of(training) == "fp8":  # which TrainingArguments call bf16
-        deciding["fp8"] = True
-    return deciding
+LONGEST_NAME = 255  # bytes, of a file or folder, on all usual file systems
 
 
 class Run:
@@ -104,13 +56,15 @@ class Run:
         self.claimed = False
         self.step = self.max_steps = 0
         self._lock: FileLock | None = None
+        self._changed_identity: dict | None = None  # to be written when the checkpoint has been loaded
         self._unwritten: set[str] = set()  # names of files that a full disk had no room for
 
     def claim(self, identity: dict, allow_changes: Sequence[str] = ()) -> None:
         """Lock the folder and make it this run's, or check that it already is.
 
         Args:
-            allow_changes: names, as the refusal gives them, of what may differ: a note says so, and run.json keeps it.
+            allow_changes: names, as the refusal gives them, of what may differ: a note says so, and run.json keeps it
+                from ``accept_changes`` on.
 
         Raises:
             InputError: another process trains into it now; or another run's checkpoints or results are in it: every
@@ -130,11 +84,13 @@ class Run:
         path = Path(self.folder) / RUN_FILE
         worth_keeping = bool(checkpoints(self.folder)) or (Path(self.folder) / RESULTS_FILE).exists()
         if worth_keeping and path.exists():
-            changes = _check_changes(self.folder, _read_json(path), identity, allow_changes)
+            changes = check_changes(self.folder, _read_json(path), identity, allow_changes)
             for name, was, now in changes:
                 say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
-            if changes and is_local_main_process():
-                _write_identity(path, identity)
+            if changes:
+                self._changed_identity = identity
+            if any(change[0] in OTHER_ORDER for change in changes):
+                say("note: the rows are in another order from here on: some are trained on a second time, others later")
         elif worth_keeping:
             raise InputError(
                 f"{self.folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose "
@@ -144,6 +100,12 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             if is_local_main_process():  # the folder may be each machine's own
                 _write_identity(path, identity)
+
+    def accept_changes(self) -> None:
+        """Write to run.json what --allow_changes has changed. Call this when the checkpoint has been loaded with it."""
+        if self._changed_identity is not None and is_local_main_process():
+            _write_identity(Path(self.folder) / RUN_FILE, self._changed_identity)
+        self._changed_identity = None
 
     def release(self) -> None:
         """Give the folder back."""
@@ -304,29 +266,15 @@ def check_folder(folder: str, recipe: str, shared: SharedArguments, training: Tr
     steps = [step for step, _ in checkpoints(folder)]
     if not path.exists() or not (steps or (Path(folder) / RESULTS_FILE).exists()):
         return f"{folder}, a new run"
-    now = {"recipe": recipe, "data": _deciding_rows(shared), "training": _deciding_training(training)}
+    now = {"recipe": recipe, "data": deciding_rows(shared), "training": deciding_training(training)}
     was = _read_json(path)
     was = {
         "recipe": was.get("recipe"),
         "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS},
         "training": was.get("training"),
     }
-    _check_changes(folder, was, json.loads(json.dumps(now)), shared.allow_changes)
+    check_changes(folder, was, json.loads(json.dumps(now)), shared.allow_changes)
     return f"{folder}, " + (f"to be continued from step {steps[-1]}" if steps else "with results")
-
-
-def _check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[str]) -> list[tuple[str, object, object]]:
-    """Return what differs and may; refuse what may not."""
-    found = differences(was, now)
-    refused = [change for change in found if not _allowed(change[0], allow_changes)]
-    if refused:
-        raise InputError(
-            f"{folder} holds another run; relaunching there continues it, and these differ:\n"
-            + "\n".join(f"  {name}: {old!r} in the folder, {new!r} now" for name, old, new in refused)
-            + "\nGo back to the old values, choose another --output_dir, or continue with the new ones:\n"
-            + f"  --allow_changes {' '.join(name for name, _, _ in refused)}"
-        )
-    return found
 
 
 def check_disk_space(
@@ -350,7 +298,7 @@ def check_disk_space(
         kept = 2
     elif training.save_total_limit is None:
         interval = training.save_steps if training.save_steps >= 1 else training.save_steps * training.max_steps
-        kept = math.ceil(training.max_steps / interval)
+        kept = math.ceil(training.max_steps / interval) if interval > 0 else 1
     else:
         kept = training.save_total_limit + 1
     checkpoint_bytes = parameters * (weight_bytes + state_bytes + second_copy_bytes(strategy, training))
@@ -378,6 +326,28 @@ def second_copy_bytes(strategy: Strategy, training: TrainingArguments) -> int:
     return 4 if strategy.is_fsdp else 0
 
 
+def check_path(folder: str) -> None:
+    """Raise InputError if ``folder``, which need not be there yet, cannot be a folder that is written to."""
+    path = Path(folder).absolute()
+    try:
+        there = next(parent for parent in (path, *path.parents) if parent.is_symlink() or parent.exists())
+        problem = None
+        if not there.exists():
+            problem = f"{there} is a link to {os.readlink(there)}, which is not there"
+        elif not there.is_dir():
+            problem = f"{there} is a file"
+        elif not os.access(there, os.W_OK | os.X_OK):
+            problem = f"{there} may not be written to"
+        for part in path.parts:
+            if len(os.fsencode(part)) > LONGEST_NAME:
+                problem = f"a name of {len(os.fsencode(part))} bytes, and {LONGEST_NAME} is the limit"
+    except OSError as error:
+        problem = error.strerror
+    if problem is not None:
+        shown = folder if len(folder) <= 100 else f"{folder[:100]}..."
+        raise InputError(f"--output_dir {shown}: {problem}. Choose another folder.")
+
+
 def _existing(folder: str) -> Path:
     """Return ``folder``, or the nearest folder above it that exists."""
     path = Path(folder).absolute()
@@ -389,19 +359,3 @@ def _read_json(path: Path) -> dict:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}). Repair or remove it, or choose another --output_dir.") from None
-
-
-def _allowed(name: str, allow_changes: Sequence[str]) -> bool:
-    return any(name == allowed or name.startswith(f"{allowed}.") for allowed in allow_changes)
-
-
-def differences(was: dict, now: dict, prefix: str = "") -> list[tuple[str, object, object]]:
-    """Return (dotted name, old value, new value) of every leaf that differs."""
-    found = []
-    for name in sorted({*was, *now}):
-        old, new = was.get(name), now.get(name)
-        if isinstance(old, dict) and isinstance(new, dict):
-            found += differences(old, new, f"{prefix}{name}.")
-        elif old != new:
-            found.append((f"{prefix}{name}", old, new))
-    return found

@@ -19,7 +19,8 @@ from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
 from common.run.checkpoints import problem_of
-from common.run.folder import DECIDING_ROWS, RUN_FILE
+from common.run.folder import RUN_FILE
+from common.run.identity import DECIDING_ROWS
 
 
 def writer_of(checkpoint: str) -> tuple[str, int | None]:

@@ -25,7 +25,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.console import say
 from common.io import append_lines, read_lines
-from common.run.folder import differences
+from common.run.identity import differences
 from common.run.lock import read_status
 from common.run.plots import Line
 

@@ -11,11 +11,33 @@ import sys
 from pathlib import Path
 
 from transformers import TrainerCallback
+from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from common.console import InputError, is_main_process, say
 from common.io import read_lines, write_json
 
 TRACKING_FILE = "tracking.json"
+
+
+def check_trackers(names: list[str]) -> None:
+    """Refuse trackers of ``--report_to`` that are unknown, or whose package is missing.
+
+    Raises:
+        InputError: with the command that installs it.
+    """
+    if "swanlab" in names:
+        raise InputError("--report_to swanlab: SwanLab has its own flag, --swanlab. Leave it out.")
+    try:
+        get_reporting_integration_callbacks(names)
+    except ValueError as error:
+        raise InputError(f"--report_to: {error}") from None
+    installed = {*get_available_reporting_integrations(), "flyte", "kubeflow"}  # it leaves out these two
+    for name in names:
+        if name not in installed:
+            raise InputError(
+                f"--report_to {name}: its package is not installed. Install it (pip install {name}), or leave the flag "
+                "out: report.html in the output folder has all curves."
+            )
 
 
 def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerCallback]:

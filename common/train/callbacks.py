@@ -33,6 +33,7 @@ class RunCallback(TrainerCallback):
         state.compute_steps(args, state.max_steps)
         self.training = True
         self._running(state)
+        self.run.accept_changes()  # the checkpoint, if there is one, has been loaded
         if self.run.claimed:
             with self.run.writing(LAUNCHES_FILE):
                 record_launch(args.output_dir, describe_launch(self.shared, args))

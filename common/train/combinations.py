@@ -1,6 +1,9 @@
 """What goes together: strategy, precision, optimizer and method. Decided or refused before anything is loaded."""
 
-from transformers import TrainingArguments
+import copy
+import importlib.util
+
+from transformers import Trainer, TrainingArguments
 
 from common.console import InputError, say
 from common.distributed.launch import Launch, precision_of
@@ -25,6 +28,67 @@ def choose_optimizer(wanted: str, launch: Launch, training: TrainingArguments) -
     if wanted == "auto" and reason is not None:
         say(f"optimizer: what --optim names, AdamW by default, not Muon: {reason}.")
     return "muon" if wanted == "muon" or (wanted == "auto" and reason is None) else "adamw"
+
+
+INSTEAD = "Always there: --optim adamw_torch_fused"
+# Optimizers of --optim that step inside backward: a bad step could not be left out.
+INSIDE_BACKWARD = ("lomo", "adalomo", "layerwise")
+NEED_A_MODEL = {"galore": "galore_torch", "apollo": "apollo_torch"}  # to be made -> their package
+READ_OPTIM_ARGS = (
+    "adamw_anyprecision", "adamw_torch_4bit", "adamw_torch_8bit", "ademamix", "ademamix_8bit", "paged_ademamix_32bit",
+    "paged_ademamix_8bit", "sgd", "adagrad", "rmsprop", "galore", "apollo", "grokadamw", "schedule_free",
+    "stable_adamw",
+)  # fmt: skip
+
+
+def check_optimizer(launch: Launch, training: TrainingArguments) -> None:
+    """Refuse an --optim that cannot be made here, and settings that it does not read.
+
+    Args:
+        launch: its ``optimizer`` is decided. Muon reads rate, betas and weight decay only.
+
+    Raises:
+        InputError: with what works.
+    """
+    name = optimizer_name(training)
+    if name.endswith(INSIDE_BACKWARD):
+        raise InputError(
+            f"--optim {name}: it steps inside backward, so that no bad step can be left out. Use another one, or "
+            "recipes/low_memory_16gb.py --step_in_backward."
+        )
+    if training.optim_args and (launch.optimizer == "muon" or not name.startswith(READ_OPTIM_ARGS)):
+        reader = "Muon" if launch.optimizer == "muon" else f"--optim {name}"
+        raise InputError(f"--optim_args {training.optim_args}: {reader} does not read them. Leave them out.")
+    family = name.split("_")[0]
+    if training.optim_target_modules and family not in NEED_A_MODEL:
+        raise InputError(
+            f"--optim_target_modules: --optim {name} trains all modules alike. Leave it out; for adapters "
+            "recipes/low_memory_16gb.py has --lora_targets."
+        )
+    if family in NEED_A_MODEL:
+        if importlib.util.find_spec(NEED_A_MODEL[family]) is None:
+            raise InputError(f"--optim {name}: its package {NEED_A_MODEL[family]} is not installed. {INSTEAD}")
+        if not training.optim_target_modules:
+            raise InputError(f"--optim {name}: it needs --optim_target_modules, such as all-linear.")
+        return
+    try:
+        _, made = Trainer.get_optimizer_cls_and_kwargs(training)
+        for argument in training.optim_args.split(",") if training.optim_args else []:
+            others = [each for each in training.optim_args.split(",") if each != argument]
+            _, without = Trainer.get_optimizer_cls_and_kwargs(replaced(training, optim_args=",".join(others)))
+            if without == made:
+                raise InputError(f"--optim_args {argument}: it changes nothing for --optim {name}. Leave it out.")
+    except (ImportError, ValueError, TypeError, AttributeError) as error:
+        settings = f" --optim_args {training.optim_args}" if training.optim_args else ""
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise InputError(f"--optim {name}{settings}: {reason}. {INSTEAD}") from None
+
+
+def replaced(training: TrainingArguments, **changes) -> TrainingArguments:
+    """Return a copy with other values. (dataclasses.replace would set up the device anew.)"""
+    changed = copy.copy(training)
+    vars(changed).update(changes)
+    return changed
 
 
 def check_combinations(launch: Launch, training: TrainingArguments, method: str) -> None:

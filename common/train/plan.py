@@ -21,7 +21,7 @@ from common.distributed.launch import Launch, precision_of
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
 from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
-from common.model.memory import CONTEXT_BYTES, Setting, optimizer_name, predict, state_bits
+from common.model.memory import CONTEXT_BYTES, Setting, main_memory_bytes, optimizer_name, predict, state_bits
 from common.system import GIB, memory_gib
 from common.train.combinations import check_combinations, choose_optimizer
 from common.train.metrics import synchronize
@@ -41,13 +41,6 @@ def print_plan(
     ``own_optimizer`` and ``method`` are those of recipes/low_memory_16gb.py.
     """
     processes, limit = shared.plan_processes, shared.plan_memory_gib
-    for flag, value in (
-        ("--plan_processes", processes),
-        ("--context_length", shared.context_length),
-        ("--per_device_train_batch_size", training.per_device_train_batch_size or None),  # 0: what fits
-    ):
-        if value is not None and value < 1:
-            raise InputError(f"{flag} {value}: must be at least 1.")
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
     check_combinations(launch, training, method or "full")
     if limit is None and torch.cuda.is_available():
@@ -59,6 +52,11 @@ def print_plan(
     elif processes is not None:
         setting = replace(setting, strategy=DDP if processes > 1 else SINGLE, processes=processes)
     rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
+    if rows_a_step < 1:
+        raise InputError(
+            f"--tokens_per_step {shared.tokens_per_step:,}: less than one row of {setting.context_length} tokens for "
+            f"each of {setting.processes} cards. Use at least {setting.context_length * setting.processes:,}."
+        )
     rows = setting.rows
     if rows == 0:
         rows = rows_that_fit(model, setting, rows_a_step, limit)
@@ -76,9 +74,14 @@ def print_plan(
     for name, value in vars(need).items():
         say(f"  {name:12}{value / GIB:8.2f}")
     say(f"  {'total':12}{need.total / GIB:8.2f}" + (f" of {limit:.2f}" if limit is not None else ""))
+    moved = main_memory_bytes(model, setting)
+    figures = need.as_json(limit)
+    if moved:
+        say(f"  main memory{moved / GIB:9.2f}, of all cards together, for what is offloaded")
+        figures["main_memory_gib"] = round(moved / GIB, 3)
     if limit is not None and need.total > limit * GIB:
         say("It does not fit. " + advised(model, setting, limit))
-    say(json.dumps(need.as_json(limit)))
+    say(json.dumps(figures))
 
 
 def probe(trainer) -> None:
@@ -137,32 +140,47 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
     """Return ``setting`` under the strategy, precision and compile of an accelerate configuration.
 
     Raises:
-        InputError: it cannot be read, or its strategy is not known here.
+        InputError: it cannot be read, its strategy is not known here, or it is not for so many processes.
     """
     try:
         config = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         kind = str(config["distributed_type"])
-    except (OSError, yaml.YAMLError, TypeError, KeyError, UnicodeDecodeError) as error:
+        zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
+        if "deepspeed_config_file" in zero:
+            config, zero = joined_with_json(config, zero["deepspeed_config_file"])
+        parallelism = config.get("parallelism_config") or {}
+        sharing = int(parallelism.get("parallelism_config_cp_size", 1))
+        processes = processes or int(config.get("num_processes", 1))
+        compiled = str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no"
+    except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise InputError(f"--plan_config {path}: not an accelerate configuration ({error!r}).") from None
-    zero, fsdp = config.get("deepspeed_config") or {}, config.get("fsdp_config") or {}
-    if "deepspeed_config_file" in zero:
-        config, zero = joined_with_json(config, zero["deepspeed_config_file"])
     strategies = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "FSDP": FSDP2}
     strategies["DEEPSPEED"] = Strategy(f"zero{zero.get('zero_stage', 2)}")
     if kind not in strategies:
         raise InputError(f"--plan_config {path}: distributed_type {kind} is not known to the planner.")
+    if kind == "NO" and processes > 1:
+        raise InputError(
+            f"--plan_config {path}: distributed_type NO is for one process, and these are {processes}. Use "
+            "accelerate_configs/ddp.yaml or fsdp2.yaml, or --plan_processes 1."
+        )
+    if processes % sharing:
+        raise InputError(
+            f"--plan_config {path}: {sharing} cards share each row, and {processes} cards are no multiple of it. Use "
+            f"--plan_processes {max(1, processes // sharing) * sharing}."
+        )
     moved = ("cpu", "nvme")
-    parallelism = config.get("parallelism_config") or {}
+    offload_optimizer = zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params"))
+    no_muon = kind == "DEEPSPEED" or offload_optimizer  # choose_optimizer says why
     return replace(
         setting,
-        context_length=setting.context_length // int(parallelism.get("parallelism_config_cp_size", 1)),
+        context_length=setting.context_length // sharing,
         strategy=strategies[kind],
-        processes=processes or int(config.get("num_processes", 1)),
+        processes=processes,
         precision=str(config.get("mixed_precision", "no")),
-        compiled=str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no",
+        compiled=compiled,
         recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing") or "recompute" in zero),
-        optimizer="adamw" if kind == "DEEPSPEED" and setting.optimizer == "muon" else setting.optimizer,
-        offload_optimizer=zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params")),
+        optimizer="adamw" if no_muon and setting.optimizer == "muon" else setting.optimizer,
+        offload_optimizer=offload_optimizer,
         offload_parameters=zero.get("offload_param_device") in moved or bool(fsdp.get("fsdp_offload_params")),
     )
 

@@ -18,11 +18,12 @@ from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.memory import optimizer_name, predict
 from common.model.presets import ModelSize, PretrainedSize
-from common.run.folder import check_disk_space, check_folder
+from common.run.folder import check_disk_space, check_folder, check_path
 from common.run.lock import lock_folder
+from common.run.tracking import check_trackers
 from common.system import GIB, take_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
-from common.train.combinations import check_combinations, choose_optimizer
+from common.train.combinations import check_combinations, check_optimizer, choose_optimizer
 from common.train.eval_tasks import check_eval_tasks
 from common.train.plan import setting_of_run
 from common.train.schedule import check_schedule
@@ -49,6 +50,8 @@ def preflight(
     Raises:
         InputError: with what works.
     """
+    check_path(training.output_dir)
+    check_trackers(training.report_to)
     check_launch(launch, training)
     take_over_recompute(launch, training)
     shard_on_cpus(launch, training)
@@ -75,6 +78,7 @@ def preflight(
     if learning_rates is not None and training.learning_rate == 0:
         training.learning_rate = learning_rates[launch.optimizer]
     check_schedule(training)
+    check_optimizer(launch, training)
     by_muon = "Muon for the layers' matrices, AdamW for the rest"
     name = by_muon if launch.optimizer == "muon" else optimizer_name(training)
     say(f"optimizer: {name}; learning rate: {training.learning_rate:g}")

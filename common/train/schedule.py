@@ -1,27 +1,60 @@
 """The learning-rate schedule: a recipe gives shares of the run, and transformers needs steps."""
 
+import math
+
 import torch
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments, get_scheduler
 
 from common.console import InputError
 
+# What a checkpoint's optimizer brings along, and the flags of this launch decide: initial_lr is --learning_rate.
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
+
 
 def check_schedule(training: TrainingArguments) -> None:
-    """Raise InputError if --lr_scheduler_kwargs has settings that the schedule does not know.
+    """Raise InputError if --lr_scheduler_kwargs has settings that the schedule does not know or cannot compute with.
 
     This happens if --lr_scheduler_type names another schedule than the recipe, and the settings are the recipe's.
     """
     steps = training.max_steps if training.max_steps > 0 else 10**9  # not known before the data are counted
-    settings = schedule_settings(training, steps)
-    warmup = training.get_warmup_steps(steps)
-    optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
+    given = training.lr_scheduler_kwargs
     try:
-        get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
-    except (TypeError, ValueError) as error:
+        settings = schedule_settings(training, steps)
+        warmup = training.get_warmup_steps(steps)
+        optimizer = torch.optim.SGD([torch.zeros(1)], training.learning_rate)
+        schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
+        for step in {0, warmup, (warmup + steps) // 2, steps - 1, steps}:
+            share = schedule.lr_lambdas[0](step) if isinstance(schedule, LambdaLR) else 0.0
+            if not 0 <= share < math.inf:
+                raise ValueError(f"at step {step} the rate would be {training.learning_rate * share}")
+    except (TypeError, ValueError, ArithmeticError) as error:
         raise InputError(
-            f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs {settings}: {error}. "
+            f"--lr_scheduler_type {training.lr_scheduler_type.value} with --lr_scheduler_kwargs {given}: {error}. "
             "Give settings of this schedule, or none: --lr_scheduler_kwargs '{}'"
         ) from None
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict]:
+    """Return what this launch's flags have set in each parameter group. Call it before a checkpoint is loaded."""
+    return [{name: group[name] for name in SETTINGS if name in group} for group in optimizer.param_groups]
+
+
+def keep_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, settings: list[dict]) -> None:
+    """Put ``settings``, from ``settings_of``, back into an optimizer and a schedule after a checkpoint was loaded.
+
+    A checkpoint brings the rate, weight decay and betas that it was written with. If the flags are still the same,
+    nothing changes, to the bit. A schedule that keeps the rate as its state (reduce_lr_on_plateau) keeps it.
+    """
+    for group, own in zip(optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    if isinstance(schedule, LambdaLR):
+        schedule.base_lrs = [own["initial_lr"] for own in settings]
+        shares = [share_at(schedule.last_epoch) for share_at in schedule.lr_lambdas]
+        rates = [base * share for base, share in zip(schedule.base_lrs, shares, strict=True)]
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        schedule._last_lr = rates  # what get_last_lr returns, and the log shows
 
 
 def schedule_settings(training: TrainingArguments, steps: int) -> dict:

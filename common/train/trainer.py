@@ -32,7 +32,7 @@ from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.metrics import RunClock, held_out_metrics
 from common.train.muon import MuonWithAdamW
 from common.train.plan import out_of_memory
-from common.train.schedule import schedule_settings
+from common.train.schedule import keep_settings, schedule_settings, settings_of
 from common.train.step_guard import (
     GUARD_FILE,
     StepGuard,
@@ -255,7 +255,14 @@ class PretrainingTrainer(Trainer):
         self.args.lr_scheduler_kwargs = schedule_settings(self.args, num_training_steps)
         scheduler = super().create_scheduler(num_training_steps, optimizer)
         self.args.lr_scheduler_kwargs = given
+        self.settings_of_flags = settings_of(self.optimizer)
         return scheduler
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Keep this launch's rate, weight decay and betas. Replaces: those that the checkpoint was written with."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            keep_settings(self.optimizer, self.lr_scheduler, self.settings_of_flags)
 
     def _get_dataloader(self, *args, **kwargs):
         """Replaces: loaders that draw from the training's random state, and whose workers die of any signal."""

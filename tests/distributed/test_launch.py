@@ -105,20 +105,7 @@ def test_the_yaml_owns_the_precision(monkeypatch, precision):
 def arguments(**changes):
     defaults = dict(world_size=1, n_gpu=0, use_cpu=True, bf16=False, fp16=False, device=torch.device("cpu"))
     defaults["mixed_precision"] = "no"
-    defaults |= dict(
-        label_smoothing_factor=0,
-        auto_find_batch_size=False,
-        save_only_model=False,
-        load_best_model_at_end=False,
-        hub_token=None,
-        push_to_hub=False,
-        bf16_full_eval=False,
-        fp16_full_eval=False,
-        report_to=[],
-    )
-    defaults |= dict(resume_from_checkpoint=None, deepspeed=None, fsdp=None, torch_compile=False)
     defaults |= dict(gradient_checkpointing=False, deepspeed_plugin=None)
-    defaults["accelerator_config"] = SimpleNamespace(split_batches=False)
     return SimpleNamespace(**defaults | changes)
 
 

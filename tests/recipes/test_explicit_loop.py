@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, TrainingArguments
 from common.arguments import SharedArguments
 from common.console import InputError
 from common.dataset.packing import JoinedRows
-from common.run.folder import DECIDING
+from common.trainer_fields import deciding_fields
 
 # 0.017 passes end in a partial step, of two micro-batches a step; 5 held-out rows do not divide by 2.
 EVAL_ROWS = "per_device_eval_batch_size"
@@ -146,6 +146,19 @@ def test_interrupted_and_relaunched_equals_uninterrupted(loop, cache_dir, tmp_pa
     ):
         for name in alone.keys():  # noqa: SIM118
             assert torch.equal(alone.get_tensor(name), halves.get_tensor(name)), name
+
+
+def test_a_rate_and_a_step_that_may_change_are_applied(loop, cache_dir, tmp_path):
+    """The second half has another rate and twice the rows a step, and begins at the next row."""
+    constant = "--lr_scheduler_type constant --lr_scheduler_kwargs {} --warmup_steps 0".split()
+    flags = small_run(cache_dir, tmp_path, *constant)
+    loop.main([*flags, "--max_steps", "3"])
+    changes = "--learning_rate 3e-4 --tokens_per_step 512 --allow_changes training.learning_rate data.rows"
+    loop.main([*flags, *changes.split(), "data.rows_per_step"])
+    entries = [logged(tmp_path)[step] for step in range(1, 7)]
+    assert [entry["learning_rate"] for entry in entries] == [1e-3] * 3 + [3e-4] * 3
+    assert [entry["tokens_seen"] for entry in entries] == [256, 512, 768, 1280, 1792, 2304]
+    assert json.loads((tmp_path / "run.json").read_text())["training"]["learning_rate"] == 3e-4
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(loop, odd, cache_dir, capsys):
@@ -280,7 +293,7 @@ def test_every_flag_that_is_not_refused_is_read(loop):
     """By the loop, or by what it hands the flags to."""
     handed_to = ("distributed/launch.py", "dataset/mixture.py", "run/folder.py", "train/preflight.py", "train/batch.py")
     handed = "".join((ROOT / "common" / name).read_text(encoding="utf-8") for name in handed_to)
-    read = set(re.findall(r"training\.(\w+)", SOURCE + handed)) | set(DECIDING) | {"ddp_timeout"}
+    read = set(re.findall(r"training\.(\w+)", SOURCE + handed)) | set(deciding_fields()) | {"ddp_timeout"}
     assert {field.name for field in fields(TrainingArguments)} & loop.TRAINING.keys() <= read
     # Flags shared by all recipes: a new one is either read by the loop or has to be refused. --plan_* need --plan.
     shared = {field.name for field in fields(SharedArguments)} - loop.DATA.keys() - loop.TRAINING.keys()

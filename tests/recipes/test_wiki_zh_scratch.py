@@ -164,6 +164,23 @@ def test_interrupted_and_resumed_equals_uninterrupted(wiki, finished, cache_dir,
     assert {name: results_of(folder)[name] for name in same} == {name: results_of(finished)[name] for name in same}
 
 
+def test_a_rate_that_may_change_is_applied_logged_and_recorded(wiki, cache_dir, tmp_path):
+    """Half a run at one rate, the rest at another: run.json and the log agree, and what cannot change is refused."""
+    constant = "--lr_scheduler_type constant --lr_scheduler_kwargs {} --warmup_steps 0".split()
+    flags = small_run(cache_dir, tmp_path, *constant)
+    wiki.main([*flags, "--max_steps", "3"])
+    for refused, reason in (("--optim sgd", "other optimizer"), ("--target_parameters 2.5M", "other model")):
+        with pytest.raises(InputError, match=f"cannot change: .*{reason}"):
+            wiki.main([*flags, *refused.split(), "--allow_changes", "training.optim", "model", "data.optimizer"])
+    with pytest.raises(InputError, match="\n  --allow_changes training.learning_rate$"):
+        wiki.main([*flags, "--learning_rate", "3e-4"])
+    wiki.main([*flags, "--learning_rate", "3e-4", "--allow_changes", "training.learning_rate"])
+    history = json.loads((tmp_path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    rates = [entry["learning_rate"] for entry in history if "learning_rate" in entry]
+    assert rates == [1e-3] * 3 + [3e-4] * 3
+    assert json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))["training"]["learning_rate"] == 3e-4
+
+
 def test_a_run_with_muon_resumes_exactly_and_is_another_run_than_one_with_adamw(wiki, finished, cache_dir, tmp_path):
     flags = small_run(cache_dir, tmp_path, "--optimizer", "muon")
     wiki.main(flags)

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import socket
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +18,7 @@ from common.console import InputError
 from common.distributed.strategy import FSDP2, SINGLE, ZERO2
 from common.run.checkpoints import finish_checkpoint, unfinished
 from common.run.folder import Run, check_disk_space, open_run
+from common.run.identity import DECIDING_ROWS, SHARED_NOT_DECIDING, deciding_training
 from common.run.lock import read_status
 
 RUN = {"recipe": "a.py", "model": {"hidden_size": 8}, "training": {"learning_rate": 1e-3}}
@@ -58,7 +60,7 @@ def test_another_run_is_refused_and_every_difference_named(tmp_path):
     with pytest.raises(InputError) as error:
         claim(tmp_path, other)
     assert "model.hidden_size: 8 in the folder, 16 now" in str(error.value)
-    assert "training.seed: None in the folder, 1 now" in str(error.value)
+    assert "training.seed: 42 in the folder, 1 now" in str(error.value)
     assert "learning_rate" not in str(error.value)
     claim(tmp_path, RUN)  # what was there is unharmed
 
@@ -95,20 +97,92 @@ def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):
     assert f"continuing from {whole}" in said
 
 
-def test_what_may_change_is_named(tmp_path, capsys):
+def test_what_may_change_is_named_and_written_when_the_checkpoint_has_been_loaded(tmp_path, capsys):
     claim(tmp_path, RUN)
     checkpoint(tmp_path, 5)
-    other = {"recipe": "a.py", "model": {"hidden_size": 16}, "training": {"learning_rate": 2e-3}}
-    with pytest.raises(InputError, match=r"--allow_changes model.hidden_size training.learning_rate"):
+    other = RUN | {"training": {"learning_rate": 2e-3, "seed": 1}}
+    with pytest.raises(InputError, match="\n  --allow_changes training.learning_rate training.seed$"):
         claim(tmp_path, other)
-    with pytest.raises(InputError, match=r"--allow_changes model.hidden_size$"):
-        claim(tmp_path, other, ["training.learning_rate"])
-    assert json.loads((tmp_path / "run.json").read_text()) == RUN  # a refusal changes nothing
-    claim(tmp_path, other, ["training.learning_rate", "model"])
+    with pytest.raises(InputError, match="\n  --allow_changes training.learning_rate$"):
+        claim(tmp_path, other, ["training.seed"])
+    run = claim(tmp_path, other, ["training"])
     assert "training.learning_rate was 0.001, and is 0.002 from here on" in capsys.readouterr().out
+    assert json.loads((tmp_path / "run.json").read_text()) == RUN, "not loaded yet: the old command still continues"
+    claim(tmp_path, RUN)
+    run.accept_changes()
     claim(tmp_path, other)  # from now on it is this run
     with pytest.raises(InputError, match="0.002 in the folder, 0.001 now"):
-        claim(tmp_path, RUN)
+        claim(tmp_path, RUN | {"training": {"learning_rate": 1e-3, "seed": 1}})
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({"model": {"hidden_size": 16}}, "weights of the other model"),
+        ({"recipe": "b.py"}, "checkpoints of its own"),
+        ({"training": {"learning_rate": 1e-3, "optim": "sgd"}}, "states of the other optimizer"),
+        ({"training": {"learning_rate": 1e-3, "bf16": True}}, "--init_from the checkpoint"),
+        ({"data": {"held_out_fraction": 0.1}}, "documents that were trained on would be held out"),
+        ({"data": {"tokenizer": "b"}}, "other text"),
+        ({"data": {"optimizer": "muon"}}, "states of the other optimizer"),
+        ({"data": {"context_length": 64}}, "the model is made for it"),
+    ],
+)
+def test_what_cannot_change_says_why_and_is_never_offered(tmp_path, change, why):
+    was = RUN | {"data": {"held_out_fraction": 0.05}}
+    claim(tmp_path, was)
+    checkpoint(tmp_path, 5)
+    everything = ["recipe", "model", "data", "training", *(f"training.{name}" for name in change.get("training", {}))]
+    with pytest.raises(InputError, match=rf"\(cannot change: .*{why}") as stopped:
+        claim(tmp_path, was | change, everything)
+    assert "--allow_changes" not in str(stopped.value)
+    mixed = was | change | {"training": {**change.get("training", {}), "learning_rate": 2e-3}}
+    with pytest.raises(InputError, match="back, --allow_changes training.learning_rate takes the rest$"):
+        claim(tmp_path, mixed)
+    assert json.loads((tmp_path / "run.json").read_text()) == was
+
+
+def test_the_rate_of_a_schedule_that_keeps_it_as_a_state_cannot_change(tmp_path):
+    plateau = RUN | {"training": {"learning_rate": 1e-3, "lr_scheduler_type": "reduce_lr_on_plateau"}}
+    claim(tmp_path, plateau)
+    checkpoint(tmp_path, 5)
+    other = RUN | {"training": {"learning_rate": 2e-3, "lr_scheduler_type": "reduce_lr_on_plateau"}}
+    with pytest.raises(InputError, match="the rate that this schedule has come to"):
+        claim(tmp_path, other, ["training.learning_rate"])
+
+
+def test_other_documents_are_for_a_split_by_content_only(tmp_path, capsys):
+    """By order, the ends of the shares would move over documents that were trained on."""
+    for split, may in ((None, True), ("949,50,1", False)):
+        folder = tmp_path / str(may)
+        was, now = ({"recipe": "a.py", "data": {"split": split, "documents": [name]}} for name in "ab")
+        claim(folder, was)
+        checkpoint(folder, 5)
+        if may:
+            claim(folder, now, ["data.documents"])
+            assert "rows are in another order from here on" in capsys.readouterr().out
+        else:
+            with pytest.raises(InputError, match="documents that were trained on would be held out"):
+                claim(folder, now, ["data.documents"])
+
+
+def test_a_run_of_before_a_field_was_recorded_continues_with_its_default(tmp_path):
+    training = TrainingArguments(output_dir=str(tmp_path), use_cpu=True)
+    now = json.loads(json.dumps(deciding_training(training)))
+    before = {name: value for name, value in now.items() if name not in ("neftune_noise_alpha", "optim_args", "tf32")}
+    assert before.keys() < now.keys()
+    claim(tmp_path, RUN | {"training": before})
+    checkpoint(tmp_path, 5)
+    claim(tmp_path, RUN | {"training": now})
+    with pytest.raises(InputError, match="training.neftune_noise_alpha: None in the folder, 5.0 now"):
+        claim(tmp_path, RUN | {"training": now | {"neftune_noise_alpha": 5.0}})
+
+
+def test_every_shared_flag_is_decided_on():
+    """Does this fail? A new flag decides what is trained on (add it here), or stands in SHARED_NOT_DECIDING."""
+    deciding = {"context_length", "packing", "held_out_fraction", "split", "keep_duplicates", "data_weights"}
+    assert set(DECIDING_ROWS) == deciding
+    assert {each.name for each in fields(SharedArguments)} == deciding | SHARED_NOT_DECIDING.keys()
 
 
 def test_half_written_results_are_no_results(tmp_path, capsys):

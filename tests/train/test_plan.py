@@ -206,11 +206,51 @@ def test_a_trained_tokenizer_has_the_vocabulary_that_was_asked_for(wiki, capsys)
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--plan_processes", 0), ("--context_length", 0), ("--per_device_train_batch_size", -1)]
+    ("flag", "value", "least"),
+    [
+        ("--plan_processes", "0", 1),
+        ("--context_length", "0", 1),
+        ("--per_device_train_batch_size", "-1", 0),
+        ("--tokens_per_step", "0", 1),
+        ("--target_parameters", "0", 1),
+        ("--target_parameters", "0.2", 1),
+        ("--plan_memory_gib", "-1.0", 0.01),
+    ],
 )
-def test_numbers_below_one_are_refused(wiki, flag, value):
-    with pytest.raises(InputError, match=f"{flag} {value}: must be at least 1"):
-        wiki.main(["--plan", flag, str(value)])
+def test_numbers_below_the_least_are_refused(wiki, flag, value, least):
+    with pytest.raises(InputError, match=f"{flag} {value}: must be at least {least}"):
+        wiki.main(["--plan", "--sample", flag, value])
+
+
+def test_a_step_of_less_than_a_row_for_each_card_is_refused(wiki):
+    with pytest.raises(InputError, match="--tokens_per_step 1,000: less than one row .* Use at least 4,096"):
+        wiki.main("--plan --sample --tokens_per_step 1000 --context_length 512 --plan_processes 8".split())
+
+
+@pytest.mark.parametrize(
+    ("config", "processes", "message"),
+    [
+        ("single_gpu", 8, "distributed_type NO is for one process, and these are 8. Use .*ddp.yaml"),
+        ("fsdp2_context_parallel", 3, "2 cards share each row, and 3 cards are no multiple of it. .*_processes 2"),
+    ],
+)
+def test_cards_that_a_yaml_is_not_for_are_refused(config, processes, message):
+    with pytest.raises(InputError, match=message):
+        setting_of_yaml(str(CONFIGS / f"{config}.yaml"), Setting(4, 512), processes)
+
+
+@pytest.mark.parametrize(("config", "a_parameter"), [("fsdp2_offload", 16), ("zero3_offload", 18), ("zero3", None)])
+def test_the_plan_says_what_main_memory_offloading_takes(wiki, capsys, monkeypatch, config, a_parameter):
+    """By hand: the bytes a parameter that the YAMLs name, however many cards share them."""
+    monkeypatch.chdir(ROOT)
+    wiki.main(["--plan", "--plan_config", str(CONFIGS / f"{config}.yaml"), "--plan_processes", "4"])
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    if a_parameter is None:
+        assert "main memory" not in printed and "main_memory_gib" not in found
+    else:
+        assert found["main_memory_gib"] == pytest.approx(a_parameter * 123_295_232 / 2**30, abs=0.001)
+        assert "of all cards together, for what is offloaded" in printed
 
 
 def test_rows_left_open_are_those_that_fit_the_planned_card(wiki, capsys):

@@ -95,15 +95,11 @@ WRONG = {
     ),
     "FP8 on a CPU": (dict(bf16=True, environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "CPU has none. Use"),
     "FP8 without bf16": (dict(environment={"ACCELERATE_MIXED_PRECISION": "fp8"}), {}, {}, "flags say no. The launcher"),
-    "strategy by flag": (dict(deepspeed="z.json"), {}, {}, "--deepspeed: .*accelerate_configs/zero2.yaml"),
-    "compile by flag": (dict(torch_compile=True), {}, {}, "--torch_compile: .*--dynamo_backend"),
     "processes alone": (dict(environment={"WORLD_SIZE": "2"}), {}, {}, "2 independent models.*cpu_2proc.yaml"),
     "a batch in pieces": ({}, dict(tokens_per_step=500), {}, "Use --tokens_per_step 512"),
     "a batch by the card": (
         dict(per_device_train_batch_size=0, gradient_accumulation_steps=4), {}, {}, "would depend on the card"
     ),
-    "evaluation in bf16": (dict(bf16_full_eval=True), {}, {}, "--bf16_full_eval: .*the model itself would be cast"),
-    "pushing checkpoints": (dict(push_to_hub=True), {}, {}, "--hub_strategy every_save: .*Add --hub_strategy end"),
     "another schedule's settings": (
         dict(lr_scheduler_kwargs={"num_decay_steps": 0.3}), {}, {},
         "--lr_scheduler_type linear.*unexpected keyword argument 'num_decay_steps'.*none: --lr_scheduler_kwargs '{}'",
@@ -112,6 +108,33 @@ WRONG = {
         dict(lr_scheduler_type=SchedulerType("warmup_stable_decay")), {}, {},
         "missing .* 'num_decay_steps'. Give settings of this schedule",
     ),
+    "a schedule whose settings are no numbers": (
+        dict(lr_scheduler_type=SchedulerType("cosine"), lr_scheduler_kwargs={"num_cycles": "x"}), {}, {},
+        "--lr_scheduler_type cosine with --lr_scheduler_kwargs {'num_cycles': 'x'}: could not convert",
+    ),
+    "a schedule that ends in a division by zero": (
+        dict(lr_scheduler_type=SchedulerType("polynomial"), lr_scheduler_kwargs={"power": -1}), {}, {},
+        "--lr_scheduler_type polynomial .*negative power",
+    ),
+    "an optimizer without its package": (dict(optim="schedule_free_adamw"), {}, {}, "need to install `schedulefree`"),
+    "a low-rank optimizer without its package": (
+        dict(optim="galore_adamw", optim_target_modules="all-linear"), {}, {}, "package galore_torch is not installed"
+    ),
+    "an optimizer inside backward": (dict(optim="adalomo"), {}, {}, "no bad step can be left out"),
+    "settings that AdamW does not read": (dict(optim_args="momentum=0.9"), {}, {}, "does not read them. Leave them"),
+    "settings that Muon does not read": (
+        dict(optim_args="momentum=0.9"), dict(optimizer="muon"), {}, "Muon does not read them"
+    ),
+    "a setting of SGD with a typo": (
+        dict(optim="sgd", optim_args="momentu=0.9"), {}, {}, "--optim_args momentu=0.9: it changes nothing"
+    ),
+    "a setting of SGD without a value": (dict(optim="sgd", optim_args="momentum"), {}, {}, "--optim_args momentum: "),
+    "modules of an optimizer that has none": (
+        dict(optim_target_modules="all-linear"), {}, {}, "trains all modules alike.*--lora_targets"
+    ),
+    "a tracker without its package": (dict(report_to=["trackio"]), {}, {}, "--report_to trackio: .*pip install"),
+    "a tracker that nobody knows": (dict(report_to=["nonsense"]), {}, {}, "--report_to: nonsense is not supported"),
+    "SwanLab by the other flag": (dict(report_to=["swanlab"]), {}, {}, "its own flag, --swanlab"),
 }  # fmt: skip
 
 
@@ -121,6 +144,21 @@ def test_wrong_combinations_are_refused_with_what_works(monkeypatch, tmp_path, c
     with pytest.raises(InputError, match=f"(?s){message}"):
         run(monkeypatch, tmp_path / "run", launched, shared, **more)
     assert not (tmp_path / "run").exists(), "refused before anything is written"
+
+
+def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_read(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder, problem in (
+        (tmp_path / "file", "file is a file. Choose another folder"),
+        (tmp_path / "file" / "run", "file is a file"),
+        (tmp_path / "link", "link is a link to .*nowhere, which is not there"),
+        (tmp_path / ("x" * 300), "(File name too long|300 bytes, and 255 is the limit)"),
+    ):
+        with pytest.raises(InputError, match=f"--output_dir .*: .*{problem}"):
+            run(monkeypatch, folder, {})
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
+    run(monkeypatch, tmp_path / ("x" * 255), {})
 
 
 @pytest.mark.parametrize(("gib", "rows"), [(0.7, 1), (80, 8)])
