@@ -190,8 +190,7 @@ def main(argv: list[str] | None = None) -> None:
     more["launch"] = [accelerator.distributed_type, accelerator.num_processes, accelerator.state.dynamo_plugin.backend]
     identity = run_identity(RECIPE, shape, rows, tokenizer, launch, shared, training, more)
     with open_run(identity, shared, training) as run:
-        results = run.finished(order)
-        if results is not None:
+        if results := run.finished(order):
             return say(f"{run.folder} is finished; nothing to train. Held-out loss: {results['eval_loss']:.4f}")
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         folder = Path(run.folder)
@@ -215,9 +214,8 @@ def main(argv: list[str] | None = None) -> None:
         eval_batches = DataLoader(rows.held_out, training.per_device_eval_batch_size, sampler=eval_order, **loading)
 
         # Optimizer and schedule. Norms and biases, the vectors, have no weight decay.
-        betas = (training.adam_beta1, training.adam_beta2)
-        adamw = dict(lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, fused=True)
-        adamw["weight_decay"] = training.weight_decay
+        adamw = dict(lr=training.learning_rate, eps=training.adam_epsilon, weight_decay=training.weight_decay)
+        adamw |= dict(betas=(training.adam_beta1, training.adam_beta2), fused=True)
         decayed = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
         if launch.optimizer == "muon":
             optimizer = MuonWithAdamW(model, list(decayed), **adamw)
