@@ -11,9 +11,15 @@ that they are. FSDP2 shards it by experts, so that each process has whole matric
 gate_up_proj of experts holds two matrices for each expert. (Fused projections of a layer without experts, such as
 GPT-2's c_attn, are taken as the one matrix that they are stored as.)
 
+Two additions, of which each saved about 1% of the bits of a run of 500 steps (benchmarks/LOG.md): the rows of an update
+are brought to the same size (NorMuon), and the momentum begins low, while the gradients still change fast.
+
 Sources: https://kellerjordan.github.io/posts/muon/ (the method, its coefficients), https://arxiv.org/abs/2502.16982
-(the scale of the updates, with which both optimizers can have the same learning rate and weight decay).
+(the scale of the updates, with which both optimizers can have the same learning rate and weight decay),
+https://arxiv.org/abs/2510.05491 (NorMuon), https://github.com/KellerJordan/modded-nanogpt (momentum warmup).
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
@@ -23,6 +29,8 @@ from common.console import InputError
 from common.model.counts import layer_matrices
 
 MOMENTUM = 0.95
+FIRST_MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 100  # it rises from the one to the other in so many steps
+ROW_DECAY = 0.95  # of the mean squares of an update's rows
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
 UPDATE_SIZE = 0.2  # root mean square of a matrix's update at a learning rate of 1; AdamW's is usually about the same
@@ -83,6 +91,8 @@ class MuonWithAdamW(torch.optim.AdamW):
             for first in range(0, len(parameters), at_once):
                 some = parameters[first : first + at_once]
                 updates = orthogonalized(gathered(self._with_momentum(some), some[0]))
+                moments = [self.state[parameter]["row_moment"] for parameter in some]
+                updates = with_even_rows(updates, moments)
                 weights = [local(parameter) for parameter in some]
                 torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(weights, placed_like(some[0], updates).unbind(), alpha=-rate)
@@ -91,27 +101,66 @@ class MuonWithAdamW(torch.optim.AdamW):
         """Update the experts in ``parameter``, (experts, rows, columns), or those of them that this process has."""
         if isinstance(parameter, DTensor) and any(place.is_shard() and place.dim > 0 for place in parameter.placements):
             raise InputError(f"Muon needs whole experts, and this strategy cuts them up: {parameter.placements}.")
-        [momentum] = self._with_momentum([parameter])
+        [momentum] = self._with_momentum([parameter], group.get("halved"))
         weights = local(parameter)
         weights.mul_(1 - group["lr"] * group["weight_decay"])
         halved = group.get("halved")
-        for part, direction in zip(matrices_in(weights, halved), matrices_in(momentum, halved), strict=True):
+        moment = local(self.state[parameter]["row_moment"])
+        parts = [matrices_in(tensor, halved) for tensor in (weights, momentum, moment)]
+        for part, direction, rows in zip(*parts, strict=True):
             rate = group["lr"] * UPDATE_SIZE * max(part.shape[1:]) ** 0.5
             at_once = max(1, STACK_NUMBERS // part.shape[1:].numel())
-            for experts, directions in zip(part.split(at_once), direction.split(at_once), strict=True):
+            for experts, *of_them in zip(*(each.split(at_once) for each in (part, direction, rows)), strict=True):
                 if len(experts):  # FSDP2 may leave a process without experts
-                    experts.add_(orthogonalized(directions).to(experts.dtype), alpha=-rate)
+                    directions, moments = of_them
+                    updates = with_even_rows(orthogonalized(directions), moments.unbind())
+                    experts.add_(updates.to(experts.dtype), alpha=-rate)
 
-    def _with_momentum(self, parameters: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+    def _with_momentum(self, parameters: list[torch.nn.Parameter], halved: str | None = None) -> list[torch.Tensor]:
         """Update the momenta of ``parameters`` and return their gradients with Nesterov's momentum, as sharded."""
-        for parameter in parameters:
-            if "momentum_buffer" not in self.state[parameter]:
-                self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-                self.state[parameter]["step"] = torch.zeros(())  # AdamW reads it from every state that it loads
-        momenta = [local(self.state[parameter]["momentum_buffer"]) for parameter in parameters]
+        states = [self._state_of(parameter, halved) for parameter in parameters]
+        steps = int(states[0]["step"])  # they all step together
+        share = min(1.0, steps / MOMENTUM_WARMUP_STEPS)
+        momentum = FIRST_MOMENTUM + share * (MOMENTUM - FIRST_MOMENTUM)
+        momenta = [local(state["momentum_buffer"]) for state in states]
         gradients = [local(parameter.grad) for parameter in parameters]
-        torch._foreach_lerp_(momenta, gradients, 1 - MOMENTUM)
-        return list(torch._foreach_lerp(gradients, momenta, MOMENTUM))
+        torch._foreach_add_([state["step"] for state in states], 1)
+        torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+        return list(torch._foreach_lerp(gradients, momenta, momentum))
+
+    def _state_of(self, parameter: torch.nn.Parameter, halved: str | None) -> dict:
+        """Return the state of a matrix, or of a stack of them; make what is missing.
+
+        A state that was saved before there were ``row_moment`` continues with the momentum at its height.
+        """
+        state = self.state[parameter]
+        if "row_moment" not in state:
+            state["step"] = torch.full((), float(MOMENTUM_WARMUP_STEPS) if "momentum_buffer" in state else 0.0)
+            if parameter.dim() == 3:  # sharded as the experts are; two halves side by side have rows of their own
+                halves = 2 if halved is not None and halved.endswith("columns") else 1
+                state["row_moment"] = torch.zeros_like(parameter[..., :halves], dtype=torch.float32)
+            else:  # whole on every process: the updates are gathered anyway
+                state["row_moment"] = torch.zeros(parameter.shape[0], 1, device=parameter.device)
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        if state["step"].device.type != "cpu":  # loading moves it to the card; reading it there would wait for the card
+            state["step"] = state["step"].cpu()
+        return state
+
+
+def with_even_rows(updates: torch.Tensor, moments: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Return ``updates`` (n, rows, columns) with rows of the same size, each matrix as large as before: NorMuon.
+
+    A row is divided by the root of the mean of its squares over the last steps, which ``moments``, n times (rows, 1),
+    hold and which are updated.
+
+    Source: https://arxiv.org/abs/2510.05491, algorithm 1
+    """
+    squares = updates.float().square().mean(-1, keepdim=True)  # (n, rows, 1)
+    torch._foreach_lerp_(list(moments), list(squares.unbind()), 1 - ROW_DECAY)
+    recent = torch.stack(list(moments)).clamp(min=1e-20)  # a matrix without any gradient has rows of 0
+    grown = (squares / recent).sum(-2, keepdim=True).clamp(min=1e-20)
+    return updates * (squares.sum(-2, keepdim=True) / grown / recent).sqrt()
 
 
 def halved_along(model: PreTrainedModel, name: str) -> str | None:
