@@ -2,7 +2,7 @@
 
     python benchmarks/learning.py --data zh.jsonl.zst en.jsonl.zst --tokenizer qwen2.5-tokenizer
 
-The model is that of wiki_zh_scratch.py, with 123M parameters. Every 50th document of each file is held out. Each run is
+The model is that of the tutorial, with 123M parameters. Every 50th document of each file is held out. Each run is
 a process of its own and starts with nothing compiled. The clock runs from the first step on and includes compiling. It
 stops while held-out text is evaluated, which all runs do with the same code.
 
@@ -40,6 +40,7 @@ from common.distributed.launch import read_launch
 from common.model.attention import generating, set_attention
 from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
+from common.model.presets import PRESETS
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
@@ -160,7 +161,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
     launch = read_launch()
     settings |= launch.defaults()
     if name == "tutorial":
-        shape = {**recipe.MODEL, "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH}
+        shape = {**PRESETS["swanlab-wiki"], "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH}
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
         training = TrainingArguments(**settings, **TUTORIAL, max_steps=round(tokens / 131_072))
         chunks = [
@@ -179,7 +180,7 @@ def work(name: str, arguments: argparse.Namespace) -> dict:
         launch = replace(launch, optimizer=choose_optimizer(optimizer, launch, training))
         if training.learning_rate == 0:
             training.learning_rate = recipe.LEARNING_RATES[launch.optimizer]
-        model = model_from_config(recipe.MODEL, tokenizer, CONTEXT_LENGTH, training)
+        model = model_from_config(PRESETS["swanlab-wiki"], tokenizer, CONTEXT_LENGTH, training)
         shared.tokens_per_step, shared.context_length = tokens_per_step, CONTEXT_LENGTH
         derive_micro_batch(model, launch, training, shared)
         launch = replace(launch, rows_per_step=set_batch(launch, training, tokens_per_step, CONTEXT_LENGTH))

@@ -53,7 +53,13 @@ HISTORY_FILE, KEPT_FILE = "history.jsonl", "kept.json"
 
 # What is trained: recipe and its flags, rows of a micro-batch, steps, YAMLs. AdamW, because every strategy has it.
 JOBS = {
-    "123M": ("wiki_zh_scratch.py --learning_rate 1e-3 --tokens_per_step 131072", 128, 60, ["*"]),
+    "123M": (
+        "wiki_zh_scratch.py --model swanlab-wiki --tokenizer Qwen/Qwen2-0.5B --learning_rate 1e-3 "
+        "--tokens_per_step 131072",
+        128,
+        60,
+        ["*"],
+    ),
     "0.5B": (  # Qwen2.5-0.5B's shape
         "openwebtext_continue.py --from_scratch --learning_rate 5e-4 --context_length 2048 --tokens_per_step 131072 "
         "--held_out_fraction 0.01",

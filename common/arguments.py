@@ -3,7 +3,7 @@
 import difflib
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import NoReturn, TypeVar
 
@@ -13,6 +13,7 @@ from common.console import InputError
 from common.trainer_fields import check_fields
 
 Own = TypeVar("Own")
+Replacement = dict | Callable[[str], dict]
 
 
 @dataclass
@@ -250,7 +251,11 @@ class _Parser(HfArgumentParser):
 
 
 def parse_flags(
-    own_flags: type[Own], argv: list[str] | None, defaults: dict, not_read: Collection[str] = (), **replacements: dict
+    own_flags: type[Own],
+    argv: list[str] | None,
+    defaults: dict,
+    not_read: Collection[str] = (),
+    **replacements: Replacement,
 ) -> tuple[Own, SharedArguments, TrainingArguments]:
     """Return the arguments of a run: a recipe's own, the shared ones, and Trainer's.
 
@@ -261,7 +266,7 @@ def parse_flags(
         argv: the words after the script's name; None: those of this process.
         not_read: flags that the recipe does not read, and so refuses.
         replacements: a flag of ``own_flags`` -> other defaults, which count when that flag is not at its default:
-            ``sample={"max_steps": 900}`` stands for ``--sample``.
+            ``sample={"max_steps": 900}`` stands for ``--sample``. A function is called with the flag's value for them.
 
     Raises:
         SystemExit: a flag is unknown, abbreviated, not read, or has a value of the wrong kind; the parser says which.
@@ -289,7 +294,7 @@ def parse_flags(
     replaced = {}
     for flag, others in replacements.items():
         if flag in changed:
-            replaced |= others
+            replaced |= others(values[flag]) if callable(others) else others
     for name in names:
         if isinstance(values[name], _Default):
             values[name] = replaced.get(name, values[name].value)

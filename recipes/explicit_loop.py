@@ -44,18 +44,14 @@ RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
 
 MODEL = dict(
-    model_type="qwen2",
-    hidden_size=512,
-    intermediate_size=2048,
-    num_hidden_layers=12,
-    num_attention_heads=8,
-    num_key_value_heads=2,
-    tie_word_embeddings=True,
-)
+    model_type="qwen3", hidden_size=768, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=12,
+    num_key_value_heads=6, head_dim=64, tie_word_embeddings=True,
+)  # fmt: skip
 
 DATA = dict(
     data=None,  # None: data/wikipedia-zh-cn-20240820.json, downloaded if it is not there
-    tokenizer="Qwen/Qwen2-0.5B",
+    tokenizer="train",
+    vocabulary_size=32_768,
     context_length=512,
     held_out_fraction=0.005,
     cache_dir=str(ROOT / "data" / "cache"),
@@ -78,7 +74,6 @@ TRAINING = dict(
     weight_decay=0.1,
     adam_beta1=0.9,
     adam_beta2=0.95,
-    adam_epsilon=1e-8,
     max_grad_norm=1.0,
     logging_steps=10,
     logging_first_step=True,
@@ -88,9 +83,12 @@ TRAINING = dict(
     seed=42,
     ddp_timeout=6 * 3600,  # seconds: the first process downloads and tokenizes while the others wait
 )
-LEARNING_RATES = {"muon": 4e-3, "adamw": 1e-3}
+LEARNING_RATES = {"muon": 5e-3, "adamw": 1e-3}
 
-SAMPLE_MODEL = MODEL | dict(hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4)
+SAMPLE_MODEL = dict(
+    model_type="qwen2", hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
 SAMPLE = dict(
     data=[str(ROOT / "data" / "sample_zh.jsonl")],
     tokenizer="train",

@@ -63,6 +63,14 @@ def test_what_is_true_by_default_can_be_switched_off_in_both_ways():
         assert parse(*words)[2].log_on_each_node is False
 
 
+def test_a_replacement_may_depend_on_the_flags_value():
+    def others(value):
+        return {"max_steps": 10 * len(value)}
+
+    assert parse("--prompts", "one", "two", "three", prompts=others)[2].max_steps == 30
+    assert parse("--prompts", "one", "two", "--max_steps", "3", prompts=others)[2].max_steps == 3
+
+
 def test_of_two_replacements_the_later_wins():
     others = dict(max_steps=9, learning_rate=0.5)
     _, shared, training = parse("--from_scratch", "--sample", from_scratch=others)

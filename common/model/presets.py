@@ -19,6 +19,11 @@ from common.model_folder import custom_code
 
 # Shapes as their config.json files have them; weights and vocabulary are not theirs here.
 PRESETS = {
+    # SwanLab's wiki tutorial: 123M parameters with Qwen2's tokenizer, 78M of them in the embedding
+    "swanlab-wiki": dict(
+        model_type="qwen2", hidden_size=512, intermediate_size=2048, num_hidden_layers=12, num_attention_heads=8,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    ),
     "smollm2-135m": dict(
         model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
         num_key_value_heads=3, tie_word_embeddings=True, rope_theta=100_000.0,
@@ -170,7 +175,7 @@ def parameter_count(text: str) -> int:
 def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
     """Return a shape like ``family`` with about ``target`` parameters, embedding included, and say what it is.
 
-    Heads are HEAD_SIZE wide, four query heads (or two) share a key-value head, the MLP is as much wider than
+    Heads are HEAD_SIZE wide, two query heads share a key-value head, the MLP is as much wider than
     the hidden size as in ``family``. Among all depths and widths within 5% of ``target`` and between NARROWEST and
     WIDEST, the one closest to USUAL is taken.
 
@@ -187,7 +192,7 @@ def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
             hidden_size=hidden,
             intermediate_size=round(hidden * wider / 64) * 64,
             num_attention_heads=heads,
-            num_key_value_heads=heads // 4 if heads % 4 == 0 else max(1, heads // 2),
+            num_key_value_heads=max(1, heads // 2),
         )
         one, two = (_parameters(sized | dict(num_hidden_layers=layers), vocabulary_rows) for layers in (1, 2))
         if one > 1.05 * target and nearest is not None:

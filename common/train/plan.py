@@ -17,11 +17,13 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback,
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
+from common.dataset.ledger import Ledger
 from common.distributed.launch import Launch, precision_of
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
 from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
 from common.model.memory import CONTEXT_BYTES, Setting, main_memory_bytes, optimizer_name, predict, state_bits
+from common.model.scaling import LossLaw
 from common.system import GIB, memory_gib
 from common.train.combinations import check_combinations, choose_optimizer
 from common.train.metrics import synchronize
@@ -84,11 +86,12 @@ def print_plan(
     say(json.dumps(figures))
 
 
-def probe(trainer) -> None:
+def probe(trainer, ledgers: dict[str, Ledger] | None = None, law: LossLaw | None = None) -> None:
     """Train three steps of a PretrainingTrainer's run, keep nothing, and print what the whole run will take.
 
     The last line is JSON: ``peak_gib`` (measured), ``predicted_gib``, ``tokens_per_second`` over all processes,
-    ``hours`` and ``passes`` over the rows to the end of the run.
+    ``hours`` and ``passes`` over the rows to the end of the run; with ``law``, also ``forecast``, the bits per byte to
+    expect. ``ledgers`` know the bytes of the text.
     """
     arguments, steps = trainer.args, trainer.args.max_steps
     arguments.save_strategy = arguments.eval_strategy = "no"
@@ -113,7 +116,36 @@ def probe(trainer) -> None:
         )
         + "{hours} hours and {passes} passes over the rows to the end. Nothing was kept.".format(**found)
     )
+    if law is not None:
+        body = parameter_report(trainer.accelerator.unwrap_model(trainer.model))["rest"]
+        found["forecast"] = law.forecast(body, bytes_of_training_rows(ledgers), found["passes"])
+        say(forecast_in_words(found["forecast"], law))
     say(json.dumps(found))
+
+
+def bytes_of_training_rows(ledgers: dict[str, Ledger]) -> float:
+    """Return the bytes of the text in the training rows, by their share of each source's tokens.
+
+    Raises:
+        InputError: a token store does not say how many bytes its text had.
+    """
+    found = 0.0
+    for name, ledger in ledgers.items():
+        if ledger.bytes_read == 0:
+            raise InputError(f"--ladder: {name} does not say how many bytes its text had. Leave --ladder out.")
+        found += ledger.bytes_read * ledger.tokens_train / ledger.tokens_read
+    return found
+
+
+def forecast_in_words(forecast: dict, law: LossLaw) -> str:
+    """Return a forecast of a LossLaw in two sentences."""
+    doubtful = " This run is outside of what the ladder measured: the law is extrapolated." * forecast["extrapolated"]
+    return (
+        "expected at the end: {bits_per_byte:.3f} bits per byte; with twice the parameters {twice_the_parameters:.3f}, "
+        "twice the text {twice_the_text:.3f}, twice the passes {twice_the_passes:.3f}".format(**forecast)
+        + f". The law was fitted on {law.text}; it missed runs that it had not seen by {law.error:.1%} on average."
+        + doubtful
+    )
 
 
 class StepTimer(TrainerCallback):

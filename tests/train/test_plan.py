@@ -17,6 +17,7 @@ from transformers import AutoConfig, Trainer, TrainerControl, TrainingArguments
 from common.console import InputError
 from common.distributed.launch import read_launch
 from common.model.memory import Setting
+from common.model.scaling import LossLaw
 from common.train.plan import StepTimer, advice, setting_of_run, setting_of_yaml
 
 CONFIGS = ROOT / "accelerate_configs"
@@ -313,6 +314,21 @@ def test_the_probe_trains_three_steps_and_keeps_nothing(wiki, cache_dir, tmp_pat
     assert found["hours"] == pytest.approx(100 * 256 / found["tokens_per_second"] / 3600, rel=0.05, abs=1e-4)
     assert 0 < found["passes"] < 1 and found["peak_gib"] > 0 and found["predicted_gib"] > 0
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_probe_with_a_ladder_forecasts_the_end_of_the_run(wiki, cache_dir, tmp_path, capsys):
+    ladder = str(ROOT / "benchmarks" / "results" / "ladder_h200_2026-11-30.json")
+    wiki.main(small_run(cache_dir, tmp_path / "out", "--plan", "--probe", "--max_steps", "100", "--ladder", ladder))
+    printed = capsys.readouterr().out
+    found = json.loads(printed.splitlines()[-1])
+    law = LossLaw.read(ladder)
+    assert found["forecast"]["extrapolated"] and "the law is extrapolated" in printed
+    assert found["forecast"]["bits_per_byte"] > found["forecast"]["twice_the_passes"] > law.irreducible
+
+
+def test_a_ladder_that_would_be_ignored_is_refused(wiki, tmp_path):
+    with pytest.raises(InputError, match="--ladder fit.json: it would be ignored"):
+        wiki.main(["--sample", "--ladder", "fit.json", "--output_dir", str(tmp_path)])
 
 
 def test_a_step_is_timed_with_the_fetching_of_its_batch():

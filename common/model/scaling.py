@@ -1,0 +1,160 @@
+"""What follows from the size of a model: vocabulary, tokens a step, learning rate, passes; and the loss to expect.
+
+The rules were fitted on runs of benchmarks/ladder.py, whose rows are in benchmarks/results/ladder_*.csv. Outside the
+sizes that were measured they are extrapolated, and say so.
+"""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.arguments import SharedArguments
+from common.console import InputError, say
+from common.model.presets import parameter_count
+
+SMALLEST, LARGEST = 16e6, 125e6  # parameters of the measured models, embedding included
+# Small models learn more from many small steps, large ones are faster with large steps. 42M and 62M parameters on 16M
+# and 18M tokens: steps of 16,384 and 32,768 tokens equally good, 65,536 6% worse.
+TOKENS_PER_STEP, MODEL_OF_THESE = 65_536, 100e6
+# The best of three at 65,536 tokens a step, interpolated: 5.4e-3 for 66M parameters and 4.7e-3 for 123M. At 32,768, for
+# 16M and 31M, the lowest that was tried (4e-3) was the best. So it depends on the batch, and hardly on the size.
+LEARNING_RATES = {"muon": 5e-3, "adamw": 1e-3}  # at TOKENS_PER_STEP
+WEIGHT_DECAY = 0.1  # 0.01 and 0.2 were within 0.2%
+# From so many parameters on, so large a vocabulary: the embedding takes a quarter to a half of a small model. At 42M,
+# 16,384 and 32,768 were equal in equal time.
+VOCABULARIES = ((0, 8_192), (12e6, 16_384), (40e6, 32_768))
+TOKENS_A_PARAMETER = 20  # Source: https://arxiv.org/abs/2203.15556
+MOST_PASSES = 8  # 7.9 were measured; what more of them are worth: https://arxiv.org/abs/2305.16264, figure 5
+# After about so many passes, further ones are worth nothing: R* of the same paper, equation 5.
+PASSES_THAT_COUNT = 15.4
+
+
+def defaults_for(target_parameters: str) -> dict:
+    """Return the flags that ``--target_parameters`` decides, and print them. A flag on the command line wins.
+
+    ``num_train_epochs`` 0 means ``passes_for``, which needs the text.
+    """
+    parameters = parameter_count(target_parameters)
+    known = SMALLEST <= parameters <= LARGEST
+    measured = f"models of {SMALLEST / 1e6:.0f}M to {LARGEST / 1e6:.0f}M were measured"
+    found = {
+        "vocabulary_size": vocabulary_for(parameters),
+        "tokens_per_step": tokens_per_step_for(parameters),
+        "weight_decay": WEIGHT_DECAY,
+        "num_train_epochs": 0,
+    }
+    say(
+        f"{target_parameters} parameters, unless a flag says otherwise: a vocabulary of {found['vocabulary_size']:,} "
+        f"(with --tokenizer train), {found['tokens_per_step']:,} tokens a step, weight decay {WEIGHT_DECAY}, "
+        f"{TOKENS_A_PARAMETER} tokens a parameter in 1 to {MOST_PASSES} passes ({measured}"
+        f"{'' if known else ': this is extrapolated'})"
+    )
+    return found
+
+
+def vocabulary_for(parameters: float) -> int:
+    """Return the size of the vocabulary for a model of so many parameters."""
+    return [vocabulary for least, vocabulary in VOCABULARIES if parameters >= least][-1]
+
+
+def tokens_per_step_for(parameters: float) -> int:
+    """Return the tokens of an optimizer step for a model of so many parameters: a power of two that grows as its root.
+
+    Source: for the power, between 0.33 and 0.5 as the budget grows with the model, https://arxiv.org/abs/2401.02954
+    """
+    return 2 ** round(math.log2(TOKENS_PER_STEP * (parameters / MODEL_OF_THESE) ** 0.5))
+
+
+def learning_rates_for(tokens_per_step: int) -> dict[str, float]:
+    """Return the learning rates of "muon" and "adamw" for a batch, to two digits: they grow as its root.
+
+    Source: for the root, https://arxiv.org/abs/2205.10287
+    """
+    factor = (tokens_per_step / TOKENS_PER_STEP) ** 0.5
+    return {optimizer: float(f"{rate * factor:.1e}") for optimizer, rate in LEARNING_RATES.items()}
+
+
+def passes_for(parameters: float, text_tokens: int) -> float:
+    """Return the passes over ``text_tokens`` that give TOKENS_A_PARAMETER; at least 1, at most MOST_PASSES."""
+    return min(MOST_PASSES, max(1.0, TOKENS_A_PARAMETER * parameters / text_tokens))
+
+
+def counted_bytes(text_bytes: float, passes: float) -> float:
+    """Return what training ``passes`` times on ``text_bytes`` is worth, in bytes of new text.
+
+    The first pass counts in full, and each later one counts less than the one before: 4 passes over 100 MB are worth
+    372 MB, 8 passes 664 MB.
+
+    Source: https://arxiv.org/abs/2305.16264, equation 5
+    """
+    if passes <= 1:
+        return text_bytes * passes
+    return text_bytes * (1 + PASSES_THAT_COUNT * (1 - math.exp(-(passes - 1) / PASSES_THAT_COUNT)))
+
+
+def read_law(path: str | None, shared: SharedArguments) -> "LossLaw | None":
+    """Return the law in the file of --ladder, if there is one.
+
+    Raises:
+        InputError: it cannot be read, or would be ignored.
+    """
+    if path is None:
+        return None
+    if not (shared.plan and shared.probe):
+        raise InputError(f"--ladder {path}: it would be ignored. It predicts with --plan --probe.")
+    return LossLaw.read(path)
+
+
+@dataclass(frozen=True)
+class LossLaw:
+    """Bits per byte = irreducible + a / parameters^alpha + b / bytes^beta, of parameters beside the embedding.
+
+    Attributes:
+        a, b: bits at 1M parameters, and at 1 MB of text.
+        error: mean relative error for runs that were left out of the fit, in turn.
+        text: which text it was fitted on. It holds for no other.
+        body: the smallest and the largest number of parameters beside the embedding that were measured.
+        trained: the smallest and the largest number of bytes, as ``counted_bytes`` has them.
+    """
+
+    irreducible: float
+    a: float
+    alpha: float
+    b: float
+    beta: float
+    error: float
+    text: str
+    body: list[float]
+    trained: list[float]
+
+    @classmethod
+    def read(cls, path: str) -> "LossLaw":
+        """Read the fit that benchmarks/ladder.py wrote.
+
+        Raises:
+            InputError: ``path`` is not such a file.
+        """
+        try:
+            return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError) as error:
+            raise InputError(f"--ladder {path}: not a fit.json of benchmarks/ladder.py ({error}).") from None
+
+    def bits_per_byte(self, body: float, trained_bytes: float) -> float:
+        """Return the bits per byte of held-out text to expect; ``trained_bytes``: as ``counted_bytes`` has them."""
+        return self.irreducible + self.a / (body / 1e6) ** self.alpha + self.b / (trained_bytes / 1e6) ** self.beta
+
+    def forecast(self, body: float, text_bytes: float, passes: float) -> dict[str, float | bool]:
+        """Return what a run should reach, and what twice the parameters, the text or the passes would.
+
+        ``extrapolated``: whether parameters or bytes are outside of what was measured.
+        """
+        trained = counted_bytes(text_bytes, passes)
+        known = self.body[0] <= body <= self.body[1] and self.trained[0] <= trained <= self.trained[1]
+        return {
+            "bits_per_byte": self.bits_per_byte(body, trained),
+            "twice_the_parameters": self.bits_per_byte(2 * body, trained),
+            "twice_the_text": self.bits_per_byte(body, counted_bytes(2 * text_bytes, passes)),
+            "twice_the_passes": self.bits_per_byte(body, counted_bytes(text_bytes, 2 * passes)),
+            "extrapolated": not known,
+        }

@@ -1,0 +1,84 @@
+"""The rules of a size, and the law of the ladder, against arithmetic by hand."""
+
+import json
+import math
+
+import pytest
+from conftest import ROOT
+
+from common.console import InputError
+from common.model.scaling import (
+    LossLaw,
+    counted_bytes,
+    defaults_for,
+    learning_rates_for,
+    passes_for,
+    tokens_per_step_for,
+    vocabulary_for,
+)
+
+BUNDLED = ROOT / "benchmarks" / "results" / "ladder_h200_2026-11-30.json"
+
+
+@pytest.mark.parametrize(
+    ("parameters", "vocabulary", "tokens_per_step"),
+    [
+        (8e6, 8_192, 16_384),
+        (16e6, 16_384, 32_768),
+        (42e6, 32_768, 32_768),
+        (1e8, 32_768, 65_536),
+        (4e8, 32_768, 131_072),
+    ],
+)
+def test_vocabulary_and_batch_follow_from_the_size(parameters, vocabulary, tokens_per_step):
+    assert vocabulary_for(parameters) == vocabulary
+    assert tokens_per_step_for(parameters) == tokens_per_step
+
+
+def test_learning_rates_grow_as_the_root_of_the_batch():
+    assert learning_rates_for(65_536) == {"muon": 5e-3, "adamw": 1e-3}
+    assert learning_rates_for(4 * 65_536) == {"muon": 1e-2, "adamw": 2e-3}
+    assert learning_rates_for(32_768)["muon"] == pytest.approx(5e-3 / math.sqrt(2), rel=0.02)  # two digits
+
+
+def test_passes_give_twenty_tokens_a_parameter_within_limits():
+    assert passes_for(10e6, 50_000_000) == 4
+    assert passes_for(10e6, 1_000_000_000) == 1
+    assert passes_for(100e6, 1_000_000) == 8
+
+
+def test_later_passes_count_less_by_the_papers_formula():
+    assert counted_bytes(100.0, 0.5) == 50
+    assert counted_bytes(100.0, 1) == 100
+    for passes in (2, 4, 16):  # equation 5 of arXiv 2305.16264, with repetitions = passes - 1
+        assert counted_bytes(100.0, passes) == pytest.approx(100 + 100 * 15.4 * (1 - math.exp(-(passes - 1) / 15.4)))
+
+
+def test_the_flags_of_a_size_say_whether_they_were_measured(capsys):
+    found = defaults_for("30M")
+    assert found["vocabulary_size"] == 16_384 and found["num_train_epochs"] == 0
+    assert "extrapolated" not in capsys.readouterr().out
+    defaults_for("1B")
+    assert "this is extrapolated" in capsys.readouterr().out
+
+
+def test_a_law_forecasts_by_its_formula_and_says_when_it_extrapolates():
+    law = LossLaw(0.5, 2.0, 0.5, 3.0, 0.25, 0.01, "a text", [1e6, 100e6], [1e6, 1e9])
+    found = law.forecast(4e6, 16e6, 1)
+    assert found["bits_per_byte"] == pytest.approx(0.5 + 2 / 2 + 3 / 2)
+    assert found["twice_the_parameters"] == pytest.approx(0.5 + 2 / 8**0.5 + 3 / 2)
+    assert found["twice_the_text"] == pytest.approx(0.5 + 1 + 3 / 32**0.25)
+    assert found["twice_the_text"] < found["twice_the_passes"] < found["bits_per_byte"]
+    assert not found["extrapolated"] and law.forecast(200e6, 16e6, 1)["extrapolated"]
+
+
+def test_the_bundled_law_predicts_the_ten_minute_run():
+    law = LossLaw.read(str(BUNDLED))
+    assert law.bits_per_byte(77_877_504, counted_bytes(148_534_493, 7.871)) == pytest.approx(1.2602, rel=0.005)
+
+
+def test_a_file_that_is_no_law_is_refused(tmp_path):
+    for content in ("{}", "[1]", "no JSON", json.dumps({"irreducible": 1})):
+        (tmp_path / "fit.json").write_text(content)
+        with pytest.raises(InputError, match="not a fit.json"):
+            LossLaw.read(str(tmp_path / "fit.json"))
