@@ -4,13 +4,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import load_recipe
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
 import common.model.from_config as model_module
 from common.console import InputError
 from common.model.counts import flops_per_token, matmul_parameters, parameter_report, peak_tflops
 from common.model.from_config import device_to_build_on, keep_residual_in_bf16, model_from_config
+from common.model.presets import PRESETS
 from common.tokens.train_tokenizer import train_tokenizer
 
 
@@ -19,9 +19,9 @@ def tokenizer():
     return train_tokenizer(["地球是太阳系中的一颗行星。"], 300)
 
 
-def test_the_recipes_model_is_the_seed_tutorials():
+def test_the_tutorials_model():
     """123.3M parameters, 77.6M of them embedding, with Qwen2's 151,646 tokens padded to 151,680 rows."""
-    shape = load_recipe("wiki_zh_scratch").MODEL
+    shape = PRESETS["swanlab-wiki"]
     config = AutoConfig.for_model(**shape, vocab_size=151_680)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
