@@ -39,6 +39,7 @@ from common.tokens.writer import tokenize
 from common.train.muon import MuonWithAdamW
 from common.train.preflight import preflight
 from common.train.schedule import keep_settings, schedule_settings, settings_of
+from common.train.step_guard import weights_not_finite
 
 RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
@@ -277,6 +278,8 @@ def main(argv: list[str] | None = None) -> None:
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step after an overflow
                 schedule.step()
             if saving:
+                if problem := weights_not_finite(model):
+                    raise InputError(f"step {step} is not saved: {problem}; {run.way_back()}.")
                 accelerator.save_state(unfinished(folder, step))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:  # the checkpoint gets its name when it is whole
