@@ -223,7 +223,7 @@ class RunRecord:
             results=results,
             identity=_json(folder / "run.json"),
             launches=read_lines(folder / LAUNCHES_FILE),
-            samples=read_lines(folder / "samples.jsonl"),
+            samples=read_samples(folder),
             tasks=read_lines(folder / TASKS_FILE),
             status={} if status is None else status,
         )
@@ -249,6 +249,13 @@ class RunRecord:
         """Return the curve of ``series`` under the name ``label``, ready to be drawn."""
         xs, ys = self.series(name, against)
         return Line(label, xs, ys, dots)
+
+
+def read_samples(folder: str | Path) -> list[dict]:
+    """Return the whole entries of ``samples.jsonl`` in ``folder``: "step", "prompt" and "text"; [] without a file."""
+    kinds = {"step": int, "prompt": str, "text": str}
+    entries = read_lines(Path(folder) / "samples.jsonl")
+    return [entry for entry in entries if all(type(entry.get(name)) is kind for name, kind in kinds.items())]
 
 
 def _step(path: Path) -> int:
