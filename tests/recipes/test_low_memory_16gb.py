@@ -2,6 +2,7 @@
 
 import json
 import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -282,7 +283,10 @@ def test_every_option_in_bf16(recipe, weights, cache_dir, tmp_path, request, nam
     if "qlora" in name:
         request.getfixturevalue("slow_kernels")
     flags = [*IN_BF16[name], "--bf16", "true", "--max_steps", "3"]
+    if find_spec("lm_eval"):
+        flags += ["--eval_tasks", str(ROOT / "data" / "tasks" / "minimal_pairs_en.yaml")]
     recipe.main(run(weights, cache_dir, tmp_path, *flags))
+    assert not [task for task in results_of(tmp_path).get("tasks", []) if "failed" in task]
     assert [*losses(tmp_path)] == [1, 2, 3] and all(map(math.isfinite, losses(tmp_path).values()))
     samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
     assert samples and all(sample["text"] for sample in samples)

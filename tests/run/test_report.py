@@ -133,6 +133,7 @@ def test_the_files_that_a_killed_run_left_still_give_a_report(tmp_path):
     (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "a", "text": "b"}\n' + damaged + '{"step": 2, "pro')
     assert read_samples(tmp_path) == [{"step": 1, "prompt": "a", "text": "b"}]
     (tmp_path / "launches.jsonl").write_text(damaged)
+    (tmp_path / "eval_tasks.jsonl").write_text(damaged)
     (tmp_path / "run.json").write_text("{}")
     assert "1,000" in Elements(write_report(tmp_path).read_text(encoding="utf-8")).text, (
         "the log of the newest checkpoint"
