@@ -2,9 +2,11 @@
 
 Data flows one way: corpus, tokens, dataset, model, train, run.
 
-Importing any of it first keeps libraries quiet, because some of them speak while they are imported.
+Importing any of it first keeps libraries quiet, because some of them speak while they are imported. Imports take
+seconds, in which Ctrl-C may come, too.
 """
 
-from common.console import quiet_libraries
+from common.console import one_line_for_ctrl_c, quiet_libraries
 
 quiet_libraries()
+one_line_for_ctrl_c()

@@ -35,6 +35,7 @@ class InputError(SystemExit):
 
     def __init__(self, message: str):
         super().__init__(printable(message))
+        self.code = f"{self}{what_follows()}"  # what Python prints; str() is the message alone
 
 
 def is_main_process() -> bool:
@@ -45,6 +46,17 @@ def is_main_process() -> bool:
 def is_local_main_process() -> bool:
     """Whether this is the first process of its machine."""
     return int(os.environ.get("LOCAL_RANK", "0")) == 0
+
+
+def launched() -> bool:
+    """Whether a launcher started this process."""
+    return any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"))
+
+
+def what_follows() -> str:
+    """Return what to add to the last message of a process, because its launcher prints a traceback after it."""
+    text = "\n(The launcher's own traceback follows. It says no more than that this process ended.)"
+    return text if launched() else ""
 
 
 def say(message: str) -> None:
@@ -93,6 +105,22 @@ def quiet_libraries() -> None:
             logger.addFilter(LeftOut(beginnings))
     for beginning, category in WARNINGS.items():
         warnings.filterwarnings("ignore", message=beginning, category=category)
+
+
+def one_line_for_ctrl_c() -> None:
+    """End a process that Ctrl-C stops outside training with one line, not with a traceback; training saves first."""
+    if os.environ.get("PRETRAINING_VERBOSE"):
+        return
+    before = sys.excepthook
+
+    def hook(kind: type[BaseException], error: BaseException, traceback) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            before(kind, error, traceback)
+        elif is_main_process():
+            stopped = "stopped by Ctrl-C. What was finished is saved; the same command continues"
+            print(f"{stopped}{what_follows()}", file=sys.stderr)
+
+    sys.excepthook = hook
 
 
 def no_bars_while_training() -> None:

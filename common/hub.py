@@ -81,6 +81,7 @@ def _fetch_repository(what: str, name: str, files: list[str], needs: list[list[s
         from huggingface_hub import HfApi, snapshot_download
 
         if "endpoint" in where:  # a hub may stall here, and snapshot_download would wait forever
+            where["token"] = token_for(where["endpoint"])
             HfApi(**where).model_info(name, timeout=PROBE_SECONDS)
         return snapshot_download(name, allow_patterns=files, **where)
 
@@ -130,8 +131,27 @@ def hub_endpoints() -> dict[str, str]:
     modelscope = os.environ.get("MODELSCOPE_ENDPOINT") or os.environ.get("MODELSCOPE_DOMAIN")
     endpoints = {"ModelScope": modelscope or "https://www.modelscope.cn"}
     for url in (os.environ.get("HF_ENDPOINT") or HUGGING_FACE, HUGGING_FACE_MIRROR):
-        endpoints[f"Hugging Face ({url})"] = url.rstrip("/")
-    return {hub: url if "://" in url else f"https://{url}" for hub, url in endpoints.items()}
+        endpoints[f"Hugging Face ({without_password(url)})"] = url.rstrip("/")
+    return {hub: _with_scheme(url) for hub, url in endpoints.items()}
+
+
+def token_for(url: str) -> bool | None:
+    """Return what to tell huggingface_hub of its token for the hub at ``url``: None for its own, False for none.
+
+    A token (HF_TOKEN, or of a login) was given for the hub that the user chose: HF_ENDPOINT, else Hugging Face. It
+    does not go to the mirror that is asked because that hub failed.
+    """
+    chosen = os.environ.get("HF_ENDPOINT") or HUGGING_FACE
+    return None if url.rstrip("/") == _with_scheme(chosen).rstrip("/") else False
+
+
+def without_password(url: str) -> str:
+    """Return ``url`` for a message: https://me:secret@host/x as https://host/x."""
+    return re.sub(r"(?<=://)[^/@]*@", "", url)
+
+
+def _with_scheme(url: str) -> str:
+    return url if "://" in url else f"https://{url}"
 
 
 def _fetch(what: str, flag: str, from_modelscope, from_hugging_face, lack: Callable, lack_of_complete: Callable) -> str:

@@ -145,8 +145,16 @@ def merge(arguments: argparse.Namespace) -> None:
     print(json.dumps({"documents": store.documents, "tokens": len(store.tokens)}))
 
 
+def check_empty(folder: str) -> None:
+    """Raise InputError if ``folder`` holds anything: a tokenizer, or a model's, would be written over."""
+    path = Path(folder)
+    if path.is_file() or (path.is_dir() and any(path.iterdir())):
+        raise InputError(f"--output {folder}: exists already. Choose another --output, or remove it.")
+
+
 def train(arguments: argparse.Namespace) -> None:
     """Train a tokenizer on a sample of the training documents; report on the documents that a recipe holds out."""
+    check_empty(arguments.output)
     sources = resolve_sources(arguments.input, arguments.encoding)
     only, texts = only_document(documents_of(sources, arguments, CorpusCounts()))
     if only is None:

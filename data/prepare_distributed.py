@@ -19,9 +19,12 @@ One thing differs from data/prepare.py: exact copies stay in the shards. A recip
 """
 
 import argparse
+import multiprocessing
 import os
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
@@ -36,8 +39,34 @@ INSTALL = "pip install 'datatrove>=0.10,<0.11'"
 def local_executor(arguments: argparse.Namespace, step: partial, logs: str):
     from datatrove.executor import LocalPipelineExecutor
 
+    return LocalPipelineExecutor([step], arguments.tasks, arguments.workers, logs)
+
+
+def run_locally(executor, workers: int) -> None:
+    """Run the unfinished tasks of a LocalPipelineExecutor, ``workers`` at a time.
+
+    Replaces: its run(), whose pool waits for ever for the task of a worker that was killed (datatrove 0.10).
+
+    Raises:
+        BrokenProcessPool: a worker was killed. The others are ended, too.
+        RuntimeError: a task failed.
+    """
+    ranks = [*executor.get_incomplete_ranks()]
+    if not ranks:
+        return
     # spawn is the only way of starting processes that also works on Windows and macOS
-    return LocalPipelineExecutor([step], arguments.tasks, arguments.workers, logs, start_method="spawn")
+    spawning = multiprocessing.get_context("spawn")
+    pool = ProcessPoolExecutor(min(workers, len(ranks)), spawning)
+    try:
+        tasks = [pool.submit(executor._run_for_rank, rank, rank % workers) for rank in ranks]
+        for number, task in enumerate(as_completed(tasks), start=1):
+            task.result()
+            say(f"{number} of {len(ranks)} tasks are finished")
+    finally:  # after a failure, the other workers are ended: their tasks are done again
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+            worker.join()
 
 
 def ray_executor(arguments: argparse.Namespace, step: partial, logs: str):
@@ -112,10 +141,17 @@ def main(argv: list[str] | None = None) -> None:
         slurm_executors(arguments, step, folder, logs).run()
         say(f"submitted. The last job checks the shards and prints their counts; the logs are in {logs}*/slurm_logs")
         return
-    make_executor = local_executor if arguments.executor == "local" else ray_executor
-    executor = make_executor(arguments, step, logs)
     try:
-        executor.run()
+        if arguments.executor == "local":
+            run_locally(local_executor(arguments, step, logs), arguments.workers)
+        else:
+            ray_executor(arguments, step, logs).run()
+    except BrokenProcessPool:
+        raise InputError(
+            f"a worker was killed, by the system if memory ran out: see {logs}/logs. What is finished is kept, and "
+            f"the same command continues; with fewer tasks at a time, they need less memory: --workers "
+            f"{max(1, arguments.workers // 2)}"
+        ) from None
     except RuntimeError as error:
         raise InputError(f"{error}\nA task failed; its log is in {logs}/logs. Fix this and launch again.") from None
     report_shards(None, 0, 1, folder, began)

@@ -39,6 +39,7 @@ from common.tokens.writer import tokenize
 from common.train.muon import MuonWithAdamW
 from common.train.preflight import preflight
 from common.train.schedule import keep_settings, schedule_settings, settings_of
+from common.train.step_guard import weights_not_finite
 
 RECIPE = Path(__file__).name
 ROOT = Path(__file__).resolve().parent.parent
@@ -193,9 +194,7 @@ def main(argv: list[str] | None = None) -> None:
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         folder = Path(run.folder)
         checkpoint = run.last_checkpoint()
-        state = {}
-        if checkpoint is not None:
-            state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+        state = {} if checkpoint is None else json.loads(Path(checkpoint, "trainer_state.json").read_text("utf-8"))
         first_step = state.get("global_step", 0)
         log = folder / "log.jsonl"
         with open(log, "ab") as file:  # a run that was cut off may have logged more than its checkpoint knows
@@ -275,6 +274,8 @@ def main(argv: list[str] | None = None) -> None:
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step after an overflow
                 schedule.step()
             if saving:
+                if problem := weights_not_finite(model):
+                    raise InputError(f"step {step} is not saved: {problem}; {run.way_back()}.")
                 accelerator.save_state(unfinished(folder, step))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:  # the checkpoint gets its name when it is whole
@@ -287,8 +288,7 @@ def main(argv: list[str] | None = None) -> None:
         weights = accelerator.get_state_dict(model)
         if accelerator.is_main_process:
             weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}
-            whole = accelerator.unwrap_model(model, keep_torch_compile=False)
-            whole.save_pretrained(folder, state_dict=weights)
+            accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
             (folder / "all_results.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
     accelerator.end_training()

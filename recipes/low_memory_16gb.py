@@ -42,10 +42,17 @@ from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import state_bits
 from common.model.presets import PretrainedSize
-from common.model.pretrained import check_fit, find_model, model_without_memory, pretrained_model, weights_fingerprint
+from common.model.pretrained import (
+    check_fit,
+    files_fingerprint,
+    find_model,
+    model_without_memory,
+    pretrained_model,
+    weights_fingerprint,
+)
 from common.run.folder import open_run
 from common.run.identity import run_identity
-from common.run.merge_adapters import save_merged
+from common.run.merge_adapters import is_merged, save_merged
 from common.run.report import ReportCallback
 from common.run.results import save_results, summary
 from common.run.tracking import swanlab_callbacks
@@ -174,15 +181,18 @@ def main(argv: list[str] | None = None) -> None:
             shared.data or [str(download("openwebtext", ROOT / "data", verify=False)[0].parent)], shared.encoding
         )
         stores = {source.name: tokenize(source, tokenizer, shared) for source in sources}
+        unpacked = place
         if own.method == "qlora" and place.endswith(".gguf"):
-            place = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)
+            unpacked = unpacked_gguf(place, tokenizer, shared.context_length, dtype, shared.cache_dir)
 
     # Rows, and the model: straight onto the card, in 4 bits for QLoRA; the head is exchanged before peft wraps it.
     rows = build_rows(stores, shared)
     quantization = four_bits(dtype) if own.method == "qlora" else None
-    model = pretrained_model(place, tokenizer, shared.context_length, dtype, training.device, quantization)
+    model = pretrained_model(unpacked, tokenizer, shared.context_length, dtype, training.device, quantization)
     say(f"parameters: {parameters_in_words(model)}")
     start = {"weights": weights_fingerprint(model), "embedding": weights_fingerprint(model.get_input_embeddings())}
+    if own.method == "qlora":  # what is loaded has 4 bits; merging compares the files
+        start["files"] = files_fingerprint(place)
     set_attention(model, shared.attn_implementation, shared.packing == "isolated", training.device)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
     keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
@@ -196,7 +206,10 @@ def main(argv: list[str] | None = None) -> None:
     with open_run(identity, shared, training) as run:
         if results := run.finished(order):
             finished = f"{run.folder} is finished; nothing to train."
-            return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
+            say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
+            if adapters and training.process_index == 0 and not is_merged(run.folder):
+                say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, run.folder)}")
+            return
 
         # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
         trainer = PretrainingTrainer(

@@ -3,6 +3,7 @@
 import ast
 import logging
 import os
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -83,3 +84,27 @@ def test_messages_and_errors_are_printable(capsys):
     say("note: a\x1b[31m.txt, \udcff")
     assert capsys.readouterr().out == "note: a\\x1b[31m.txt, \\udcff\n"
     assert str(InputError("no field '\x1b[2J'")) == r"no field '\x1b[2J'"
+
+
+def said_at_the_end(code: str, **more: str) -> subprocess.CompletedProcess:
+    names = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID", "RANK")
+    environment = {name: value for name, value in os.environ.items() if name not in names}
+    environment |= {"PYTHONPATH": str(ROOT)} | more
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+
+
+@pytest.mark.parametrize("launcher", [{}, {"ACCELERATE_MIXED_PRECISION": "no"}, {"TORCHELASTIC_RUN_ID": "7"}])
+def test_an_error_says_that_the_launchers_traceback_says_no_more(launcher):
+    """The message is what str() gives, without it: other messages quote it."""
+    code = "from common.console import InputError\nraise InputError('no such file')"
+    done = said_at_the_end(code, **launcher)
+    follows = "(The launcher's own traceback follows. It says no more than that this process ended.)"
+    assert done.stderr.splitlines() == ["no such file", *([follows] if launcher else [])] and done.returncode == 1
+    assert str(InputError("no such file")) == "no such file"
+
+
+def test_ctrl_c_outside_training_is_one_line():
+    done = said_at_the_end("import common\nraise KeyboardInterrupt")
+    assert done.stderr == "stopped by Ctrl-C. What was finished is saved; the same command continues\n"
+    assert done.returncode == -signal.SIGINT
+    assert "Traceback" in said_at_the_end("import common\nraise ValueError").stderr

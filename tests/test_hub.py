@@ -17,6 +17,7 @@ from urllib.parse import parse_qs, urlsplit
 import pytest
 from conftest import ROOT
 
+import common.hub as hubs
 from common.console import InputError
 from common.hub import TOKENIZER_NEEDS, fetch_model, fetch_tokenizer, lack_of
 
@@ -49,6 +50,7 @@ class HuggingFace(BaseHTTPRequestHandler):
     def do_GET(self):
         url = urlsplit(self.path)
         self.server.asked.append(self.path)
+        self.server.tokens.append(self.headers.get("Authorization"))
         content = self.answer(url.path, {name: values[0] for name, values in parse_qs(url.query).items()})
         self.send_response(404 if content is None else 200)
         self.send_header("Content-Length", str(len(content or b"")))
@@ -95,7 +97,7 @@ def hub(request):
     """A hub on this machine; ``asked`` lists the paths that were requested of it."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), request.param)
     server.stopped = Event()
-    server.asked = []
+    server.asked, server.tokens = [], []
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.stopped.set()
@@ -121,7 +123,7 @@ def fetch(call: str, port: int, caches, **more: str) -> subprocess.CompletedProc
         HTTPS_PROXY="http://127.0.0.1:9",  # so that hf-mirror.com is closed on a connected machine, too
         NO_PROXY="127.0.0.1",
     )
-    code = f"from common.hub import fetch_model, fetch_tokenizer; print({call})"
+    code = f"from common import hub; from common.hub import fetch_model, fetch_tokenizer; print({call})"
     command = [sys.executable, "-W", "ignore", "-c", code]
     return subprocess.run(command, env=environment | more, cwd=ROOT, capture_output=True, text=True, timeout=60)
 
@@ -268,3 +270,39 @@ def test_git_lfs_pointers_are_named_with_the_command_that_fetches_the_files(tmp_
     fetch = partial(fetch_model, weights=True) if "model.s" in name else fetch_tokenizer
     with pytest.raises(InputError, match=f"{name}: a Git LFS pointer, .* git lfs pull"):
         fetch(str(tmp_path))
+
+
+def test_a_token_goes_to_the_hub_that_was_chosen_and_to_no_mirror(tmp_path):
+    """The server notes what it is sent. The mirror is asked because the hub is closed."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), HuggingFace)
+    server.stopped, server.asked, server.tokens = Event(), [], []
+    Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}"
+    try:
+        path_in(fetch("fetch_tokenizer('owner/small')", server.server_port, tmp_path / "a", HF_TOKEN="hf_secret"))
+        assert "Bearer hf_secret" in server.tokens, "HF_ENDPOINT is where the user sends it"
+        server.tokens.clear()
+        call = f"[setattr(hub, 'HUGGING_FACE_MIRROR', '{url}'), hub.fetch_tokenizer('owner/small')][1]"
+        closed = dict(HF_ENDPOINT="http://127.0.0.1:9", MODELSCOPE_DOMAIN="http://127.0.0.1:9", HF_TOKEN="hf_secret")
+        path_in(fetch(call.replace("hub.fetch", "fetch"), server.server_port, tmp_path / "b", **closed))
+        assert server.tokens and set(server.tokens) == {None}
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_whose_token_it_is(monkeypatch):
+    """None: huggingface_hub sends what it has. False: it sends none."""
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    assert [hubs.token_for(url) for url in (hubs.HUGGING_FACE, hubs.HUGGING_FACE_MIRROR)] == [None, False]
+    monkeypatch.setenv("HF_ENDPOINT", f"{hubs.HUGGING_FACE_MIRROR}/")
+    assert [hubs.token_for(url) for url in (hubs.HUGGING_FACE, hubs.HUGGING_FACE_MIRROR)] == [False, None]
+    monkeypatch.setenv("HF_ENDPOINT", "hub.example.org")
+    assert [hubs.token_for(url) for url in hubs.hub_endpoints().values()] == [False, None, False]
+
+
+def test_a_password_in_an_endpoint_is_not_shown(monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "https://me:pass@hub.example.org")
+    shown = " ".join(hubs.hub_endpoints())
+    assert "Hugging Face (https://hub.example.org)" in shown and "pass" not in shown
+    assert "https://me:pass@hub.example.org" in hubs.hub_endpoints().values()

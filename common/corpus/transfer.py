@@ -4,7 +4,6 @@ If a connection breaks, a new one continues at the byte where it broke.
 """
 
 import io
-import os
 import queue
 import re
 import threading
@@ -18,7 +17,7 @@ import requests
 import urllib3
 
 from common.console import InputError, say
-from common.hub import HUGGING_FACE_MIRROR
+from common.hub import token_for, without_password
 
 CONNECT_SECONDS = 8  # to open a connection
 SILENCE_SECONDS = 30  # without a byte on an open connection
@@ -58,6 +57,7 @@ class RemoteFile(io.RawIOBase):
         self, url: str, size_bytes: int | None = None, headers: dict | None = None, version: str | None = None
     ):
         self.url = url
+        self.shown = without_password(url)  # in messages
         self.size_bytes = size_bytes
         self.version = version
         self._headers = {"Accept-Encoding": "identity"} | (headers or {})
@@ -114,12 +114,12 @@ class RemoteFile(io.RawIOBase):
                 reason = f"{type(error).__name__}: {error}".splitlines()[0]
                 if self._failures == ATTEMPTS:
                     raise InputError(
-                        f"{self.url}: given up at byte {self._position:,} after {ATTEMPTS} attempts ({reason}).\n"
+                        f"{self.shown}: given up at byte {self._position:,} after {ATTEMPTS} attempts ({reason}).\n"
                         "Try again later, or through another network; a download continues from there."
                     ) from None
                 pause = max(2 ** (self._failures - 1), getattr(error, "retry_after", 0))
                 pause = min(pause, LONGEST_PAUSE_SECONDS)
-                say(f"{self.url}: connection lost at byte {self._position:,} ({reason}); again in {pause:.0f} s")
+                say(f"{self.shown}: connection lost at byte {self._position:,} ({reason}); again in {pause:.0f} s")
                 time.sleep(pause)
 
     def _receive(self, wanted: int) -> bytes:
@@ -190,13 +190,13 @@ class RemoteFile(io.RawIOBase):
             self.version = version
         if version is not None and version != self.version:
             self._disconnect()
-            raise FileChanged(f"{self.url}: has changed since the download began ({self.version}, now {version}).")
+            raise FileChanged(f"{self.shown}: has changed since the download began ({self.version}, now {version}).")
         if int(size) != self.size_bytes:
             self._refuse(f"has {int(size):,} bytes, not the {self.size_bytes:,} that were announced")
 
     def _refuse(self, reason: str) -> None:
         self._disconnect()
-        raise InputError(f"{self.url}: {reason}.")
+        raise InputError(f"{self.shown}: {reason}.")
 
     def _disconnect(self) -> None:
         if self._response is not None:
@@ -233,9 +233,7 @@ def remote_files(repository: str, hub: str, url: str) -> list[HubFile]:
     """
     if hub == "ModelScope":
         return _modelscope_files(repository, url)
-    # A token goes to the hub that the user chose. It does not go to the mirror that is asked because that hub failed.
-    chosen = url != HUGGING_FACE_MIRROR or os.environ.get("HF_ENDPOINT", "").rstrip("/") == url
-    return _hugging_face_files(repository, url, None if chosen else False)
+    return _hugging_face_files(repository, url, token_for(url))
 
 
 def _modelscope_files(repository: str, endpoint: str) -> list[HubFile]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from common.console import InputError, say
+from common.console import InputError, launched, say
 from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
 from common.distributed.strategy import DDP, SINGLE, Strategy
 from common.distributed.workarounds import RECOMPUTE_TAKEN_OVER, remove_dead_locks, take_over_compile
@@ -112,7 +112,7 @@ def read_launch() -> Launch:
     strategy = _strategy(deepspeed, processes)
     offload_optimizer, offload_parameters = _offloading(deepspeed, strategy)
     return Launch(
-        launched=any(name in os.environ for name in ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")),
+        launched=launched(),
         strategy=strategy,
         processes=processes,
         local_processes=local_processes,

@@ -41,9 +41,12 @@ def remove_dead_locks() -> None:
 
     root = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
     for lock in sorted(root.rglob("lock")):
-        said = False
+        said, began, changed = False, time.monotonic(), last_change(lock.parent)
+        idle_before = max(0.0, time.time() - changed)  # clocks of machines differ: a file may be of tomorrow
         while lock.exists() and not held_here(lock):
-            idle_seconds = time.time() - last_change(lock.parent)
+            if last_change(lock.parent) != changed:  # another machine compiles there now
+                began, changed, idle_before = time.monotonic(), last_change(lock.parent), 0.0
+            idle_seconds = idle_before + time.monotonic() - began
             if idle_seconds >= FOREIGN_SECONDS:
                 lock.unlink(missing_ok=True)
                 print(f"removed {lock}: its compilation was killed, DeepSpeed would wait for it for ever", flush=True)

@@ -7,9 +7,11 @@ better than chance.
 
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -35,6 +37,7 @@ from common.tokens.tokenizer import vocabulary_size
 # Partial damage is not noticed: one layer of random numbers gave 0.29, permuted queries and keys 0.52.
 NEAR_RANDOM = 0.7
 NUMBERS_HASHED = 1024  # of each tensor, for a fingerprint
+GGUF_BYTES_HASHED = 16 * 2**20
 
 
 def find_model(name: str, weights: bool) -> str:
@@ -177,6 +180,34 @@ def weights_fingerprint(model: PreTrainedModel) -> str:
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
         digest.update(parameter.detach().flatten()[:NUMBERS_HASHED].float().cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def files_fingerprint(place: str) -> str:
+    """Return 16 hex digits of the files at ``place``, a folder of safetensors or a .gguf file, without loading them.
+
+    As ``weights_fingerprint``, of what is in the files: names, shapes and the first numbers of all tensors. Of a .gguf
+    file its size, and the bytes at its beginning and its end.
+    """
+    digest = hashlib.blake2b(digest_size=8)
+    if place.endswith(".gguf"):
+        with open(place, "rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            digest.update(str(size).encode())
+            for position in (0, max(0, size - GGUF_BYTES_HASHED)):
+                file.seek(position)
+                digest.update(file.read(GGUF_BYTES_HASHED))
+        return digest.hexdigest()
+    tensors = {}  # name -> its file's number
+    files = [safe_open(path, framework="pt") for path in sorted(Path(place).glob("*.safetensors"))]
+    for number, file in enumerate(files):
+        tensors |= dict.fromkeys(file.keys(), number)
+    for name in sorted(tensors):
+        file = files[tensors[name]]
+        shape = file.get_slice(name).get_shape()
+        first = file.get_slice(name)[:1] if len(shape) > 1 else file.get_tensor(name)  # a row, of a matrix
+        digest.update(f"{name} {tuple(shape)} ".encode())
+        digest.update(first.flatten()[:NUMBERS_HASHED].float().numpy().tobytes())
     return digest.hexdigest()
 
 

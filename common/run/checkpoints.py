@@ -10,16 +10,18 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import torch
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.console import InputError, is_main_process, say
 from common.io import DISK_FULL, write_json
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
+REMOVED = "removed-"  # a checkpoint that is being removed
 LARGEST_MANIFEST_BYTES = 64 * 2**20
 FULL = {*DISK_FULL, errno.EFBIG}
 
@@ -30,8 +32,8 @@ def checkpoints(folder: str | Path) -> list[tuple[int, Path]]:
     return sorted((int(step), path) for path in found if (step := path.name.rpartition("-")[2]).isdecimal())
 
 
-def unfinished(folder: str | Path, step: int) -> Path:
-    """Return where the checkpoint of ``step`` is written until it is whole."""
+def unfinished(folder: str | Path, step: int | str) -> Path:
+    """Return where the checkpoint of ``step`` is written until it is whole. The run's end has names for steps."""
     return Path(folder) / UNFINISHED / f"{PREFIX_CHECKPOINT_DIR}-{step}"
 
 
@@ -96,6 +98,24 @@ def read_manifest(path: Path) -> dict:
     return manifest
 
 
+@contextmanager
+def reading(checkpoint: str | Path, files: str) -> Iterator[None]:
+    """Around reading ``files`` of a checkpoint: whatever a library says of files that were replaced is one error.
+
+    The manifest has the sizes of files, not their content.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # each library has its own
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise InputError(
+            f"{checkpoint}: {files} cannot be read ({reason[:200]}). If a file was replaced, put it back, or remove "
+            "this checkpoint: the same command then continues from the one before it."
+        ) from None
+
+
 def newest_whole(folder: str | Path) -> Path | None:
     """Return the newest whole checkpoint of ``folder``; say which are passed over, and why."""
     for _, path in reversed(checkpoints(folder)):
@@ -114,10 +134,17 @@ def prune_checkpoints(folder: str | Path, keep: int | None) -> None:
 
 
 def remove_unfinished(folder: str | Path) -> None:
-    """Remove what a crash left half-written. Only the process that holds the folder's lock may call this."""
-    for path in (Path(folder) / UNFINISHED).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+    """Remove the checkpoints that a crash left half-written or half-removed, and nothing else.
+
+    Only the process that holds the folder's lock may call this, and only when the folder is known to be a run's.
+    """
+    inside = Path(folder) / UNFINISHED
+    for path in inside.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         say(f"removing {path}: half-written when the run ended")
-    shutil.rmtree(Path(folder) / UNFINISHED, ignore_errors=True)
+        shutil.rmtree(path, ignore_errors=True)
+    for path in inside.glob(f"{REMOVED}{PREFIX_CHECKPOINT_DIR}-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    _remove_if_empty(inside)
 
 
 def check_room(folder: str | Path) -> None:
@@ -129,20 +156,34 @@ def check_room(folder: str | Path) -> None:
         raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB free, the last checkpoint has {needed / 1e6:,.1f}")
 
 
-def no_space_left(error: Exception, folder: str | Path) -> bool:
-    """Whether ``error``, an OSError or an error of safetensors or torch, is that of a full disk."""
-    return (
+def why_not_written(error: Exception, folder: str | Path, doing: str) -> str | None:
+    """Return why ``doing`` this in ``folder`` failed, and what to do about it; None if no file was the reason.
+
+    ``error`` is an OSError, or what safetensors or torch make of one.
+    """
+    if not Path(folder).is_dir():
+        return f"the folder is gone while {doing} ({error}); bring it back"
+    if (
         getattr(error, "errno", None) in FULL
         or "os error 28" in str(error)
         or "No space left" in str(error)
-        or (isinstance(error, RuntimeError) and shutil.disk_usage(folder).free < 2**20)  # torch does not say why
-    )
+        # torch does not say why, and NumPy gives no number
+        or (_says_no_reason(error) and shutil.disk_usage(folder).free < 2**20)
+    ):
+        return f"no space left while {doing} ({error}); make room"
+    if isinstance(error, OSError) and error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        return f"the disk refused while {doing} ({error}); see to that"
+    return None
+
+
+def _says_no_reason(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is None)
 
 
 def write_checkpoint(
     folder: str | Path, step: int, write: Callable[[], None], gather: Callable[[list], list], collective: bool
 ) -> str | None:
-    """Write and finish the checkpoint of ``step`` with all processes; return why the disk is too full, or None.
+    """Write and finish the checkpoint of ``step`` with all processes; return why it cannot be written, or None.
 
     Nothing is left of a checkpoint that did not fit, and no earlier one is touched.
 
@@ -152,42 +193,44 @@ def write_checkpoint(
         collective: whether ``write`` waits for other processes. Then a process that fails alone cannot tell them.
 
     Raises:
-        InputError: the disk filled up in the middle of a collective write.
+        InputError: the disk failed in the middle of a collective write.
         Exception: whatever else ``write`` raises.
     """
     main, path, processes = is_main_process(), unfinished(folder, step), len(gather([0]))
-    problem = None
-    try:
+
+    def prepare() -> None:
         if main:
             shutil.rmtree(path, ignore_errors=True)
             check_room(folder)
-    except OSError as error:
-        problem = str(error)
-    [problem, *_] = gather([problem])
-    if problem is None:
-        problem = next(filter(None, gather([_attempt(write, folder, path, collective and processes > 1)])), None)
-    if problem is None:
-        finish = (lambda: finish_checkpoint(folder, step, processes)) if main else (lambda: None)
-        problem = next(filter(None, gather([_attempt(finish, folder, path, False)])), None)
+
+    def finish() -> None:
+        if main:
+            finish_checkpoint(folder, step, processes)
+
+    for action, alone in ((prepare, False), (write, collective and processes > 1), (finish, False)):
+        problem = next(filter(None, gather([_attempt(action, folder, step, alone)])), None)
+        if problem is not None:
+            break
     if problem is not None and main:
         shutil.rmtree(path, ignore_errors=True)
     return problem
 
 
-def _attempt(action: Callable[[], None], folder: str | Path, path: Path, alone: bool) -> str | None:
-    """Return why ``action`` found the disk full, None if it did not."""
+def _attempt(action: Callable[[], None], folder: str | Path, step: int, alone: bool) -> str | None:
+    """Return why ``action``, a part of saving ``step``, could not write, None if it could."""
     try:
         action()
-    except Exception as error:  # any other than a full disk is raised again
-        if not no_space_left(error, folder):
+    except Exception as error:  # any that is not about a file is raised again
+        problem = why_not_written(error, folder, f"saving step {step}")
+        if problem is None:
             raise
         if alone:
-            shutil.rmtree(path, ignore_errors=True)
+            shutil.rmtree(unfinished(folder, step), ignore_errors=True)
             raise InputError(
-                f"{path}: no space left while saving ({error}), and the other processes are in the middle of saving, "
-                "so the run cannot continue. The checkpoints before it are whole: make room, and start it again."
+                f"{folder}: {problem}. The other processes are in the middle of saving, so the run cannot go on. The "
+                "checkpoints before this one are whole, and the same command continues from the last of them."
             ) from None
-        return str(error)
+        return problem
     return None
 
 
@@ -205,7 +248,7 @@ def _discard(folder: str | Path, path: Path) -> None:
     """Remove a checkpoint. It loses its name first, so that a crash cannot leave half of it under that name."""
     if not path.exists():
         return
-    trash = Path(folder) / UNFINISHED / f"removed-{path.name}"
+    trash = Path(folder) / UNFINISHED / f"{REMOVED}{path.name}"
     trash.parent.mkdir(exist_ok=True)
     shutil.rmtree(trash, ignore_errors=True)
     path.rename(trash)
@@ -213,9 +256,14 @@ def _discard(folder: str | Path, path: Path) -> None:
     _remove_if_empty(trash.parent)
 
 
-def move_into(source: Path, folder: Path) -> None:
-    """Move all files in ``source`` into ``folder``, over files of the same name there, and remove ``source``."""
-    for file in sorted(source.rglob("*")):
+def move_into(source: Path, folder: Path, last: str = "") -> None:
+    """Move all files in ``source`` into ``folder``, over files of the same name there, and remove ``source``.
+
+    ``last``: a file in ``source`` that is moved after all others. If it is in ``folder``, all of them are.
+    """
+    if last:
+        (folder / last).unlink(missing_ok=True)
+    for file in sorted(source.rglob("*"), key=lambda file: (file.name == last, file)):
         if file.is_file():
             target = folder / file.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)

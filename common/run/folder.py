@@ -18,6 +18,7 @@ from pathlib import Path
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
 from transformers import TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import SharedArguments
 from common.console import InputError, is_local_main_process, is_main_process, say
@@ -29,9 +30,11 @@ from common.run.checkpoints import (
     checkpoints,
     move_into,
     newest_whole,
-    no_space_left,
+    problem_of,
     prune_checkpoints,
     remove_unfinished,
+    unfinished,
+    why_not_written,
     write_checkpoint,
 )
 from common.run.identity import DECIDING_ROWS, OTHER_ORDER, check_changes, deciding_rows, deciding_training
@@ -39,6 +42,11 @@ from common.run.lock import STATUS_FILE, lock_folder, write_status
 
 RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
 LONGEST_NAME = 255  # bytes, of a file or folder, on all usual file systems
+# What a run writes under names that other software uses, too.
+WRITTEN = [
+    f"{PREFIX_CHECKPOINT_DIR}-*", UNFINISHED, RESULTS_FILE, "merged", "*.safetensors", "*config.json", "tokenizer.json",
+    "README.md", "report.html",
+]  # fmt: skip
 
 
 class Run:
@@ -72,9 +80,9 @@ class Run:
         """
         self._lock = lock_folder(self.folder)
         try:
+            self._identify(json.loads(json.dumps(identity)), allow_changes)
             if is_main_process():
                 remove_unfinished(self.folder)
-            self._identify(json.loads(json.dumps(identity)), allow_changes)
         except BaseException:
             self.release()
             raise
@@ -82,8 +90,8 @@ class Run:
 
     def _identify(self, identity: dict, allow_changes: Sequence[str]) -> None:
         path = Path(self.folder) / RUN_FILE
-        worth_keeping = bool(checkpoints(self.folder)) or (Path(self.folder) / RESULTS_FILE).exists()
-        if worth_keeping and path.exists():
+        check_ours(self.folder)
+        if path.exists() and worth_keeping(self.folder):
             changes = check_changes(self.folder, _read_json(path), identity, allow_changes)
             for name, was, now in changes:
                 say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
@@ -91,11 +99,6 @@ class Run:
                 self._changed_identity = identity
             if any(change[0] in OTHER_ORDER for change in changes):
                 say("note: the rows are in another order from here on: some are trained on a second time, others later")
-        elif worth_keeping:
-            raise InputError(
-                f"{self.folder} holds checkpoints or results but no {RUN_FILE}: not a run of these recipes. Choose "
-                "another --output_dir."
-            )
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             if is_local_main_process():  # the folder may be each machine's own
@@ -161,6 +164,19 @@ class Run:
             say(f"continuing from {checkpoint}")
         return checkpoint
 
+    def saved_step(self) -> int | None:
+        """Return the step of the newest whole checkpoint, None without one."""
+        return max((step for step, path in checkpoints(self.folder) if problem_of(path) is None), default=None)
+
+    def way_back(self) -> str:
+        """Return the end of a message: from where the same command continues."""
+        step = self.saved_step()
+        if not Path(self.folder).is_dir():
+            return "the same command continues from what is in it"
+        if step is None:
+            return "no checkpoint is written yet, and the same command begins at the first step"
+        return f"the same command continues from {Path(self.folder) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}"
+
     def save_checkpoint(self, step: int, write: Callable[[], None], collective: bool, keep: int | None) -> None:
         """Save a checkpoint, whole or not at all, then remove the oldest beyond ``keep``.
 
@@ -171,20 +187,21 @@ class Run:
             collective: whether ``write`` waits for other processes.
         """
         problem = write_checkpoint(self.folder, step, write, gather_object, collective)
-        if problem is None:
-            if is_main_process():
-                prune_checkpoints(self.folder, keep)
-            return
-        message = (
-            f"{self.folder}: no space left while saving step {step} ({problem}). The checkpoints before it are whole"
-        )
-        if self.on_save_error == "stop":
-            raise InputError(f"{message}: make room, and the same command continues from the last of them.")
-        say(f"{message}. Training goes on, as --on_save_error says; make room before the next save.")
+        if problem is not None:
+            self._not_written(problem)
+        elif is_main_process():
+            prune_checkpoints(self.folder, keep)
+
+    def _not_written(self, problem: str, needed: bool = False) -> None:
+        """End the run for ``problem``, from ``why_not_written``; or say it, if --on_save_error says to continue."""
+        gone = not Path(self.folder).is_dir()  # and with it the lock; going on would make a folder that nobody knows
+        if needed or gone or self.on_save_error == "stop":
+            raise InputError(f"{self.folder}: {problem}; {self.way_back()}.")
+        say(f"{self.folder}: {problem}. Training goes on, as --on_save_error says; {self.way_back()}.")
 
     def save_model(self, write: Callable[[str], None], wait_for_everyone: Callable[[], None]) -> None:
         """Save the model of the run's end with all processes: written aside, then moved, file by file."""
-        aside = Path(self.folder) / UNFINISHED / "model"
+        aside = unfinished(self.folder, "model")
         try:
             with self.writing("the model", needed=True):
                 write(str(aside))
@@ -198,24 +215,18 @@ class Run:
 
     @contextmanager
     def writing(self, what: str, needed: bool = False) -> Iterator[None]:
-        """Around writing ``what``: a full disk ends the run, or is noted once and passed over, by ``--on_save_error``.
+        """Around writing ``what``: a disk that fails ends the run, or is noted once, by ``--on_save_error``.
 
         ``needed``: it belongs to the run's end, after which there is nothing to continue.
         """
         try:
             yield
-        except Exception as error:  # any other than a full disk is raised again
-            if not no_space_left(error, self.folder):
+        except Exception as error:  # any that is not about a file is raised again
+            problem = why_not_written(error, self.folder, f"writing {what}")
+            if problem is None:
                 raise
-            message = (
-                f"{self.folder}: no space left while writing {what} ({error}). The checkpoints before it are whole"
-            )
-            if needed or self.on_save_error == "stop":
-                raise InputError(
-                    f"{message}: make room, and the same command continues from the last of them."
-                ) from None
-            if what not in self._unwritten:
-                say(f"{message}. Training goes on without it, as --on_save_error says; make room before the next save.")
+            if needed or what not in self._unwritten or self.on_save_error == "stop":
+                self._not_written(problem, needed)
             self._unwritten.add(what)
 
     def write_status(self, state: str, reason: str | None = None) -> None:
@@ -224,7 +235,7 @@ class Run:
             return
         try:
             write_status(self.folder, state, self.step, self.max_steps, reason)
-        except OSError as error:  # a full disk: what is being done about it matters more than this file
+        except OSError as error:  # such as a full disk: what is being done about it matters more than this file
             if STATUS_FILE not in self._unwritten:
                 say(f"note: {STATUS_FILE} cannot be written ({error})")
             self._unwritten.add(STATUS_FILE)
@@ -251,9 +262,10 @@ def _write_identity(path: Path, identity: dict) -> None:
     try:
         write_json(path, identity, durable=True)
     except OSError as error:
-        if not no_space_left(error, path.parent):
+        problem = why_not_written(error, path.parent, f"writing {path.name}")
+        if problem is None:
             raise
-        raise InputError(f"{path}: no space left ({error}). Make room, or choose another --output_dir.") from None
+        raise InputError(f"{path.parent}: {problem}, or choose another --output_dir.") from None
 
 
 def check_folder(folder: str, recipe: str, shared: SharedArguments, training: TrainingArguments) -> str:
@@ -263,8 +275,9 @@ def check_folder(folder: str, recipe: str, shared: SharedArguments, training: Tr
         InputError: another recipe's run, or one with other flags, is in it.
     """
     path = Path(folder) / RUN_FILE
+    check_ours(folder)
     steps = [step for step, _ in checkpoints(folder)]
-    if not path.exists() or not (steps or (Path(folder) / RESULTS_FILE).exists()):
+    if not path.exists() or not worth_keeping(folder):
         return f"{folder}, a new run"
     now = {"recipe": recipe, "data": deciding_rows(shared), "training": deciding_training(training)}
     was = _read_json(path)
@@ -275,6 +288,30 @@ def check_folder(folder: str, recipe: str, shared: SharedArguments, training: Tr
     }
     check_changes(folder, was, json.loads(json.dumps(now)), shared.allow_changes)
     return f"{folder}, " + (f"to be continued from step {steps[-1]}" if steps else "with results")
+
+
+def worth_keeping(folder: str) -> bool:
+    """Whether ``folder`` holds checkpoints or results of a run."""
+    return bool(checkpoints(folder)) or (Path(folder) / RESULTS_FILE).exists()
+
+
+def check_ours(folder: str) -> None:
+    """Raise InputError if ``folder`` holds what a run would write over, and no run of these recipes wrote it.
+
+    Every run writes its run.json before anything else.
+    """
+    path = Path(folder)
+    if (path / RUN_FILE).exists():
+        known = _read_json(path / RUN_FILE)
+        if not isinstance(known, dict) or "recipe" not in known:
+            raise InputError(f"{path / RUN_FILE}: not of a run of these recipes. Choose another --output_dir.")
+        return
+    found = sorted(file.name for pattern in WRITTEN for file in path.glob(pattern))
+    if found:
+        raise InputError(
+            f"{folder} holds {', '.join(found[:5])} but no {RUN_FILE}: not a run of these recipes, which would write "
+            "over such files. Choose another --output_dir."
+        )
 
 
 def check_disk_space(

@@ -31,6 +31,9 @@ from common.run.plots import Line
 
 LAUNCHES_FILE = "launches.jsonl"
 TASKS_FILE = "eval_tasks.jsonl"
+# What the report reads of a score. What is not known is None.
+SCORE = {"task": str, "metric": str, "score": int | float, "step": int, "seconds": int | float}
+SCORE |= dict.fromkeys(("stderr", "chance"), int | float | None) | dict.fromkeys(("documents", "shots"), int | None)
 PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao", "numpy", "tokenizers")
 # Beginnings of the environment variables that the launcher sets from its YAML.
 LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")
@@ -223,8 +226,8 @@ class RunRecord:
             results=results,
             identity=_json(folder / "run.json"),
             launches=read_lines(folder / LAUNCHES_FILE),
-            samples=read_lines(folder / "samples.jsonl"),
-            tasks=read_lines(folder / TASKS_FILE),
+            samples=read_samples(folder),
+            tasks=_whole_entries(folder / TASKS_FILE, SCORE),
             status={} if status is None else status,
         )
 
@@ -249,6 +252,17 @@ class RunRecord:
         """Return the curve of ``series`` under the name ``label``, ready to be drawn."""
         xs, ys = self.series(name, against)
         return Line(label, xs, ys, dots)
+
+
+def read_samples(folder: str | Path) -> list[dict]:
+    """Return the whole entries of ``samples.jsonl`` in ``folder``: "step", "prompt" and "text"; [] without a file."""
+    return _whole_entries(Path(folder) / "samples.jsonl", {"step": int, "prompt": str, "text": str})
+
+
+def _whole_entries(path: Path, kinds: dict) -> list[dict]:
+    """Return the entries of ``path`` that have all names of ``kinds``, with values of these kinds."""
+    entries = read_lines(path)
+    return [entry for entry in entries if all(isinstance(entry.get(name, ...), kind) for name, kind in kinds.items())]
 
 
 def _step(path: Path) -> int:

@@ -48,14 +48,16 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         if trainer.is_world_process_zero():
             plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
         trainer.save_metrics("eval", held_out)
-        trainer.save_metrics("train", train)  # last, because all_results.json marks the run as finished
     trainer.run.write_status("finished")
-    trainer.interruption.release()
     results = {**held_out, **train}
     if trainer.is_world_process_zero():
         with trainer.run.writing("report.html and the model card"):
             write_report(trainer.args.output_dir, history, results)
             _write_card(trainer, results)
+    with trainer.run.writing("the results", needed=True):
+        trainer.save_metrics("train", train)  # last, because the steps in all_results.json mark the run as finished
+    trainer.interruption.release()
+    if trainer.is_world_process_zero():
         finish_tracking(results, trainer.state.global_step)
     return results
 

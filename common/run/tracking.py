@@ -14,7 +14,8 @@ from transformers import TrainerCallback
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from common.console import InputError, is_main_process, say
-from common.io import read_lines, write_json
+from common.io import write_json
+from common.run.record import git_commit, read_samples
 
 TRACKING_FILE = "tracking.json"
 
@@ -60,12 +61,14 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
 
     log_dir = Path(output_dir) / "swanlog"
     log_dir.mkdir(parents=True, exist_ok=True)
-    never_ask = swanlab.Settings(interactive=False)
-    run = {"name": Path(output_dir).name, "log_dir": str(log_dir), "settings": never_ask, "resume": "allow"}
+    # It would record the remote of git, which may have a password in it (swanlab 0.10).
+    settings = swanlab.Settings(interactive=False, probe={"git": False})
+    run = {"name": Path(output_dir).name, "log_dir": str(log_dir), "settings": settings, "resume": "allow"}
+    run["config"] = {"commit": git_commit()}
     run |= swanlab_identity(output_dir, project)
     if mode != "auto":
         attempts = [mode]
-    elif never_ask.api_key:
+    elif settings.api_key:
         attempts = ["online", "offline"]
     else:
         attempts = ["offline"]
@@ -146,7 +149,7 @@ class TextCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         import swanlab
 
-        samples = read_lines(Path(args.output_dir) / "samples.jsonl")
+        samples = read_samples(args.output_dir)
         latest = {sample["prompt"]: sample["text"] for sample in samples if sample["step"] == state.global_step}
         if latest and "eval_loss" in metrics and swanlab.has_run():
             texts = [swanlab.Text(prompt + text, caption=prompt) for prompt, text in latest.items()]

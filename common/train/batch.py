@@ -1,5 +1,6 @@
 """Tokens a step -> rows of a micro-batch and gradient accumulation."""
 
+import math
 from dataclasses import replace
 
 from accelerate.utils import gather_object
@@ -12,6 +13,8 @@ from common.model.from_config import card_bytes
 from common.model.memory import Setting
 from common.system import GIB
 from common.train.plan import rows_that_fit, setting_of_run
+
+LARGEST_STEP_TOKENS = 2**31  # the largest batches of published runs have some 2**26
 
 
 def set_batch(launch: Launch, training: TrainingArguments, tokens_per_step: int, context_length: int) -> int:
@@ -31,8 +34,12 @@ def set_batch(launch: Launch, training: TrainingArguments, tokens_per_step: int,
         if value < 1:
             raise InputError(f"{flag} {value}: must be at least 1.")
     most, processes = training.per_device_train_batch_size, launch.row_readers
+    _check_size("--tokens_per_step", tokens_per_step, 1)
+    _check_size("--per_device_train_batch_size", most, context_length)
+    _check_size("--per_device_eval_batch_size", training.per_device_eval_batch_size, context_length)
     if training.gradient_accumulation_steps > 0:
         rows_per_step = most * processes * training.gradient_accumulation_steps
+        _check_size("--gradient_accumulation_steps", training.gradient_accumulation_steps, most * context_length)
         say(
             f"batch: {most} rows x {processes} processes x {context_length} tokens x "
             f"{training.gradient_accumulation_steps} accumulated (your flag wins over --tokens_per_step) = "
@@ -40,7 +47,7 @@ def set_batch(launch: Launch, training: TrainingArguments, tokens_per_step: int,
         )
         return rows_per_step
     rows, rest = divmod(tokens_per_step, processes * context_length)  # of each process
-    micro_batch = max((size for size in range(1, min(most, rows) + 1) if rows % size == 0), default=0)
+    micro_batch = largest_divisor(rows, most)
     if rest or micro_batch == 0 or 2 * micro_batch <= min(most, rows):
         unit = min(most, max(rows, 1)) * processes * context_length
         raise InputError(
@@ -55,6 +62,22 @@ def set_batch(launch: Launch, training: TrainingArguments, tokens_per_step: int,
         f"accumulated = {tokens_per_step:,} tokens a step"
     )
     return rows * processes
+
+
+def _check_size(flag: str, value: int, tokens: int) -> None:
+    """Raise InputError if ``value`` times ``tokens`` is more than a step can be."""
+    if value * tokens > LARGEST_STEP_TOKENS:
+        raise InputError(
+            f"{flag} {value:,}: {value * tokens:,} tokens, and a step has at most {LARGEST_STEP_TOKENS:,}. Use at most "
+            f"{LARGEST_STEP_TOKENS // tokens:,}."
+        )
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of ``number`` that is at most ``most``; 0 without one."""
+    divisors = [small for small in range(1, math.isqrt(number) + 1) if number % small == 0]
+    divisors += [number // small for small in divisors]
+    return max((divisor for divisor in divisors if divisor <= most), default=0)
 
 
 def derive_micro_batch(

@@ -3,11 +3,12 @@
 import os
 import sys
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback
+from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.console import no_bars_while_training, say
@@ -44,6 +45,8 @@ class RunCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.run.step = state.global_step
+        if self.guard.not_saved is not None and self.guard.in_a_row == 0:
+            control.should_save = True  # the bad streak in which a checkpoint was due is over
         if self.guard.stop is not None:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
@@ -150,7 +153,8 @@ class SampleCallback(TrainerCallback):
             return
         synchronized = self.strategy.is_fsdp and torch.distributed.is_initialized()
         try:
-            texts = generate_samples(model, self.tokenizer, self.prompts, args.seed, args.device, synchronized)
+            with computing(args):
+                texts = generate_samples(model, self.tokenizer, self.prompts, args.seed, args.device, synchronized)
         except Exception as error:  # a model may fail to generate in its own way; it trains all the same
             if not self.failed:
                 say(f"note: no samples, training continues: {type(error).__name__}: {error}".splitlines()[0])
@@ -166,6 +170,16 @@ class SampleCallback(TrainerCallback):
         ]
         with self.run.writing(SAMPLES_FILE):
             append_lines(Path(args.output_dir) / SAMPLES_FILE, entries)
+
+
+def computing(args: TrainingArguments) -> AbstractContextManager:
+    """Return the context in which the forward of training computes: generation calls the model without it.
+
+    Under DeepSpeed the model itself is in the precision of the computation.
+    """
+    if args.deepspeed_plugin is not None or not (args.bf16 or args.fp16):
+        return nullcontext()
+    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from transformers import Trainer
 
 from common.distributed.workarounds import without_autocast
 from common.model.attention import generating
+from common.train.callbacks import computing
 from common.train.interruption import EvaluationStopped, Interruption
 
 LOGITS_AT_ONCE = 2**27  # of a batch: 512 MiB in fp32, and as much again for their logarithms
@@ -111,11 +112,16 @@ class LiveModel(HFLM):
 
 @contextmanager
 def live_model(trainer: Trainer, interruption: Interruption) -> Iterator[LiveModel]:
-    """Lend ``trainer``'s model to lm_eval, as whoever loads the saved model gets it: no dropout, in its own dtype."""
+    """Lend ``trainer``'s model to lm_eval, as whoever loads the saved model gets it: no dropout, in its own dtype.
+
+    Adapters and the layers beside them have two dtypes: then it computes in the precision of training.
+    """
     model = trainer.model
+    dtypes = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+    precision = without_autocast(model) if len(dtypes) == 1 else computing(trainer.args)
     was_training = model.training
     try:
-        with generating(model), without_autocast(model), torch.no_grad():
+        with generating(model), precision, torch.no_grad():
             yield LiveModel(trainer, interruption)
     finally:
         model.train(was_training)

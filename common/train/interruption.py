@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
-from common.console import InputError, is_main_process, say
+from common.console import InputError, is_main_process, say, what_follows
 from common.run.folder import Run
 from common.train.step_guard import BAD_STEPS_FILE, StepGuard
 
@@ -105,7 +105,7 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreed is not None:
-            say(f"{self.agreed}: saving step {state.global_step} and ending; the same command continues there")
+            say(f"{self.agreed}: saving step {state.global_step} and ending")
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # whoever sent the signal may not wait that long
         control.should_save |= self.save_due
@@ -133,13 +133,23 @@ def session(run: Run, interruption: Interruption, guard: StepGuard) -> Iterator[
     if interruption.agreed is not None:
         run.write_status("interrupted", interruption.agreed)
         interruption.release()
+        saved = "saved; the same command continues" if run.saved_step() == run.step else f"not saved; {run.way_back()}"
+        say(f"{interruption.agreed}: step {run.step} is {saved}{what_follows()}")
         raise SystemExit(interruption.exit_status)
     if guard.stop is not None:
         run.write_status("failed", guard.stop)
         interruption.release()
-        raise InputError(
-            f"stopped at step {run.step}: {guard.stop}.\nAll is saved; {run.folder}/{BAD_STEPS_FILE} has the rows of "
-            "the bad steps, and which were left out. The same command continues after them; a lower --learning_rate, "
-            "or other data, needs another --output_dir."
-        )
+        raise InputError(f"stopped at step {run.step}: {guard.stop}.\n{_advice(run, guard)}")
     interruption.before_leaving = partial(run.write_status, "interrupted", "a signal after the last step")
+
+
+def _advice(run: Run, guard: StepGuard) -> str:
+    """Return how to go on after the guard ended the run."""
+    rows = f"{run.folder}/{BAD_STEPS_FILE} has the rows of the bad steps, and which were left out."
+    change = "A lower --learning_rate, or other data, needs another --output_dir."
+    if guard.not_saved is None:
+        return f"All is saved; {rows} The same command continues after them. {change}"
+    return (
+        f"Nothing of it is saved. What was saved before is kept, and its weights are finite: {run.way_back()}. {rows} "
+        f"If the same steps end it again, --max_bad_steps lets more of them be left out. {change}"
+    )

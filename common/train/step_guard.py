@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate.utils import gather_object
+from torch.distributed.tensor import DTensor
 
 from common.console import InputError, is_main_process, say
 from common.dataset.packing import IGNORED_ROW, JoinedRows
@@ -46,8 +47,8 @@ class StepGuard:
         self.losses: deque[float] = deque(maxlen=WINDOW_STEPS)  # finite ones, of the last steps
         self.left_out = self.in_a_row = self.spikes = 0
         self.since_log: list[float] = []  # losses of the steps that were made since the last log
-        self.left_out_since_log = 0
         self.stop: str | None = None  # why the run must end
+        self.not_saved: str | None = None  # why the newest checkpoint that was due is not written
 
     def judge(self, loss: float, grad_norm: float, made: bool = False) -> tuple[bool, str | None]:
         """Return whether to make the step, and what is wrong with it, None if nothing is.
@@ -69,9 +70,9 @@ class StepGuard:
                     self.stop = problem
         if math.isfinite(loss):
             self.losses.append(loss)
-        self.in_a_row = 0 if make else self.in_a_row + 1
+        one_spike = self.stop is not None  # ends the run, and is no streak: the weights are those of the step before it
+        self.in_a_row = 0 if make or one_spike else self.in_a_row + 1
         self.left_out += not make
-        self.left_out_since_log += not make
         if make:
             self.since_log.append(loss)
         if self.in_a_row > self.max_bad_steps:
@@ -79,11 +80,14 @@ class StepGuard:
         return make, problem
 
     def logged(self) -> dict[str, float]:
-        """Return what a log must say of steps left out since the last one: {} if there were none."""
-        made, left_out = self.since_log, self.left_out_since_log
-        self.since_log, self.left_out_since_log = [], 0
-        if not left_out:
-            return {"steps_left_out": self.left_out} if self.left_out else {}
+        """Return what a log must say once a step was left out: {} before that.
+
+        Trainer's own mean has the steps that were left out in it. After a NaN it is NaN for ever: it is reset by
+        subtracting it from itself.
+        """
+        made, self.since_log = self.since_log, []
+        if not self.left_out:
+            return {}
         return {"loss": sum(made) / len(made) if made else math.nan, "steps_left_out": self.left_out}
 
     def state(self) -> dict:
@@ -94,6 +98,43 @@ class StepGuard:
         """Continue from what ``state`` returned."""
         self.losses.extend(state["losses"])
         self.left_out, self.spikes, self.in_a_row = state["left_out"], state["spikes"], state["in_a_row"]
+
+
+def not_worth_saving(model: torch.nn.Module, guard: StepGuard) -> str | None:
+    """Return why no checkpoint may be made of ``model`` now, None if one may; the same on every process.
+
+    The steps of a bad streak were left out, but the last step that was made may be what spoilt the model.
+    """
+    if guard.in_a_row:
+        return f"the last {guard.in_a_row} steps were left out as bad"
+    problem = weights_not_finite(model)
+    if problem is not None:  # no later step makes them finite again
+        guard.stop = problem
+    return problem
+
+
+def weights_not_finite(model: torch.nn.Module) -> str | None:
+    """Return which weight has values that are not finite, None if none has; the same on every process."""
+    names = [name for name in gather_object([own_weight_not_finite(model)]) if name is not None]
+    return f"the weight {names[0]} has values that are not finite" if names else None
+
+
+def own_weight_not_finite(model: torch.nn.Module) -> str | None:
+    """Return the first weight with values that are not finite, None without one.
+
+    Of a weight that is sharded, this process looks at its own part.
+    """
+    names, largest = [], []
+    for name, parameter in model.named_parameters():
+        own = getattr(parameter, "ds_tensor", parameter).detach()  # ZeRO-3 keeps the part there
+        own = own.to_local() if isinstance(own, DTensor) else own
+        if own.is_floating_point() and own.numel():
+            names.append(name)
+            largest.append(torch.linalg.vector_norm(own, math.inf).float())  # NaN if any is; needs no second tensor
+    if not largest:
+        return None
+    finite = torch.stack([value.to(largest[0].device) for value in largest]).isfinite().tolist()
+    return next((name for name, good in zip(names, finite, strict=True) if not good), None)
 
 
 def robust_z_score(value: float, window: deque[float] | list[float]) -> float:
@@ -186,7 +227,8 @@ def report_bad_step(
     say(f"step {step} {action}: {problem}. {shown(named)}; all in {BAD_STEPS_FILE}")
     if is_main_process():
         entry = {"step": step, "problem": problem, **{name: repr(value) for name, value in figures.items()}}
-        Path(run.folder).mkdir(parents=True, exist_ok=True)
+        if not run.claimed:  # such as a probe
+            Path(run.folder).mkdir(parents=True, exist_ok=True)
         with run.writing(BAD_STEPS_FILE):
             append_lines(Path(run.folder) / BAD_STEPS_FILE, [entry | {"action": action, "rows": named}])
 

@@ -21,7 +21,7 @@ from common.distributed.launch import Launch, lost_process
 from common.distributed.workarounds import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
 from common.io import write_json
 from common.model.attention import DOCUMENTS, block_mask
-from common.run.checkpoints import unfinished
+from common.run.checkpoints import reading, unfinished
 from common.run.folder import Run
 from common.run.init_from import check_resumable
 from common.run.record import mean_logged_loss
@@ -37,11 +37,13 @@ from common.train.step_guard import (
     GUARD_FILE,
     StepGuard,
     name_rows,
+    not_worth_saving,
     read_guard,
     report_bad_batches,
     report_bad_step,
     rows_of_bad_losses,
     sums_over_processes,
+    weights_not_finite,
 )
 
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
@@ -143,7 +145,10 @@ class PretrainingTrainer(Trainer):
         self.callback_handler.callbacks = trackers_may_fail(self.callback_handler.callbacks)
         with session(self.run, self.interruption, self.guard):
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                if self.guard.stop is None:  # whatever --save_strategy says: there would be no use for such a model
+                    self.guard.stop = self.guard.not_saved = weights_not_finite(self.model)
+                return output
             except torch.OutOfMemoryError as error:
                 raise InputError(out_of_memory(self, error)) from None
             except RuntimeError as error:
@@ -157,13 +162,42 @@ class PretrainingTrainer(Trainer):
     def _seek(self, checkpoint: Path) -> None:
         """Begin after ``checkpoint``, with what the guard knew there."""
         check_resumable(str(checkpoint), self.launch)
-        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        seen = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
-        self.order.begin_at(state["global_step"], seen[-1] // self.train_dataset.context_length, self.args)
+        with reading(checkpoint, "trainer_state.json"):
+            state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+            seen = [entry["tokens_seen"] for entry in state["log_history"] if "tokens_seen" in entry]
+            self.order.begin_at(state["global_step"], seen[-1] // self.train_dataset.context_length, self.args)
         if state["max_steps"] != self.args.max_steps:
             planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
             say(f"note: {planned}: the learning-rate schedule moves with it")
         self.guard.load(read_guard(checkpoint / GUARD_FILE))
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
+        """Replaces: the libraries' own texts where a file was replaced."""
+        with reading(resume_from_checkpoint, "the weights"):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result) -> None:
+        """Replaces: a warning, and going on with weights that are not the checkpoint's."""
+        trained = {name for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        missing = sorted(trained.intersection(load_result.missing_keys))
+        if missing:
+            raise ValueError(f"{missing[0]} is not among them")
+        super()._issue_warnings_after_load(load_result)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Check the weights, which are loaded now. Replaces: the libraries' own texts where a file was replaced."""
+        problem = None if checkpoint is None else weights_not_finite(self.model)
+        if problem is not None:
+            raise InputError(
+                f"{checkpoint}: {problem}. Remove this checkpoint: the same command then continues from the one before."
+            )
+        with reading(checkpoint, "the states of optimizer and schedule"):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Replaces: the libraries' own texts where a file was replaced."""
+        with reading(checkpoint, "the random state"):
+            super()._load_rng_state(checkpoint)
 
     def get_batch_samples(self, *args) -> tuple[list, torch.Tensor]:
         """Return a step's batches. Replaces: fetching them when the device has nothing left to do."""
@@ -330,7 +364,10 @@ class PretrainingTrainer(Trainer):
             return super().evaluate(*args, **kwargs)
 
     def _save_checkpoint(self, *args, **kwargs) -> None:
-        """Keep saving out of the training throughput. Replaces: pruning before the new checkpoint is whole."""
+        """Keep saving out of the training throughput, and bad weights out of checkpoints.
+
+        Replaces: pruning before the new checkpoint is whole; saving weights that are not finite.
+        """
         step = self.state.global_step
         save = super()._save_checkpoint
 
@@ -340,6 +377,10 @@ class PretrainingTrainer(Trainer):
                 write_json(unfinished(self.run.folder, step) / GUARD_FILE, self.guard.state())
 
         with self.clock.interval.paused():
+            self.guard.not_saved = not_worth_saving(self.model, self.guard)
+            if self.guard.not_saved is not None:
+                say(f"step {step} is not saved: {self.guard.not_saved}")
+                return
             self.run.save_checkpoint(step, write, self.launch.strategy.shards_states, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
 

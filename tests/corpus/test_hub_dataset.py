@@ -195,10 +195,7 @@ def test_a_token_goes_to_the_chosen_hub_only(monkeypatch):
         use_hubs(monkeypatch, hugging_face=server.url)
         _, (file,) = find_files("owner/name")
         assert file.headers["authorization"] == "Bearer hf_secret" and "hf_secret" not in repr(file)
-        monkeypatch.setattr(
-            "common.corpus.transfer.HUGGING_FACE_MIRROR", server.url
-        )  # asked because the chosen one failed
-        monkeypatch.setattr(hub_data, "hub_endpoints", lambda: {"mirror": server.url})
+        monkeypatch.setattr(hub_data, "hub_endpoints", lambda: {"mirror": server.url})  # as the chosen one failed
         monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
         _, (file,) = find_files("owner/name")
         assert "authorization" not in file.headers

@@ -1,6 +1,8 @@
 """A lock that a killed compilation left does not hang the next launch; one that is held is left alone."""
 
 import os
+import re
+import time
 
 import pytest
 
@@ -59,3 +61,12 @@ def test_other_processes_and_strategies_leave_it_alone(lock, monkeypatch, name, 
     monkeypatch.setenv(name, value)
     remove_dead_locks()
     assert lock.exists()
+
+
+def test_one_that_is_dated_tomorrow_is_not_waited_for_until_then(lock, monkeypatch, capsys):
+    monkeypatch.setattr(dead_locks, "FOREIGN_SECONDS", 1.5)
+    made_ago(lock, -86_400)
+    began = time.monotonic()
+    remove_dead_locks()
+    assert not lock.exists() and time.monotonic() - began < 10
+    assert re.search("waiting up to [12] s", capsys.readouterr().out)

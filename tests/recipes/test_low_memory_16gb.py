@@ -1,6 +1,8 @@
 """The 16 GB recipe as a user runs it, on the CPU: a small model that knows the bundled English articles."""
 
 import json
+import math
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from test_pretrained import write_gguf
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.console import InputError
+from common.run import merge_adapters
 from common.run.checkpoints import checkpoints, problem_of, read_manifest
 from common.tokens.train_tokenizer import train_tokenizer
 from common.train import low_memory
@@ -99,7 +102,7 @@ def test_it_learns_and_interrupted_and_resumed_equals_uninterrupted(
         recipe.main(flags)
     monkeypatch.setattr(PretrainingTrainer, "training_step", step)
     if "lora" in name:
-        with pytest.raises(InputError, match="no finished run of LoRA, only checkpoint-3"):
+        with pytest.raises(InputError, match="no finished run of LoRA, its newest checkpoint is of step 3"):
             recipe.main([*flags, "--merge_only"])
         assert "adapter_model.safetensors" in read_manifest(tmp_path / "checkpoint-3")["files"]
     recipe.main(flags)
@@ -146,9 +149,72 @@ def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights
     (folder / "merged" / "model.safetensors").unlink()
     recipe.main(["--merge_only", "--model", str(weights), "--output_dir", str(folder)])
     assert (folder / "merged" / "model.safetensors").exists()
-    other = changed_weights(weights, tmp_path / "other", lambda name, tensor: tensor * 1.01)
-    with pytest.raises(InputError, match="was trained with other weights than these"):
-        recipe.main(["--merge_only", "--model", str(other), "--output_dir", str(folder)])
+    good = (folder / "merged" / "model.safetensors").read_bytes()
+
+    def layers(name, tensor):
+        return tensor * 1.01 if "layers.1.self_attn.q_proj" in name else tensor
+
+    # The embedding of all of these is the run's.
+    others = [changed_weights(weights, tmp_path / "other", layers), folder / "merged"]
+    for other in others:
+        with pytest.raises(InputError, match="was trained with other weights than these"):
+            recipe.main(["--merge_only", "--model", str(other), "--output_dir", str(folder)])
+    assert (folder / "merged" / "model.safetensors").read_bytes() == good
+
+
+def test_qlora_compares_the_files_that_it_was_trained_with(finished, weights, tmp_path):
+    name, folder = finished
+    if name != "qlora":
+        pytest.skip("the others compare the weights as they are loaded")
+    base = AutoModelForCausalLM.from_pretrained(weights)
+    described = json.loads((folder / "run.json").read_text())["model"]
+    other = changed_weights(
+        weights, tmp_path / "other", lambda name, tensor: tensor * 1.01 if "1.mlp" in name else tensor
+    )
+    for place, expected in ((weights, True), (other, False), (folder / "merged", False)):
+        assert merge_adapters._trained_with(base, str(place), described) is expected
+
+
+def test_a_run_that_ended_while_merging_is_merged_by_the_same_command(recipe, finished, weights, cache_dir, capsys):
+    name, folder = finished
+    if name != "lora":
+        pytest.skip("once is enough")
+    merged = folder / "merged"
+    before = {path.name: path.read_bytes() for path in merged.iterdir()}
+    for path in merged.iterdir():
+        if path.name != "model.safetensors":  # the move was cut off: config.json is the last
+            path.unlink()
+    (folder / "unfinished" / "checkpoint-merged").mkdir(parents=True)
+    flags = run(weights, cache_dir, folder, *METHODS[name])
+    recipe.main(flags)
+    assert {path.name: path.read_bytes() for path in merged.iterdir()} == before
+    assert "nothing to train" in capsys.readouterr().out and not (folder / "unfinished").exists()
+    written = (merged / "config.json").stat().st_mtime_ns
+    recipe.main(flags)
+    assert (merged / "config.json").stat().st_mtime_ns == written  # nothing is missing now
+
+
+def test_a_run_that_was_continued_and_stopped_is_not_merged(recipe, finished, weights, cache_dir, monkeypatch):
+    name, folder = finished
+    if name != "lora, embedding":
+        pytest.skip("the last test that needs its run")
+    step = PretrainingTrainer.training_step
+
+    def until_step_9(self, *args, **kwargs):
+        if self.state.global_step == 8:
+            raise KeyboardInterrupt
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PretrainingTrainer, "training_step", until_step_9)
+    good = (folder / "merged" / "model.safetensors").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        recipe.main(run(weights, cache_dir, folder, *METHODS[name], "--max_steps", "12", "--save_steps", "1"))
+    with pytest.raises(InputError, match="no finished run of LoRA, its newest checkpoint is of step 8"):
+        recipe.main(["--merge_only", "--model", str(weights), "--output_dir", str(folder)])
+    (folder / "status.json").unlink()  # then the checkpoints say it
+    with pytest.raises(InputError, match="no finished run of LoRA, its newest checkpoint is of step 8"):
+        recipe.main(["--merge_only", "--model", str(weights), "--output_dir", str(folder)])
+    assert (folder / "merged" / "model.safetensors").read_bytes() == good
 
 
 @pytest.mark.parametrize(
@@ -164,7 +230,7 @@ def test_merging_again_beside_other_weights_is_refused(recipe, finished, weights
         (["--init_from", "outputs/run"], "--init_from: not in this recipe"),
         (["--step_in_backward"], "--step_in_backward: .* --max_grad_norm 1 comes too late"),
         ([*IN_BACKWARD, "--tokens_per_step", "512"], "--step_in_backward: .*2 micro-batches.* --tokens_per_step 256"),
-        (["--merge_only"], "no finished run of LoRA, only part of one, or nothing"),
+        (["--merge_only"], "no finished run of LoRA, it has no whole checkpoint"),
     ],
 )
 def test_it_is_refused_before_any_text_is_tokenized(recipe, weights, tmp_path, flags, message, monkeypatch):
@@ -194,6 +260,43 @@ def test_qlora_on_a_gguf_file(recipe, weights, cache_dir, tmp_path, slow_kernels
     merged.unlink()
     recipe.main([*flags, "--merge_only"])
     assert merged.read_bytes() == content
+
+
+LORA, QLORA = ["--method", "lora", "--lora_rank", "4"], ["--method", "qlora", "--lora_rank", "4"]
+IN_BF16 = {
+    "lora, embedding": [*LORA, "--train_embedding"],
+    "lora": LORA,
+    "lora, some layers": [*LORA, "--lora_targets", "q_proj", "v_proj"],
+    "qlora": QLORA,
+    "qlora, embedding": [*QLORA, "--train_embedding"],
+    "full": [],
+    "full, fp32 weights": ["--weights", "fp32"],
+    "full, in backward": IN_BACKWARD,
+}
+
+
+@pytest.mark.parametrize(
+    "name", [name if "embedding" in name else pytest.param(name, marks=pytest.mark.heavy) for name in IN_BF16]
+)
+def test_every_option_in_bf16(recipe, weights, cache_dir, tmp_path, request, name):
+    """As the YAMLs have it. It trains, writes samples, and what is merged is the adapter's model, by plain peft."""
+    if "qlora" in name:
+        request.getfixturevalue("slow_kernels")
+    flags = [*IN_BF16[name], "--bf16", "true", "--max_steps", "3"]
+    if find_spec("lm_eval"):
+        flags += ["--eval_tasks", str(ROOT / "data" / "tasks" / "minimal_pairs_en.yaml")]
+    recipe.main(run(weights, cache_dir, tmp_path, *flags))
+    assert not [task for task in results_of(tmp_path).get("tasks", []) if "failed" in task]
+    assert [*losses(tmp_path)] == [1, 2, 3] and all(map(math.isfinite, losses(tmp_path).values()))
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert samples and all(sample["text"] for sample in samples)
+    if "lora" in name:
+        base = AutoModelForCausalLM.from_pretrained(weights, dtype=torch.bfloat16)
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+        assert merged.dtype == torch.bfloat16
+        adapted = PeftModel.from_pretrained(base, tmp_path).float()
+        difference = (logits_of(merged.float()) - logits_of(adapted)).abs().max()
+        assert difference < 0.05 * logits_of(adapted).std(), "bf16 has 8 bits"
 
 
 @pytest.mark.parametrize("method", ["lora", "qlora"])

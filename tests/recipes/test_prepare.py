@@ -171,6 +171,10 @@ def test_a_trained_tokenizer_is_judged_on_held_out_text(tokenizer, tmp_path, cap
     assert 1 < report["bytes_per_token"] < report["reference_bytes_per_token"]
     assert report["embedding_parameters"] == 640 * 512
     assert report["sample"]["documents"] < 263
+    before = (tmp_path / "t" / "tokenizer.json").read_bytes()
+    with pytest.raises(InputError, match="--output .*exists already. Choose another --output, or remove it"):
+        prepare.main(["train-tokenizer", *flags, "--vocabulary_size", "700"])
+    assert (tmp_path / "t" / "tokenizer.json").read_bytes() == before
 
 
 def test_a_tokenizer_of_few_documents_is_judged_on_the_one_that_a_recipe_holds_out(tmp_path, capsys):

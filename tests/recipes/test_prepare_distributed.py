@@ -7,9 +7,12 @@ import shutil
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
+import psutil
 import pytest
 from conftest import ROOT
 
@@ -403,3 +406,34 @@ def test_datatrove_missing_names_the_command(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="pip install 'datatrove"):
         script.main(["--input", "a", "--tokenizer", "b", "--output", str(tmp_path / "out"), "--tasks", "2"])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGKILL is not known there")
+def test_a_worker_that_is_killed_ends_the_launch_with_the_command_that_continues(many_files, tmp_path, tokenizer):
+    """As the system kills a process when memory runs out. Nothing waits for it, and no worker is left."""
+    pytest.importorskip("datatrove")
+    path, texts = many_files
+    flags = ["--input", str(path), "--tokenizer", tokenizer.folder, "--output", str(tmp_path / "out")]
+    flags += ["--tasks", "3", "--workers", "2"]
+    spec = importlib.util.spec_from_file_location("prepare_distributed", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    killed = []
+
+    def kill_one() -> None:
+        while not killed:
+            for child in psutil.Process().children():
+                if "spawn_main" in " ".join(child.cmdline()):
+                    child.kill()
+                    killed.append(time.monotonic())
+                    return
+            time.sleep(0.05)
+
+    thread = Thread(target=kill_one, daemon=True)
+    thread.start()
+    with pytest.raises(InputError, match="a worker was killed.*the same command continues.*--workers 1"):
+        module.main(flags)
+    assert time.monotonic() - killed[0] < 60
+    assert not [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    module.main([*flags[:-1], "1"])
+    assert TokenStore(str(tmp_path / "out")).documents == len(texts)

@@ -17,7 +17,7 @@ from common.arguments import SharedArguments
 from common.console import InputError
 from common.distributed.strategy import FSDP2, SINGLE, ZERO2
 from common.run.checkpoints import finish_checkpoint, unfinished
-from common.run.folder import Run, check_disk_space, open_run
+from common.run.folder import Run, check_disk_space, check_folder, open_run
 from common.run.identity import DECIDING_ROWS, SHARED_NOT_DECIDING, deciding_training
 from common.run.lock import read_status
 
@@ -82,6 +82,56 @@ def test_a_folder_of_something_else_is_refused(tmp_path):
     checkpoint(tmp_path, 5)
     with pytest.raises(InputError, match="not a run of these recipes"):
         claim(tmp_path, RUN)
+
+
+def files_below(folder) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "name", ["unfinished/thesis/a.txt", "unfinished/checkpoint-3/a.txt", "checkpoint-3/a.txt", "model.safetensors",
+             "config.json", "tokenizer_config.json", "README.md", "merged/a.gguf"],
+)  # fmt: skip
+def test_a_folder_of_somebody_else_is_refused_and_left_as_it_was(tmp_path, name):
+    """By the preflight, before anything is tokenized, and when it is claimed."""
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    training = TrainingArguments(output_dir=str(tmp_path), report_to="none", use_cpu=True)
+    refused = (lambda: claim(tmp_path, RUN), lambda: check_folder(str(tmp_path), "a.py", SharedArguments(), training))
+    for check in refused:
+        with pytest.raises(
+            InputError, match=r"but no run.json: not a run of these recipes.*Choose another --output_dir"
+        ):
+            check()
+    kept = files_below(tmp_path)
+    kept.pop(".lock", None)
+    assert kept == {name: b"mine"}
+
+
+def test_a_run_json_of_somebody_else_is_refused_and_left_as_it_was(tmp_path):
+    for content in ('{"name": "mine"}', "[1]"):
+        (tmp_path / "run.json").write_text(content)
+        with pytest.raises(InputError, match="not of a run of these recipes"):
+            claim(tmp_path, RUN)
+        assert (tmp_path / "run.json").read_text() == content
+
+
+def test_only_half_written_checkpoints_are_removed(tmp_path):
+    claim(tmp_path, RUN)
+    for name in ("thesis/a.txt", "checkpoint-3/a.pt", "removed-checkpoint-1/a.pt", "checkpoint-model/a.safetensors"):
+        (tmp_path / "unfinished" / name).parent.mkdir(parents=True)
+        (tmp_path / "unfinished" / name).write_text("x")
+    claim(tmp_path, RUN)
+    assert [*files_below(tmp_path / "unfinished")] == [os.path.join("thesis", "a.txt")]
+
+
+def test_a_refused_launch_removes_nothing(tmp_path):
+    claim(tmp_path, RUN)
+    checkpoint(tmp_path, 5)
+    (tmp_path / "unfinished" / "checkpoint-9").mkdir(parents=True)
+    with pytest.raises(InputError, match="holds another run"):
+        claim(tmp_path, RUN | {"recipe": "b.py"})
+    assert (tmp_path / "unfinished" / "checkpoint-9").exists()
 
 
 def test_the_newest_whole_checkpoint_is_taken(tmp_path, capsys):

@@ -102,6 +102,7 @@ def test_what_is_left_half_written_is_removed_by_the_owner_only(owner, tmp_path,
     assert (tmp_path / "unfinished" / "checkpoint-5").exists()
     owner.kill()
     owner.wait()
+    (tmp_path / "run.json").write_text('{"recipe": "a"}')  # a run's folder, as it is since its first moment
     Run(str(tmp_path)).claim({"recipe": "a"})
     assert not (tmp_path / "unfinished").exists() and "half-written when the run ended" in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ from conftest import ROOT, load_recipe, small_run
 
 from common.console import InputError
 from common.run.plots import Line, clock, line_plot, short, stacked_bar, ticks
-from common.run.record import RunRecord
+from common.run.record import RunRecord, read_samples
 from common.run.report import page, reproduce, write_report
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)> & \"quoted' \u202e"
@@ -129,7 +129,12 @@ def test_the_files_that_a_killed_run_left_still_give_a_report(tmp_path):
     (tmp_path / "checkpoint-2" / "trainer_state.json").write_text(json.dumps({"log_history": history(2)}))
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text(json.dumps({"log_history": history(10)}))
     (tmp_path / "all_results.json").write_text('{"half')
-    (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "a", "text": "b"}\n{"step": 2, "pro')
+    damaged = '{}\n[]\n{"step": "1", "prompt": 2}\n'
+    (tmp_path / "samples.jsonl").write_text('{"step": 1, "prompt": "a", "text": "b"}\n' + damaged + '{"step": 2, "pro')
+    assert read_samples(tmp_path) == [{"step": 1, "prompt": "a", "text": "b"}]
+    (tmp_path / "launches.jsonl").write_text(damaged)
+    (tmp_path / "eval_tasks.jsonl").write_text(damaged)
+    (tmp_path / "run.json").write_text("{}")
     assert "1,000" in Elements(write_report(tmp_path).read_text(encoding="utf-8")).text, (
         "the log of the newest checkpoint"
     )

@@ -1,6 +1,7 @@
 """All launches of a folder are one SwanLab run, with texts and tables. TensorBoard gets the same names."""
 
 import json
+import subprocess
 
 import pytest
 from conftest import losses, small_run
@@ -9,15 +10,32 @@ from transformers import TrainerCallback
 from common.console import InputError
 from common.run.tracking import swanlab_identity
 
+REMOTE = "https://me:passw0rd@git.example.org/me/private.git"
 
-@pytest.fixture
-def tracked(wiki, cache_dir, tmp_path):
+
+@pytest.fixture(scope="module")
+def tracked(wiki, cache_dir, tmp_path_factory):
     """A run that was continued, with SwanLab offline in both launches."""
+    tmp_path = tmp_path_factory.mktemp("tracked")
     flags = small_run(cache_dir, tmp_path / "run")
     flags = [flag if flag != "off" else "offline" for flag in flags]
-    wiki.main([flag if flag != "6" else "3" for flag in flags])
-    wiki.main(flags)
+    repository = tmp_path / "repository"
+    for command in (["init", "-q", repository], ["-C", repository, "remote", "add", "origin", REMOTE]):
+        subprocess.run(["git", *command], check=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(repository)
+        wiki.main([flag if flag != "6" else "3" for flag in flags])
+        wiki.main(flags)
     return tmp_path / "run"
+
+
+def test_no_password_of_a_git_remote_is_in_what_a_tracker_keeps(tracked):
+    """SwanLab would keep the remote as it is."""
+    kept = [path for path in tracked.rglob("*") if path.is_file() and ".git" not in path.parts]
+    assert len(kept) > 10 and any("swanlog" in path.parts for path in kept)
+    for path in kept:
+        content = path.read_bytes()
+        assert b"passw0rd" not in content and b"git.example.org" not in content, path
 
 
 def test_a_continued_run_is_the_same_swanlab_run(tracked):

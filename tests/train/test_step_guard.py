@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import losses, small_run, store_of_tokens
+from safetensors.torch import load_file, save_file
 from transformers import Trainer
 
 from common.console import InputError
@@ -21,6 +22,7 @@ from common.train.step_guard import (
     WINDOW_STEPS,
     StepGuard,
     name_rows,
+    own_weight_not_finite,
     report_bad_batches,
     robust_z_score,
     rows_of_bad_losses,
@@ -72,6 +74,8 @@ def test_a_spike_is_met_as_asked(policy, make, stops):
     made, problem = guard.judge(7.0, 1.0)
     assert made is make and "deviations above the median of 128 steps" in problem
     assert (guard.stop is not None) == stops and guard.spikes == 1 and guard.left_out == (not make)
+    # A streak is open after a step that was skipped. The one that stops the run is no streak: it is saved.
+    assert guard.in_a_row == (policy == "skip")
 
 
 def test_a_spike_whose_step_was_made_stops_the_run_and_is_not_counted_as_left_out():
@@ -137,7 +141,7 @@ def test_the_log_is_the_mean_of_the_steps_that_were_made():
         guard.judge(loss, 1.0)
     assert guard.logged() == {"loss": 3.0, "steps_left_out": 1}
     guard.judge(2.0, 1.0)
-    assert guard.logged() == {"steps_left_out": 1}
+    assert guard.logged() == {"loss": 2.0, "steps_left_out": 1}  # Trainer's would still be NaN
     guard.judge(NAN, 1.0)
     assert math.isnan(guard.logged()["loss"])
 
@@ -241,15 +245,77 @@ def test_a_bad_step_changes_nothing_but_the_count(wiki, cache_dir, tmp_path, poi
     assert "step 3 left out: loss nan" in capsys.readouterr().out
 
 
-def test_too_many_in_a_row_end_with_a_checkpoint(wiki, cache_dir, tmp_path, poisoned):
-    poisoned({(step, 0) for step in (3, 4, 5)})
-    flags = small_run(cache_dir, tmp_path, "--max_bad_steps", "1", "--save_steps", "100")
-    with pytest.raises(InputError, match="stopped at step 4: 2 bad steps in a row"):
+def checkpoints_in(folder):
+    return sorted(path.name for path in folder.glob("checkpoint-*"))
+
+
+def test_too_many_in_a_row_end_without_a_checkpoint_and_keep_the_one_before(wiki, cache_dir, tmp_path, poisoned):
+    poisoned({(step, 0) for step in (4, 5)})
+    flags = ["--save_steps", "2", "--save_total_limit", "1", "--eval_strategy", "no"]
+    flags = small_run(cache_dir, tmp_path, *flags)
+    for _ in range(2):  # the same command goes back to the checkpoint, and meets the same rows
+        with pytest.raises(InputError, match="stopped at step 5: 2 bad steps in a row") as caught:
+            wiki.main([*flags, "--max_bad_steps", "1"])
+        assert f"the same command continues from {tmp_path / 'checkpoint-2'}" in str(caught.value)
+        assert "--max_bad_steps lets more of them" in str(caught.value)
+        assert checkpoints_in(tmp_path) == ["checkpoint-2"]
+        assert read_status(tmp_path) | {"state": "failed", "step": 5} == read_status(tmp_path)
+    wiki.main([*flags, "--max_bad_steps", "2"])
+    assert [step for step, loss in losses(tmp_path).items() if math.isfinite(loss)] == [1, 2, 3, 6]
+
+
+def test_a_checkpoint_that_was_due_in_a_bad_streak_is_written_after_it(wiki, cache_dir, tmp_path, poisoned, capsys):
+    poisoned({(step, 0) for step in (2, 3)})
+    flags = ["--save_steps", "2", "--save_total_limit", "9", "--eval_strategy", "no"]
+    wiki.main(small_run(cache_dir, tmp_path, *flags))
+    assert checkpoints_in(tmp_path) == ["checkpoint-4", "checkpoint-6"]
+    assert "step 2 is not saved: the last 1 steps were left out as bad" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("save_steps", ["2", "100"])
+def test_a_weight_that_turns_nan_is_in_no_checkpoint_and_in_no_model(
+    wiki, cache_dir, tmp_path, monkeypatch, save_steps
+):
+    """After step 3. Without a save at step 4, the steps after it are bad ones, and nothing but the end is left."""
+    step = wiki.PretrainingTrainer.training_step
+
+    def spoil(self, model, *args, **kwargs):
+        loss = step(self, model, *args, **kwargs)
+        if self.state.global_step == 3:
+            with torch.no_grad():
+                self.model.model.layers[1].mlp.down_proj.weight[2, 3] = NAN
+        return loss
+
+    monkeypatch.setattr(wiki.PretrainingTrainer, "training_step", spoil)
+    flags = ["--save_steps", save_steps, "--save_total_limit", "1", "--eval_strategy", "no"]
+    with pytest.raises(InputError, match="the weight model.layers.1.mlp.down_proj.weight has values that are not fin"):
+        wiki.main(small_run(cache_dir, tmp_path, *flags))
+    assert checkpoints_in(tmp_path) == (["checkpoint-2"] if save_steps == "2" else [])
+    assert not (tmp_path / "model.safetensors").exists() and not (tmp_path / "all_results.json").exists()
+
+
+def test_a_checkpoint_of_nan_is_not_continued_from(wiki, cache_dir, tmp_path, monkeypatch):
+    """One that was written by something else, such as an earlier version of this project."""
+    flags = small_run(cache_dir, tmp_path, "--save_steps", "1", "--eval_strategy", "no", "--save_total_limit", "9")
+    wiki.main([*flags, "--max_steps", "2"])
+    file = tmp_path / "checkpoint-2" / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][0] = NAN
+    save_file(tensors, file, {"format": "pt"})
+    with pytest.raises(InputError, match="checkpoint-2: the weight model.norm.weight has values .*Remove this checkp"):
         wiki.main(flags)
-    assert (tmp_path / "checkpoint-4" / "manifest.json").exists()
-    assert read_status(tmp_path) | {"state": "failed", "step": 4} == read_status(tmp_path)
-    with pytest.raises(InputError, match="stopped at step 5: 3 bad steps in a row"):  # it goes on with the count
-        wiki.main(flags)
+
+
+def test_weights_that_are_not_finite_are_found_in_every_dtype():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        layer = torch.nn.Linear(3, 4, dtype=dtype)
+        layer.bias.data.fill_(torch.finfo(dtype).max)
+        assert own_weight_not_finite(layer) is None, "the largest number is finite"
+        for bad in (NAN, INF, -INF):
+            layer.weight.data[1, 2] = bad
+            assert own_weight_not_finite(layer) == "weight"
+    empty = torch.nn.Embedding(0, 3)
+    assert own_weight_not_finite(empty) is None
 
 
 def test_evaluation_names_what_is_not_finite(wiki, cache_dir, tmp_path, monkeypatch, capsys):

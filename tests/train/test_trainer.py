@@ -1,12 +1,15 @@
 """Clocks, samples, and a disk that fills up while saving."""
 
 import errno
+import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import losses, small_run
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, Trainer
 
 import common.train.metrics as clock
@@ -154,7 +157,7 @@ def test_a_model_that_does_not_fit_is_not_left_half_written(wiki, cache_dir, tmp
 
     def full_at_the_end(self, output_dir=None, state_dict=None):
         save(self, output_dir, state_dict)
-        if not Path(output_dir).name.startswith("checkpoint-"):
+        if not Path(output_dir).name.rpartition("-")[2].isdecimal():
             os.truncate(Path(output_dir) / "model.safetensors", 1000)
             raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -182,3 +185,79 @@ def test_with_continue_a_full_disk_does_not_end_the_run(wiki, cache_dir, tmp_pat
     wiki.main(small_run(cache_dir, tmp_path, *flags))
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
     assert "no space left while saving step 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("policy", ["stop", "continue"])
+def test_a_folder_that_is_gone_is_no_full_disk(wiki, cache_dir, tmp_path, monkeypatch, policy):
+    """And nothing is written where it was, whatever --on_save_error says: nobody would know it for a run."""
+    step = wiki.PretrainingTrainer.training_step
+
+    def gone_at_step_4(self, *args, **kwargs):
+        if self.state.global_step == 3:
+            shutil.rmtree(tmp_path / "run")
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(wiki.PretrainingTrainer, "training_step", gone_at_step_4)
+    flags = ["--save_steps", "2", "--eval_strategy", "no", "--on_save_error", policy]
+    with pytest.raises(InputError, match="run: the folder is gone while saving step 4 .*bring it back") as caught:
+        wiki.main(small_run(cache_dir, tmp_path / "run", *flags))
+    assert "no space" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_disk_that_refuses_says_why(wiki, cache_dir, tmp_path, monkeypatch):
+    def failing(self, *args):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Trainer, "_save_checkpoint", failing)
+    with pytest.raises(InputError, match="the disk refused while saving step 3 .*Input/output error") as caught:
+        wiki.main(small_run(cache_dir, tmp_path))
+    assert "no space" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "what"),
+    [
+        ("optimizer.pt", b"", "the states of optimizer and schedule"),
+        ("scheduler.pt", {}, "the states of optimizer and schedule"),
+        ("rng_state.pth", {}, "the random state"),
+        ("rng_state.pth", b"", "the random state"),
+        ("model.safetensors", b"", "the weights"),
+        ("model.safetensors", {"other": torch.zeros(3)}, "the weights"),
+        ("trainer_state.json", b"{}", "trainer_state.json"),
+    ],
+)
+def test_a_replaced_file_of_a_checkpoint_is_one_error_of_ours(
+    wiki, cache_dir, three_steps, tmp_path, name, content, what
+):
+    """Of the same size, as the manifest knows it; without the checkpoint, the one before it is continued."""
+    folder = tmp_path / "run"
+    shutil.copytree(three_steps, folder)
+    file = folder / "checkpoint-3" / name
+    size = file.stat().st_size
+    if name == "model.safetensors" and content:
+        save_file(content, file)
+    elif isinstance(content, dict):
+        torch.save(content, file)
+    else:
+        file.write_bytes(content)
+    manifest = json.loads((file.parent / "manifest.json").read_text())
+    assert manifest["files"][name] == size
+    manifest["files"][name] = file.stat().st_size
+    (file.parent / "manifest.json").write_text(json.dumps(manifest))
+    flags = small_run(cache_dir, folder, "--save_steps", "1", "--eval_strategy", "no", "--max_steps", "4")
+    with pytest.raises(InputError, match=f"checkpoint-3: {what} cannot be read") as caught:
+        wiki.main(flags)
+    assert "remove this checkpoint" in str(caught.value) and "weights_only" not in str(caught.value)
+    shutil.rmtree(file.parent)
+    wiki.main(flags)
+    assert [*losses(folder)] == [1, 2, 3, 4]
+
+
+@pytest.fixture(scope="module")
+def three_steps(wiki, cache_dir, tmp_path_factory):
+    """A run of 3 steps, with a checkpoint of each."""
+    folder = tmp_path_factory.mktemp("three") / "run"
+    wiki.main(small_run(cache_dir, folder, "--save_steps", "1", "--eval_strategy", "no", "--max_steps", "3",
+                        "--save_total_limit", "5"))  # fmt: skip
+    (folder / "all_results.json").unlink()
+    return folder
