@@ -108,8 +108,9 @@ SAMPLE = dict(
     save_steps=300,
 )
 
-NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
-NOT_READ |= {"eval_tasks", "eval_tasks_every", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}
+NOT_READ = {"swanlab", "plan", "probe", "init_from", "branch_from", "save_minutes", "on_save_error", "max_bad_steps"}
+NOT_READ |= {"on_loss_spike", "eval_tasks", "eval_tasks_every"}
+NOT_READ |= set(TrainingArguments.__dataclass_fields__) - {*TRAINING, "disable_tqdm"}
 
 
 @dataclass
@@ -128,8 +129,7 @@ def every(interval: float, steps: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts above are defaults, any flag overrides. What only Trainer would read is refused.
     launch = read_launch()
-    defaults = DATA | TRAINING | launch.defaults()
-    own, shared, training = parse_flags(RecipeArguments, argv, defaults, NOT_READ, sample=SAMPLE)
+    own, shared, training = parse_flags(RecipeArguments, argv, DATA | TRAINING | launch.defaults(), NOT_READ, sample=SAMPLE)
     if launch.context_parallel > 1:
         raise InputError("context parallelism: rows are not divided here. Use wiki_zh_scratch.py.")
     size = ModelSize(SAMPLE_MODEL if own.sample else MODEL, None, None, shared)

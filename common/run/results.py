@@ -30,6 +30,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
     }
     total = sum(sources.values(), Ledger())
     total.check()
+    branch = trainer.run.branch
     train = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -43,6 +44,9 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
+    if branch is not None:
+        elsewhere = trainer.order.rows_elsewhere * context_length
+        train["branch"] = asdict(branch) | {"tokens_elsewhere": elsewhere}
     with trainer.run.writing("the results", needed=True):
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -78,6 +82,12 @@ def summary(results: dict) -> str:
         else f"task             {score_text(score)}, {score['documents']:,} documents"
         for score in results.get("tasks", [])
     ]
+    branch = results.get("branch")
+    left = []
+    if branch is not None:
+        left = [f"branch           of {branch['checkpoint']}, after {branch['step']:,} steps, {branch['tokens']:,} tokens"]
+        if branch["tokens_elsewhere"]:
+            left.append(f"                 {branch['tokens_elsewhere']:,} of them of rows that are not counted below")
     shares = [
         f"  {name}: {source.rows_trained / max(ledger.rows_trained, 1):.2%} of the rows trained on,"
         f" {source.rows_trained / max(source.rows_train, 1):.2f} passes; {source}"
@@ -93,6 +103,7 @@ def summary(results: dict) -> str:
             f"perplexity       {results['eval_perplexity']:,.2f}",
             f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
             *tasks,
+            *left,
             f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
             f" = {results['epochs']:.2f} passes over the training rows",
             f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",

@@ -164,6 +164,8 @@ class PretrainingTrainer(Trainer):
             planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
             say(f"note: {planned}: the learning-rate schedule moves with it")
         self.guard.load(read_guard(checkpoint / GUARD_FILE))
+        if 0 < self.order.begins_at == self.order.first_position:  # a branch begins here: other text, other losses
+            self.guard.losses.clear()
 
     def get_batch_samples(self, *args) -> tuple[list, torch.Tensor]:
         """Return a step's batches. Replaces: fetching them when the device has nothing left to do."""
