@@ -96,7 +96,7 @@ class MeasureBefore(TrainerCallback):
         held_out = self.trainer.evaluate()
         rows = model.config.get_text_config().vocab_size
         say(f"before training: {held_out['eval_loss']:.4f} nats a token; by chance ln({rows:,}) = {np.log(rows):.4f}")
-        if self.pretrained:
+        if self.pretrained and state.global_step == 0:  # the text of a branch may be new to it
             check_start(held_out["eval_loss"], rows)
         if self.retained is not None:
             retained = self.trainer.evaluate(self.retained, metric_key_prefix="retain")
