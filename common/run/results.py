@@ -82,12 +82,6 @@ def summary(results: dict) -> str:
         else f"task             {score_text(score)}, {score['documents']:,} documents"
         for score in results.get("tasks", [])
     ]
-    branch = results.get("branch")
-    left = []
-    if branch is not None:
-        left = [f"branch           of {branch['checkpoint']}, after {branch['step']:,} steps, {branch['tokens']:,} tokens"]
-        if branch["tokens_elsewhere"]:
-            left.append(f"                 {branch['tokens_elsewhere']:,} of them of rows that are not counted below")
     shares = [
         f"  {name}: {source.rows_trained / max(ledger.rows_trained, 1):.2%} of the rows trained on,"
         f" {source.rows_trained / max(source.rows_train, 1):.2f} passes; {source}"
@@ -103,7 +97,7 @@ def summary(results: dict) -> str:
             f"perplexity       {results['eval_perplexity']:,.2f}",
             f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
             *tasks,
-            *left,
+            *_branch_lines(results.get("branch")),
             f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
             f" = {results['epochs']:.2f} passes over the training rows",
             f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",
@@ -111,6 +105,16 @@ def summary(results: dict) -> str:
             *shares,
         ]
     )
+
+
+def _branch_lines(branch: dict | None) -> list[str]:
+    """Return where the run has left another one: no line if it has not."""
+    if branch is None:
+        return []
+    lines = [f"branch           of {branch['checkpoint']}, after {branch['step']:,} steps, {branch['tokens']:,} tokens"]
+    if branch["tokens_elsewhere"]:
+        lines.append(f"                 {branch['tokens_elsewhere']:,} of them of rows that are not counted below")
+    return lines
 
 
 def plot_loss_curve(log_history: list[dict], path: Path) -> None:

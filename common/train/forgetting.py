@@ -109,9 +109,8 @@ def figures_before(log_history: list[dict], step: int = 0) -> dict[str, float]:
     ``step``: at which they were measured. It is above 0 in a branch that holds out other documents.
     """
     wanted = [f"{prefix}_{figure}" for prefix in SETS for figure in FIGURES]
-    return {
-        f"before_{name}": entry[name] for entry in log_history if entry["step"] == step for name in wanted if name in entry
-    }
+    measured = [entry for entry in log_history if entry["step"] == step]
+    return {f"before_{name}": entry[name] for entry in measured for name in wanted if name in entry}
 
 
 def before_and_after(results: dict) -> str:

@@ -203,6 +203,8 @@ def test_a_run_of_100_steps_has_no_warning(capsys, enough):
     assert training.max_steps >= 100 and "warning" not in capsys.readouterr().out
     run_of(8, max_steps=3)  # asked for in steps
     assert "warning" not in capsys.readouterr().out
+
+
 @settings(max_examples=100)
 @given(
     st.lists(st.integers(1, 30), min_size=1, max_size=3),
