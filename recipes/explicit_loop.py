@@ -129,10 +129,10 @@ def every(interval: float, steps: int) -> float:
 def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts above are defaults, any flag overrides. What only Trainer would read is refused.
     launch = read_launch()
-    own, shared, training = parse_flags(RecipeArguments, argv, DATA | TRAINING | launch.defaults(), NOT_READ, sample=SAMPLE)
+    defaults = DATA | TRAINING | launch.defaults()
+    own, shared, training = parse_flags(RecipeArguments, argv, defaults, NOT_READ, sample=SAMPLE)
     if launch.context_parallel > 1:
         raise InputError("context parallelism: rows are not divided here. Use wiki_zh_scratch.py.")
-    size = ModelSize(SAMPLE_MODEL if own.sample else MODEL, None, None, shared)
     launch = preflight(RECIPE, launch, None, shared, training, LEARNING_RATES)
     set_seed(training.seed)
 
@@ -161,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
     rows = build_rows(stores, shared)
-    shape = size.shape(vocabulary_size(tokenizer))
+    shape = ModelSize(SAMPLE_MODEL if own.sample else MODEL, None, None, shared).shape(vocabulary_size(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length, training)
     model.config.pad_token_id = None  # model_from_config says why
     model.config.use_cache = False
