@@ -107,6 +107,13 @@ class SharedArguments:
             "--output_dir: at its next row, with a new optimizer and schedule."
         },
     )
+    branch_from: str | None = field(
+        default=None,
+        metadata={
+            "help": "Leave another run at this checkpoint of it, outputs/run/checkpoint-N, and continue in another "
+            "--output_dir with other flags: data, weights, rate, length. Optimizer and random states are kept."
+        },
+    )
     plan: bool = field(
         default=False,
         metadata={"help": "Only print the memory that the run needs, and what would make it fit. Loads nothing."},
@@ -178,6 +185,11 @@ class SharedArguments:
 
     def __post_init__(self):
         """Raise InputError for flags that would be ignored."""
+        if self.branch_from and self.init_from:
+            raise InputError(
+                f"--branch_from {self.branch_from} with --init_from: a branch continues with the weights of its "
+                "checkpoint. Leave --init_from out."
+            )
         for name in ("plan_config", "plan_processes", "plan_memory_gib"):
             if getattr(self, name) is not None and (self.probe or not self.plan):
                 why = "the probe runs as it is launched" if self.probe else "it would be ignored"

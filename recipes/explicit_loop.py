@@ -107,8 +107,9 @@ SAMPLE = dict(
     save_steps=300,
 )
 
-NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
-NOT_READ |= {"eval_tasks", "eval_tasks_every", *TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}
+NOT_READ = {"swanlab", "plan", "probe", "init_from", "branch_from", "save_minutes", "on_save_error", "max_bad_steps"}
+NOT_READ |= {"on_loss_spike", "eval_tasks", "eval_tasks_every"}
+NOT_READ |= set(TrainingArguments.__dataclass_fields__) - {*TRAINING, "disable_tqdm"}
 
 
 @dataclass
@@ -131,7 +132,6 @@ def main(argv: list[str] | None = None) -> None:
     own, shared, training = parse_flags(RecipeArguments, argv, defaults, NOT_READ, sample=SAMPLE)
     if launch.context_parallel > 1:
         raise InputError("context parallelism: rows are not divided here. Use wiki_zh_scratch.py.")
-    size = ModelSize(SAMPLE_MODEL if own.sample else MODEL, None, None, shared)
     launch = preflight(RECIPE, launch, None, shared, training, LEARNING_RATES)
     set_seed(training.seed)
 
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
 
     # Rows, and the model: random weights. The seed was set above, so every process draws the same ones.
     rows = build_rows(stores, shared)
-    shape = size.shape(vocabulary_size(tokenizer))
+    shape = ModelSize(SAMPLE_MODEL if own.sample else MODEL, None, None, shared).shape(vocabulary_size(tokenizer))
     model = model_from_config(shape, tokenizer, shared.context_length, training)
     model.config.pad_token_id = None  # model_from_config says why
     model.config.use_cache = False

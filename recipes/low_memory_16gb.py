@@ -50,6 +50,7 @@ from common.model.pretrained import (
     pretrained_model,
     weights_fingerprint,
 )
+from common.run.branch import begin_branch
 from common.run.folder import open_run
 from common.run.identity import run_identity
 from common.run.merge_adapters import is_merged, save_merged
@@ -203,7 +204,8 @@ def main(argv: list[str] | None = None) -> None:
     start |= {"step_in_backward": own.step_in_backward, "vocabulary_rows": model.config.vocab_size}
     identity = run_identity(RECIPE, start, rows, tokenizer, launch, shared, training, {})
     order = training_order(rows.train, training, launch.rows_per_step)
-    with open_run(identity, shared, training) as run:
+    branch = begin_branch(order, identity, shared, training)  # None without --branch_from
+    with open_run(identity, shared, training, branch) as run:
         if results := run.finished(order):
             finished = f"{run.folder} is finished; nothing to train."
             say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
@@ -237,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics["eval_unigram_loss"] = unigram_loss(rows.train, rows.held_out, model.config.vocab_size)
         if rows.test is not None:
             metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
-        metrics |= figures_before(trainer.state.log_history)
+        metrics |= figures_before(trainer.state.log_history, run.measured_from)
         metrics |= tasks.measure()
         trainer.save_model()
         results = save_results(trainer, rows.ledgers, metrics)

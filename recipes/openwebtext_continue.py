@@ -41,6 +41,7 @@ from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, pretrained_model, random_model, weights_fingerprint
+from common.run.branch import begin_branch
 from common.run.folder import open_run
 from common.run.identity import run_identity
 from common.run.init_from import load_start, rows_before
@@ -194,7 +195,8 @@ def main(argv: list[str] | None = None) -> None:
     more = {"optimizer": launch.optimizer, "init_from": shared.init_from, "retained": retained.fingerprints}
     identity = run_identity(RECIPE, start, rows, tokenizer, launch, shared, training, more)
     order = training_order(rows.train, training, launch.rows_per_step, rows_before(identity, shared))
-    with open_run(identity, shared, training) as run:
+    branch = begin_branch(order, identity, shared, training)  # None without --branch_from
+    with open_run(identity, shared, training, branch) as run:
         if results := run.finished(order):
             finished = f"{run.folder} is finished; nothing to train."
             return say(f"{finished}\n{summary(results)}\n\n{before_and_after(results)}")
@@ -220,7 +222,7 @@ def main(argv: list[str] | None = None) -> None:
             metrics |= trainer.evaluate(rows.test, metric_key_prefix="test")
         if retained.rows is not None:
             metrics |= trainer.evaluate(retained.rows, metric_key_prefix="retain") | retained.counts
-        metrics |= figures_before(trainer.state.log_history)
+        metrics |= figures_before(trainer.state.log_history, run.measured_from)
         metrics |= tasks.measure()
         trainer.save_model()
         results = save_results(trainer, rows.ledgers, metrics)

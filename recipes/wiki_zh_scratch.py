@@ -35,6 +35,7 @@ from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import ModelSize
 from common.model.scaling import defaults_for, learning_rates_for, passes_for, read_law
+from common.run.branch import begin_branch
 from common.run.folder import open_run
 from common.run.identity import run_identity
 from common.run.init_from import load_start, rows_before
@@ -198,7 +199,8 @@ def main(argv: list[str] | None = None) -> None:
     more = {"optimizer": launch.optimizer, "init_from": shared.init_from}
     identity = run_identity(RECIPE, recorded_shape, rows, tokenizer, launch, shared, training, more)
     order = training_order(rows.train, training, launch.rows_per_step, rows_before(identity, shared))
-    with open_run(identity, shared, training) as run:
+    branch = begin_branch(order, identity, shared, training)  # None without --branch_from
+    with open_run(identity, shared, training, branch) as run:
         if results := run.finished(order):
             return say(f"{run.folder} is finished; nothing to train.\n{summary(results)}")
 

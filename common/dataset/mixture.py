@@ -27,6 +27,9 @@ class TrainingOrder(Sampler):
         rows_per_pass: rows of all sources.
         first_step, first_position: steps and rows that are done when iteration begins.
         rows_in_run: rows of the whole run, all passes: positions below it hold rows.
+        begins_at: position at which this order begins. Above 0 in a branch whose order is not that of the run it
+            leaves: the positions before it had that run's rows.
+        taken: rows of each shuffled set that were trained on before ``begins_at``; the set continues after them.
         positions_in_run: ``rows_in_run``, and the ignored rows that complete the last step.
     """
 
@@ -46,8 +49,18 @@ class TrainingOrder(Sampler):
         self.earlier = earlier[np.arange(len(self.turns)), self.turns] - 1
         self.rows_per_step = 1
         self.first_step = self.first_position = self.rows_in_run = self.positions_in_run = 0
+        self.begins_at, self.taken = 0, [0] * len(self.set_rows)
         self.rows_asked: int | None = None  # in all; None: whole steps, up to --max_steps
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
+
+    @property
+    def rows_elsewhere(self) -> int:
+        """Rows of the run that are not counted as rows of these sources: those of the run that a branch has left."""
+        return self.begins_at - sum(self.taken)
+
+    def passes_at(self, position: int) -> float:
+        """Return how many passes over the rows are done at ``position``."""
+        return (position - self.rows_elsewhere) / self.rows_per_pass
 
     def begin_at(self, step: int, position: int, training: TrainingArguments) -> None:
         """Begin iteration at ``position``, with which the step after ``step`` begins, and set ``training.max_steps``.
@@ -60,12 +73,13 @@ class TrainingOrder(Sampler):
         if self.rows_asked is None:
             rows = position + (training.max_steps - step) * self.rows_per_step
         else:
-            rows = self.rows_asked
+            rows = self.rows_asked + self.rows_elsewhere
             training.max_steps = step + math.ceil((rows - position) / self.rows_per_step)
         if training.max_steps < step or rows < position:
             raise InputError(
-                f"the run in {training.output_dir} has made {step} steps = {position} rows, more than is asked for "
-                "now. Ask for at least as many, or choose another --output_dir."
+                f"the run that {training.output_dir} continues has made {step} steps = {position} rows, more than "
+                "is asked for now. Ask for at least as many, choose another --output_dir, or leave the run earlier: "
+                "--branch_from one of its checkpoints."
             )
         self.first_step, self.first_position, self.rows_in_run = step, position, rows
         self.positions_in_run = position + (training.max_steps - step) * self.rows_per_step
@@ -95,10 +109,11 @@ class TrainingOrder(Sampler):
         yield from [IGNORED_ROW] * (self.positions_in_run - max(self.first_position, self.rows_in_run))
 
     def rows_at(self, positions: np.ndarray) -> np.ndarray:
-        """Return the rows at ``positions`` (rising), shape (positions,)."""
-        period, turn = np.divmod(positions, len(self.turns))
+        """Return the rows at ``positions`` (rising, from ``begins_at`` on), shape (positions,)."""
+        period, turn = np.divmod(positions - self.begins_at, len(self.turns))
         sources = self.turns[turn]
-        passes, places = np.divmod(period * self.parts[sources] + self.earlier[turn], np.array(self.set_rows)[sources])
+        of_source = np.array(self.taken)[sources] + period * self.parts[sources] + self.earlier[turn]
+        passes, places = np.divmod(of_source, np.array(self.set_rows)[sources])
         rows = np.empty_like(positions)
         for source in np.unique(sources):
             for epoch in np.unique(passes[sources == source]):
@@ -107,12 +122,14 @@ class TrainingOrder(Sampler):
         return rows
 
     def rows_by_source(self, position: int) -> list[int]:
-        """Return how many of the rows before ``position`` are of each source."""
+        """Return how many of the rows before ``position`` are of each source, without ``rows_elsewhere``."""
         if self.weighted:
-            period, turn = divmod(position, len(self.turns))
-            return (period * self.parts + np.bincount(self.turns[:turn], minlength=len(self.parts))).tolist()
-        passes, rest = divmod(position, self.rows_per_pass)
-        begun = np.searchsorted(self.source_ends, self.rows_at(np.arange(position - rest, position)), side="right")
+            period, turn = divmod(position - self.begins_at, len(self.turns))
+            turns = period * self.parts + np.bincount(self.turns[:turn], minlength=len(self.parts))
+            return (self.taken + turns).tolist()
+        passes, rest = divmod(position - self.rows_elsewhere, self.rows_per_pass)
+        pass_rows = self._permutation(0, passes)[:rest]
+        begun = np.searchsorted(self.source_ends, pass_rows, side="right")
         return (passes * np.array(self.source_rows) + np.bincount(begun, minlength=len(self.source_rows))).tolist()
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:

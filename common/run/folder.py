@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 
 from accelerate.utils import broadcast_object_list, gather_object
@@ -25,6 +26,7 @@ from common.console import InputError, is_local_main_process, is_main_process, s
 from common.dataset.mixture import TrainingOrder
 from common.distributed.strategy import Strategy
 from common.io import write_json
+from common.run.branch import BRANCH_FILE, Branch, check_whole
 from common.run.checkpoints import (
     UNFINISHED,
     checkpoints,
@@ -37,10 +39,10 @@ from common.run.checkpoints import (
     why_not_written,
     write_checkpoint,
 )
-from common.run.identity import DECIDING_ROWS, OTHER_ORDER, check_changes, deciding_rows, deciding_training
+from common.run.identity import OTHER_ORDER, RUN_FILE, check_changes, known_early
 from common.run.lock import STATUS_FILE, lock_folder, write_status
 
-RUN_FILE, RESULTS_FILE = "run.json", "all_results.json"
+RESULTS_FILE = "all_results.json"
 LONGEST_NAME = 255  # bytes, of a file or folder, on all usual file systems
 # What a run writes under names that other software uses, too.
 WRITTEN = [
@@ -55,12 +57,13 @@ class Run:
     Attributes:
         folder: the output folder.
         claimed: it is this run's. A probe or a benchmark claims nothing, and then no status is written.
+        branch: where it leaves another run, with --branch_from.
         step, max_steps: of the training; ``write_status`` reports them.
     """
 
-    def __init__(self, folder: str, on_save_error: str = "stop"):
+    def __init__(self, folder: str, on_save_error: str = "stop", branch: Branch | None = None):
         """``on_save_error``: "stop" or "continue", when the disk is full."""
-        self.folder, self.on_save_error = folder, on_save_error
+        self.folder, self.on_save_error, self.branch = folder, on_save_error, branch
         self.claimed = False
         self.step = self.max_steps = 0
         self._lock: FileLock | None = None
@@ -103,12 +106,20 @@ class Run:
             path.parent.mkdir(parents=True, exist_ok=True)
             if is_local_main_process():  # the folder may be each machine's own
                 _write_identity(path, identity)
+                (path.parent / BRANCH_FILE).unlink(missing_ok=True)  # of a launch that kept nothing else
+                if self.branch is not None:
+                    _write_identity(path.parent / BRANCH_FILE, asdict(self.branch))
 
     def accept_changes(self) -> None:
         """Write to run.json what --allow_changes has changed. Call this when the checkpoint has been loaded with it."""
         if self._changed_identity is not None and is_local_main_process():
             _write_identity(Path(self.folder) / RUN_FILE, self._changed_identity)
         self._changed_identity = None
+
+    @property
+    def measured_from(self) -> int:
+        """Step from which on evaluations are of this run's held-out documents. Above 0 in branches with other ones."""
+        return 0 if self.branch is None else self.branch.measured_from
 
     def release(self) -> None:
         """Give the folder back."""
@@ -134,7 +145,8 @@ class Run:
                 path.unlink()
                 results = {}
         rows_trained = ledger.get("rows_trained")
-        reached = results.get("steps") == order.steps or rows_trained == order.rows_in_run
+        wanted = order.rows_in_run - order.rows_elsewhere
+        reached = results.get("steps") == order.steps or rows_trained == wanted
         [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
         return results
 
@@ -153,11 +165,16 @@ class Run:
     def last_checkpoint(self) -> str | None:
         """Return the newest whole checkpoint, or None, the same on every process. The ones passed over are named.
 
+        A branch that has none of its own yet begins with the one that it leaves its other run at.
+
         Raises:
-            InputError: the main process has a checkpoint that this one does not see.
+            InputError: the main process has a checkpoint that this one does not see; or the other run's is gone.
         """
         found = newest_whole(self.folder) if is_main_process() else None
         [checkpoint] = broadcast_object_list([None if found is None else str(found)])
+        if checkpoint is None and self.branch is not None:
+            check_whole(self.branch.checkpoint)
+            checkpoint = self.branch.checkpoint
         if checkpoint is not None and not Path(checkpoint).exists():
             raise InputError(f"{checkpoint} is not on this machine: --output_dir must be shared by all machines.")
         if checkpoint is not None:
@@ -242,13 +259,18 @@ class Run:
 
 
 @contextmanager
-def open_run(identity: dict, shared: SharedArguments, training: TrainingArguments) -> Iterator[Run]:
+def open_run(
+    identity: dict, shared: SharedArguments, training: TrainingArguments, branch: Branch | None = None
+) -> Iterator[Run]:
     """Open the run of ``training.output_dir``, and close it however the block ends. A probe claims nothing.
+
+    Args:
+        branch: where it leaves another run, from ``begin_branch``.
 
     Raises:
         InputError: the folder is another run's, or in use; ``Run.claim`` says when.
     """
-    run = Run(training.output_dir, shared.on_save_error)
+    run = Run(training.output_dir, shared.on_save_error, branch)
     if not shared.probe:
         with training.main_process_first(desc="run folder"):
             run.claim(identity, shared.allow_changes)
@@ -279,14 +301,8 @@ def check_folder(folder: str, recipe: str, shared: SharedArguments, training: Tr
     steps = [step for step, _ in checkpoints(folder)]
     if not path.exists() or not worth_keeping(folder):
         return f"{folder}, a new run"
-    now = {"recipe": recipe, "data": deciding_rows(shared), "training": deciding_training(training)}
-    was = _read_json(path)
-    was = {
-        "recipe": was.get("recipe"),
-        "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS},
-        "training": was.get("training"),
-    }
-    check_changes(folder, was, json.loads(json.dumps(now)), shared.allow_changes)
+    was, now = known_early(_read_json(path), recipe, shared, training)
+    check_changes(folder, was, now, shared.allow_changes)
     return f"{folder}, " + (f"to be continued from step {steps[-1]}" if steps else "with results")
 
 

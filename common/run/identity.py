@@ -1,5 +1,6 @@
 """What a run is: all that decides what it trains, as run.json keeps it; and what of it may change at a relaunch."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import fields
 
@@ -12,6 +13,7 @@ from common.distributed.launch import Launch, precision_of
 from common.tokens.tokenizer import tokenizer_fingerprint
 from common.trainer_fields import deciding_fields, default_of
 
+RUN_FILE = "run.json"
 # Shared flags that run.json has under their own names. The others are there by what they make (documents, tokenizer,
 # rows a step, optimizer), or stand below.
 SHARED_NOT_DECIDING = {
@@ -54,6 +56,7 @@ FIXED = {
     "data.split": "documents that were trained on would be held out",
     "data.retained": "what was measured before is of the other documents",
     "data.init_from": "the run has started from it already",
+    "data.branch_from": "the run has branched off already",
     "data.optimizer": "the checkpoint has the states of the other optimizer",
     "data.launch": "the checkpoint has the states of the other launch",
     "training.bf16": BY_YAML,
@@ -111,10 +114,7 @@ def deciding_training(training: TrainingArguments) -> dict:
 
 def check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[str]) -> list[tuple[str, object, object]]:
     """Return what differs and may; refuse what may not."""
-    # A run that was started before a field was there, or before it was recorded, has trained with the field's default.
-    defaults = {each.name: default_of(each) for each in fields(TrainingArguments)}
-    recorded = {name: defaults.get(name) for name in now.get("training", {})} | was.get("training", {})
-    found = differences(was | {"training": recorded}, {"training": {}} | now)
+    found = changes(was, now)
     reasons = {name: why_fixed(name, was, now) for name, _, _ in found}
     fixed = {name: reason for name, reason in reasons.items() if reason is not None}
     refused = [change for change in found if change[0] in fixed or not _allowed(change[0], allow_changes)]
@@ -135,6 +135,25 @@ def check_changes(folder: str, was: dict, now: dict, allow_changes: Sequence[str
     elif changeable:
         message += f", or continue with the new ones:\n  --allow_changes {' '.join(changeable)}"
     raise InputError(message)
+
+
+def changes(was: dict, now: dict) -> list[tuple[str, object, object]]:
+    """Return (dotted name, old value, new value) of all that differs between two runs, as run.json has them."""
+    # A run that was started before a field was there, or before it was recorded, has trained with the field's default.
+    defaults = {each.name: default_of(each) for each in fields(TrainingArguments)}
+    recorded = {name: defaults.get(name) for name in now.get("training", {})} | was.get("training", {})
+    return differences(was | {"training": recorded}, {"training": {}} | now)
+
+
+def known_early(was: dict, recipe: str, shared: SharedArguments, training: TrainingArguments) -> tuple[dict, dict]:
+    """Return what is known of a run before its data and model are, as run.json has it: in ``was``, and of this run."""
+    now = {"recipe": recipe, "data": deciding_rows(shared), "training": deciding_training(training)}
+    was = {
+        "recipe": was.get("recipe"),
+        "data": {name: was.get("data", {}).get(name) for name in DECIDING_ROWS},
+        "training": was.get("training", {}),
+    }
+    return was, json.loads(json.dumps(now))
 
 
 def why_fixed(name: str, was: dict, now: dict) -> str | None:

@@ -18,7 +18,7 @@ BODY = """\
 # {name}
 
 This is a base language model: it continues text and does not follow instructions. `{recipe}` trained it for
-{steps:,} steps on {tokens:,} tokens of {sources}.
+{steps:,} steps on {tokens:,} tokens of {sources}.{branch}
 
 | on held-out documents | |
 |---|---|
@@ -67,10 +67,22 @@ def write_card(folder: str | Path, recipe: str, results: dict, texts: list[str],
         tokens=results["ledger"]["tokens_trained"],
         sources=", ".join(results["sources"]),
         rows="\n".join(f"| {metric.replace('_', ' ')} | {value:,.4f} |" for metric, value in values.items()),
+        branch=_branch(results.get("branch")),
         command=command.replace("```", "'''"),  # the fence of the code block around it
     )
     header = card_data(name, language, values).to_yaml()
     path.write_text(f"---\n{header}\n{note}\n{TO_FILL_IN}\n---\n{body}", encoding="utf-8")
+
+
+def _branch(branch: dict | None) -> str:
+    """Return where the run has left another one, as a paragraph of the card; "" if it has not."""
+    if branch is None:
+        return ""
+    text = f"\n\nIt is a branch: its first {branch['step']:,} steps are those of `{branch['checkpoint']}`"
+    if branch["tokens_elsewhere"]:
+        text += f", {branch['tokens_elsewhere']:,} tokens of which are not counted above"
+    changed = "".join(f"\n- {name}: `{old}` -> `{new}`" for name, (old, new) in branch["changed"].items())
+    return f"{text}. What differs after them:\n{changed}" if changed else f"{text}. Nothing differs after them."
 
 
 def card_data(name: str, language: str | None, values: dict[str, float]) -> ModelCardData:

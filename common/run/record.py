@@ -25,6 +25,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.console import say
 from common.io import append_lines, read_lines
+from common.run.branch import BRANCH_FILE
 from common.run.identity import differences
 from common.run.lock import read_status
 from common.run.plots import Line
@@ -198,6 +199,7 @@ class RunRecord:
     history: list[dict]  # Trainer's log: one dict for each log line
     results: dict = field(default_factory=dict)  # all_results.json; during the run, only its "sources"
     identity: dict = field(default_factory=dict)  # run.json
+    branch: dict = field(default_factory=dict)  # branch.json, if it has left another run
     launches: list[dict] = field(default_factory=list)
     samples: list[dict] = field(default_factory=list)
     tasks: list[dict] = field(default_factory=list)  # scores of --eval_tasks, those of parts of a group included
@@ -225,6 +227,7 @@ class RunRecord:
             history=history,
             results=results,
             identity=_json(folder / "run.json"),
+            branch=_json(folder / BRANCH_FILE),
             launches=read_lines(folder / LAUNCHES_FILE),
             samples=read_samples(folder),
             tasks=_whole_entries(folder / TASKS_FILE, SCORE),

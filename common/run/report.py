@@ -135,6 +135,7 @@ def description(run: RunRecord) -> dict[str, str]:
     optimizer = data.get("optimizer") or training.get("optim", "?")
     return {
         "recipe": str(run.identity.get("recipe", "unknown")),
+        "branch": branched_off(run.branch),
         "model": shape,
         **parameters,
         "data": ", ".join(run.results.get("sources", {})),
@@ -143,6 +144,18 @@ def description(run: RunRecord) -> dict[str, str]:
         "optimizer": f"{optimizer}, learning rate {training.get('learning_rate', '?')}, "
         f"seed {training.get('seed', '?')}",
     }
+
+
+def branched_off(branch: dict) -> str:
+    """Return where a run has left another one, and what differs from there on; "" if it has not."""
+    if not branch:
+        return ""
+    changed = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in branch["changed"].items())
+    text = f"of {branch['checkpoint']}, after {branch['step']:,} steps, {branch['tokens']:,} tokens"
+    text += f", with other {changed}" if changed else ", with nothing changed"
+    if branch["measured_from"]:
+        text += ". Held-out losses up to that step are of the other run's documents"
+    return text
 
 
 def figures(run: RunRecord) -> dict[str, str]:

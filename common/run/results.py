@@ -30,6 +30,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
     }
     total = sum(sources.values(), Ledger())
     total.check()
+    branch = trainer.run.branch
     train = {
         "steps": trainer.state.global_step,
         "epochs": trainer.state.epoch,
@@ -43,6 +44,9 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
         "ledger": asdict(total),
         "sources": {name: asdict(ledger) for name, ledger in sources.items()},
     }
+    if branch is not None:
+        elsewhere = trainer.order.rows_elsewhere * context_length
+        train["branch"] = asdict(branch) | {"tokens_elsewhere": elsewhere}
     with trainer.run.writing("the results", needed=True):
         trainer.save_state()
         if trainer.is_world_process_zero():
@@ -95,6 +99,7 @@ def summary(results: dict) -> str:
             f"perplexity       {results['eval_perplexity']:,.2f}",
             f"bits per byte    {results['eval_bits_per_byte']:.4f} over {results['eval_tokens']:,} held-out tokens",
             *tasks,
+            *_branch_lines(results.get("branch")),
             f"steps            {results['steps']:,} = {ledger.tokens_trained:,} tokens"
             f" = {results['epochs']:.2f} passes over the training rows",
             f"speed            {results['effective_tokens_per_second']:,.0f} tokens/s, evaluation and saving included",
@@ -102,6 +107,16 @@ def summary(results: dict) -> str:
             *shares,
         ]
     )
+
+
+def _branch_lines(branch: dict | None) -> list[str]:
+    """Return where the run has left another one: no line if it has not."""
+    if branch is None:
+        return []
+    lines = [f"branch           of {branch['checkpoint']}, after {branch['step']:,} steps, {branch['tokens']:,} tokens"]
+    if branch["tokens_elsewhere"]:
+        lines.append(f"                 {branch['tokens_elsewhere']:,} of them of rows that are not counted below")
+    return lines
 
 
 def plot_loss_curve(log_history: list[dict], path: Path) -> None:

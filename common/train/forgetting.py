@@ -2,7 +2,7 @@
 
 What it must not forget is a second held-out set, the documents of --retain, none of which is trained on. The figures
 from before the first step are in the log of every checkpoint, at step 0. A run that is continued from a checkpoint
-reports them, too.
+reports them, too. A branch that holds out other documents measures them anew where it begins.
 """
 
 from dataclasses import asdict, dataclass
@@ -91,24 +91,26 @@ class MeasureBefore(TrainerCallback):
         self.trainer, self.retained, self.pretrained = trainer, retained, pretrained
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if state.global_step > 0:  # a continued run, whose checkpoint has the figures
+        if state.global_step > self.trainer.run.measured_from:  # a continued run, whose checkpoint has the figures
             return
         held_out = self.trainer.evaluate()
         rows = model.config.get_text_config().vocab_size
         say(f"before training: {held_out['eval_loss']:.4f} nats a token; by chance ln({rows:,}) = {np.log(rows):.4f}")
-        if self.pretrained:
+        if self.pretrained and state.global_step == 0:  # the text of a branch may be new to it
             check_start(held_out["eval_loss"], rows)
         if self.retained is not None:
             retained = self.trainer.evaluate(self.retained, metric_key_prefix="retain")
             say(f"before training, --retain: {retained['retain_loss']:.4f} nats a token")
 
 
-def figures_before(log_history: list[dict]) -> dict[str, float]:
-    """Return the figures that MeasureBefore measured, from the log of a run: ``before_eval_loss`` and so on."""
+def figures_before(log_history: list[dict], step: int = 0) -> dict[str, float]:
+    """Return the figures that MeasureBefore measured, from the log of a run: ``before_eval_loss`` and so on.
+
+    ``step``: at which they were measured. It is above 0 in a branch that holds out other documents.
+    """
     wanted = [f"{prefix}_{figure}" for prefix in SETS for figure in FIGURES]
-    return {
-        f"before_{name}": entry[name] for entry in log_history if entry["step"] == 0 for name in wanted if name in entry
-    }
+    measured = [entry for entry in log_history if entry["step"] == step]
+    return {f"before_{name}": entry[name] for entry in measured for name in wanted if name in entry}
 
 
 def before_and_after(results: dict) -> str:

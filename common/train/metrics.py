@@ -50,7 +50,7 @@ class RunClock(TrainerCallback):
             evaluating = self.interval.paused_seconds  # before the first step, where a recipe does so
             self.first_step_seconds = time.perf_counter() - self.began - evaluating
             say(f"the first step took {self.first_step_seconds:.1f} s, compiling and warming up included")
-        state.epoch = self.order.position_after(state.global_step) / self.order.rows_per_pass
+        state.epoch = self.order.passes_at(self.order.position_after(state.global_step))
         # A checkpoint's log ends with its own step, so that nothing is lost between logs; a signal during an
         # evaluation makes one, too.
         if control.should_save or control.should_evaluate:

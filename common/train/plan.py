@@ -108,7 +108,7 @@ def probe(trainer, ledgers: dict[str, Ledger] | None = None, law: LossLaw | None
         "predicted_gib": round(predicted / GIB, 3),
         "tokens_per_second": round(trainer.launch.rows_per_step * context_length / seconds, 1),
         "hours": round(steps * seconds / 3600, 4),
-        "passes": round(trainer.order.rows_in_run / trainer.order.rows_per_pass, 4),
+        "passes": round(trainer.order.passes_at(trainer.order.rows_in_run), 4),
     }
     say(
         "probe: {peak_gib} GiB at the peak ({predicted_gib} predicted), {tokens_per_second:,} tokens/s, ".format(

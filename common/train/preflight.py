@@ -18,6 +18,7 @@ from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.memory import optimizer_name, predict
 from common.model.presets import ModelSize, PretrainedSize
+from common.run.branch import check_branch
 from common.run.folder import check_disk_space, check_folder, check_path
 from common.run.lock import lock_folder
 from common.run.tracking import check_trackers
@@ -88,6 +89,7 @@ def preflight(
         say(f"memory: {memory(model, launch, training, shared.context_length)}")
         check_disk_space(training.output_dir, model.num_parameters(), launch.strategy, training)
         say(f"disk: checkpoints of {model.num_parameters():,} parameters fit {training.output_dir}")
+    check_branch(recipe, shared, training)
     say(f"folder: {check_folder(training.output_dir, recipe, shared, training)}")
     if not shared.probe and Path(training.output_dir).exists():
         lock = lock_folder(training.output_dir)

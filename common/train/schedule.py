@@ -6,7 +6,7 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments, get_scheduler
 
-from common.console import InputError
+from common.console import InputError, say
 
 # What a checkpoint's optimizer brings along, and the flags of this launch decide: initial_lr is --learning_rate.
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
@@ -46,6 +46,7 @@ def keep_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, setti
     A checkpoint brings the rate, weight decay and betas that it was written with. If the flags are still the same,
     nothing changes, to the bit. A schedule that keeps the rate as its state (reduce_lr_on_plateau) keeps it.
     """
+    rates_there = [group["lr"] for group in optimizer.param_groups]
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     if isinstance(schedule, LambdaLR):
@@ -55,6 +56,9 @@ def keep_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, setti
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
         schedule._last_lr = rates  # what get_last_lr returns, and the log shows
+        if rates != rates_there:
+            step = schedule.last_epoch + 1
+            say(f"note: the learning rate of step {step} is {rates[0]:g}; by the checkpoint's flags {rates_there[0]:g}")
 
 
 def schedule_settings(training: TrainingArguments, steps: int) -> dict:

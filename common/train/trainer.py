@@ -170,6 +170,8 @@ class PretrainingTrainer(Trainer):
             planned = f"planned for {state['max_steps']} steps, now {self.args.max_steps}"
             say(f"note: {planned}: the learning-rate schedule moves with it")
         self.guard.load(read_guard(checkpoint / GUARD_FILE))
+        if 0 < self.order.begins_at == self.order.first_position:  # a branch begins here: other text, other losses
+            self.guard.losses.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
         """Replaces: the libraries' own texts where a file was replaced."""

@@ -203,3 +203,37 @@ def test_a_run_of_100_steps_has_no_warning(capsys, enough):
     assert training.max_steps >= 100 and "warning" not in capsys.readouterr().out
     run_of(8, max_steps=3)  # asked for in steps
     assert "warning" not in capsys.readouterr().out
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    st.lists(st.integers(1, 5), min_size=6, max_size=6),
+    st.integers(0, 100),
+    st.integers(0, 100),
+)
+def test_sources_continue_after_their_rows_in_another_mixture(rows, parts, before, after):
+    """Each source goes through the same rows in the same order, whoever mixes them, and all are counted."""
+    first = order_of(rows, 5, [float(part) for part in parts[: len(rows)]], real=before)
+    second = order_of(rows, 5, [float(part) for part in parts[3 : 3 + len(rows)]], real=before + after)
+    second.begins_at, second.taken, second.first_position = before, first.rows_by_source(before), before
+    visited = np.array([*first, *second], dtype=int)
+    assert second.rows_by_source(before + after) == np.histogram(visited, np.cumsum([0, *rows]))[0].tolist()
+    assert second.rows_elsewhere == 0 and second.passes_at(before + after) == (before + after) / sum(rows)
+    for source in range(len(rows)):
+        border = sum(rows[:source])
+        own = [row for row in visited.tolist() if border <= row < border + rows[source]]
+        alone = order_of(rows, 5, [1000.0 if other == source else 1.0 for other in range(len(rows))], real=1000)
+        wanted = [row for row in alone if border <= row < border + rows[source]]
+        assert own == wanted[: len(own)]
+
+
+def test_an_order_that_begins_anew_counts_the_rows_before_it_apart():
+    order, training = run_of(8, epochs=2.0)
+    order.begins_at = 40
+    order.begin_at(5, 40, training)
+    alone, _ = run_of(8, epochs=2.0)
+    assert [row for row in order if row != IGNORED_ROW] == [row for row in alone if row != IGNORED_ROW]
+    assert order.rows_elsewhere == 40 and order.rows_in_run == 40 + 66 and order.steps == 5 + 9
+    assert order.passes_at(40 + 66) == 2.0
+    assert order.rows_by_source(40 + 50) == alone.rows_by_source(50)

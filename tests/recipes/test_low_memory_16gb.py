@@ -79,6 +79,15 @@ def finished(request, recipe, weights, cache_dir, tmp_path_factory):
     return request.param, folder
 
 
+def test_a_branch_with_nothing_changed_equals_the_run(recipe, weights, cache_dir, tmp_path):
+    flags = METHODS["lora"]
+    recipe.main(run(weights, cache_dir, tmp_path / "run", *flags, "--save_total_limit", "2"))
+    flags = [*flags, "--branch_from", str(tmp_path / "run" / "checkpoint-3")]
+    recipe.main(run(weights, cache_dir, tmp_path / "branch", *flags))
+    assert losses(tmp_path / "branch") == losses(tmp_path / "run")
+    assert results_of(tmp_path / "branch")["eval_loss"] == results_of(tmp_path / "run")["eval_loss"]
+
+
 def test_it_learns_and_interrupted_and_resumed_equals_uninterrupted(
     recipe,
     weights,

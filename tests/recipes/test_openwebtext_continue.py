@@ -156,6 +156,26 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     assert len(figures) > 15 and {name: results_of(tmp_path)[name] for name in figures} == figures
 
 
+def test_a_branch_equals_the_run_or_measures_its_other_documents_where_it_begins(
+    recipe, weights, retained, cache_dir, finished, tmp_path
+):
+    """What it measures is what a run that starts from the checkpoint's weights measures before its first step."""
+    flags = ["--retain", str(retained), "--branch_from", str(finished / "checkpoint-3")]
+    recipe.main(run(weights, cache_dir, tmp_path / "same", *flags))
+    assert losses(tmp_path / "same") == losses(finished)
+    for name in ("eval_loss", "retain_loss", "before_eval_loss", "before_retain_loss"):
+        assert results_of(tmp_path / "same")[name] == results_of(finished)[name]
+
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts_of(ENGLISH)[:40]))
+    recipe.main(run(weights, cache_dir, tmp_path / "branch", *flags, "--data", str(other), "--max_steps", "4"))
+    start = ["--data", str(other), "--max_steps", "1", "--retain", str(retained)]
+    recipe.main(run(finished / "checkpoint-3", cache_dir, tmp_path / "start", *start))
+    for name in ("before_eval_loss", "before_retain_loss"):
+        assert results_of(tmp_path / "branch")[name] == pytest.approx(results_of(tmp_path / "start")[name], abs=1e-6)
+    assert "Held-out losses up to that step" in (tmp_path / "branch" / "report.html").read_text(encoding="utf-8")
+
+
 def test_another_retained_set_or_other_weights_are_another_run(
     recipe, weights, cache_dir, finished, retained, tmp_path
 ):
