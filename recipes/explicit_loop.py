@@ -15,7 +15,7 @@ import torch
 from accelerate import Accelerator, DataLoaderConfiguration
 from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from torch.utils.data import DataLoader
-from transformers import TrainingArguments, get_scheduler
+from transformers import TrainingArguments
 
 from common.arguments import parse_flags
 from common.console import InputError, say
@@ -33,12 +33,13 @@ from common.model.presets import ModelSize
 from common.run.checkpoints import finish_checkpoint, prune_checkpoints, unfinished
 from common.run.folder import open_run
 from common.run.identity import run_identity
+from common.run.step_log import StepLog
 from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.muon import MuonWithAdamW
 from common.train.preflight import preflight
-from common.train.schedule import keep_settings, schedule_settings, settings_of
+from common.train.schedule import is_due, keep_settings, make_schedule, settings_of
 from common.train.step_guard import weights_not_finite
 
 RECIPE = Path(__file__).name
@@ -119,12 +120,6 @@ class RecipeArguments:
     sample: bool = field(default=False, metadata={"help": "Train a small model on the bundled articles, offline."})
 
 
-def every(interval: float, steps: int) -> float:
-    """Return after how many steps something is due: ``interval``; below 1 it is a share of all steps, 0 is never."""
-    due = math.ceil(interval if interval >= 1 else interval * steps)
-    return due if due > 0 else math.inf
-
-
 def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts above are defaults, any flag overrides. What only Trainer would read is refused.
     launch = read_launch()
@@ -194,11 +189,9 @@ def main(argv: list[str] | None = None) -> None:
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         folder = Path(run.folder)
         checkpoint = run.last_checkpoint()
-        state = {} if checkpoint is None else json.loads(Path(checkpoint, "trainer_state.json").read_text("utf-8"))
+        log = StepLog(folder)
+        state = log.continue_from(checkpoint)
         first_step = state.get("global_step", 0)
-        log = folder / "log.jsonl"
-        with open(log, "ab") as file:  # a run that was cut off may have logged more than its checkpoint knows
-            file.truncate(min(file.tell(), state.get("log_bytes", 0)))
 
         # Batches: training starts at the checkpoint's row. Ignored rows complete the last step and the evaluation.
         order.begin_at(first_step, state.get("tokens_seen", 0) // shared.context_length, training)
@@ -220,8 +213,7 @@ def main(argv: list[str] | None = None) -> None:
             vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
             groups = [{"params": list(decayed.values())}, {"params": vectors, "weight_decay": 0.0}]
             optimizer = torch.optim.AdamW(groups, **adamw)
-        warmup, shape_of_rate = training.get_warmup_steps(steps), schedule_settings(training, steps)
-        schedule = get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, shape_of_rate)
+        schedule = make_schedule(training, optimizer, steps)
         prepared = accelerator.prepare(model, optimizer, train_batches, eval_batches)
         model, optimizer, train_batches, eval_batches = prepared
         accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
@@ -232,9 +224,6 @@ def main(argv: list[str] | None = None) -> None:
         run.accept_changes()
 
         # The loop.
-        log_every = every(training.logging_steps, steps)
-        eval_every = every(training.eval_steps, steps)
-        save_every = every(training.save_steps, steps)
         batches = iter(train_batches)
         sums, logged_step = torch.zeros(2, device=accelerator.device), first_step  # the tokens' losses, the router's
         for step in range(first_step + 1, steps + 1):
@@ -253,24 +242,22 @@ def main(argv: list[str] | None = None) -> None:
             optimizer.zero_grad()
 
             entry = {"step": step}
-            saving = step % save_every == 0 or step == steps
-            if saving or step % log_every == 0 or (step == 1 and training.logging_first_step):
+            saving = is_due(training.save_steps, step, steps)
+            logging = is_due(training.logging_steps, step, steps) or (step == 1 and training.logging_first_step)
+            if saving or logging:
                 means = [total / (step - logged_step) for total in accelerator.reduce(sums, "sum").tolist()]
                 entry |= {"loss": means[0], "grad_norm": float(grad_norm)}
                 entry |= {"router_loss": means[1]} if has_router_loss else {}
                 entry["learning_rate"] = schedule.get_last_lr()[0]
                 entry["tokens_seen"] = order.position_after(step) * shared.context_length
                 sums, logged_step = torch.zeros_like(sums), step
-            if step % eval_every == 0 or step == steps:
+            if is_due(training.eval_steps, step, steps):
                 model.eval()
                 with torch.no_grad():
                     shares = [losses_of(batch, eval_targets)[0].item() for batch in eval_batches]
                 model.train()
                 entry |= {"eval_loss": sum(gather_object(shares)), "eval_tokens": eval_targets}
-            if len(entry) > 1 and accelerator.is_main_process:
-                print(json.dumps(entry), flush=True)
-                with open(log, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(entry) + "\n")
+            log.write(entry)
             if not accelerator.optimizer_step_was_skipped:  # fp16 skips a step after an overflow
                 schedule.step()
             if saving:
@@ -279,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
                 accelerator.save_state(unfinished(folder, step))
                 accelerator.wait_for_everyone()
                 if accelerator.is_main_process:  # the checkpoint gets its name when it is whole
-                    state = {"global_step": step, "steps": step, "log_bytes": log.stat().st_size, **entry}
+                    state = log.state(entry)
                     (unfinished(folder, step) / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
                     finish_checkpoint(folder, step, accelerator.num_processes)
                     prune_checkpoints(folder, training.save_total_limit)
@@ -290,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
             weights = {name.replace("_orig_mod.", ""): weight for name, weight in weights.items()}
             accelerator.unwrap_model(model, keep_torch_compile=False).save_pretrained(folder, state_dict=weights)
             tokenizer.save_pretrained(folder)
-            (folder / "all_results.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
+            log.write_results(state)
     accelerator.end_training()
 
 

@@ -37,6 +37,7 @@ class Launch:
         offload_optimizer, offload_parameters: kept in main memory.
         replicas, shards: of the model, over all processes (data parallelism).
         tensor_parallel, context_parallel, sequence_parallel: processes that share the same rows.
+        pipeline_parallel: processes that share the layers, and so the same rows; decided by explicit_pipeline.py.
         optimizer: "muon" or "adamw"; decided by preflight.
         rows_per_step: over all processes; decided by preflight.
     """
@@ -59,6 +60,7 @@ class Launch:
     tensor_parallel: int = 1
     context_parallel: int = 1
     sequence_parallel: int = 1
+    pipeline_parallel: int = 1
     optimizer: str = ""
     rows_per_step: int = 0
 
@@ -77,7 +79,7 @@ class Launch:
     @property
     def row_readers(self) -> int:
         """How many processes, or groups of processes that share their rows, read rows of their own."""
-        return max(1, self.processes // self.context_parallel)
+        return max(1, self.processes // (self.context_parallel * self.pipeline_parallel))
 
     @property
     def reads_rows(self) -> bool:

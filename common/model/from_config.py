@@ -135,6 +135,11 @@ def keep_residual_in_bf16(model: PreTrainedModel) -> None:
     model.get_input_embeddings().register_forward_hook(cast)
 
 
+def residual_dtype(model: PreTrainedModel, mixed_precision: str) -> torch.dtype:
+    """Return the dtype of the residual stream of ``model`` under autocast, after ``keep_residual_in_bf16``."""
+    return torch.bfloat16 if mixed_precision == "bf16" and hands_on_bf16(model) else torch.float32
+
+
 def hands_on_bf16(model: PreTrainedModel) -> bool:
     """Whether a residual stream that begins in bf16 stays in bf16 through the layers of ``model``, under autocast.
 

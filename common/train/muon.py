@@ -23,7 +23,7 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from common.console import InputError
 from common.model.counts import layer_matrices
@@ -190,6 +190,21 @@ def matrices_in(experts: torch.Tensor, halved: str | None) -> list[torch.Tensor]
     if not halved.startswith("alternate"):
         return list(experts.chunk(2, -1 if last else -2))
     return [experts[..., half::2] if last else experts[:, half::2] for half in (0, 1)]
+
+
+def muon_or_adamw(model: PreTrainedModel, name: str, training: TrainingArguments) -> torch.optim.Optimizer:
+    """Return the optimizer ``name``, "muon" or "adamw", with the settings of ``training``.
+
+    Norms and biases, the vectors, have no weight decay. recipes/explicit_loop.py spells the same out.
+    """
+    betas = (training.adam_beta1, training.adam_beta2)
+    adamw = dict(lr=training.learning_rate, betas=betas, eps=training.adam_epsilon, fused=True)
+    adamw["weight_decay"] = training.weight_decay
+    decayed = {name: parameter for name, parameter in model.named_parameters() if parameter.dim() >= 2}
+    if name == "muon":
+        return MuonWithAdamW(model, list(decayed), **adamw)
+    vectors = [parameter for parameter in model.parameters() if parameter.dim() < 2]
+    return torch.optim.AdamW([{"params": list(decayed.values())}, {"params": vectors, "weight_decay": 0.0}], **adamw)
 
 
 def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:

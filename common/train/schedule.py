@@ -1,4 +1,4 @@
-"""The learning-rate schedule: a recipe gives shares of the run, and transformers needs steps."""
+"""The learning-rate schedule: a recipe gives shares of the run, and transformers needs steps. What is due when."""
 
 import math
 
@@ -61,6 +61,12 @@ def keep_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, setti
             say(f"note: the learning rate of step {step} is {rates[0]:g}; by the checkpoint's flags {rates_there[0]:g}")
 
 
+def make_schedule(training: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
+    """Return the learning-rate schedule of a run of ``steps``."""
+    warmup, settings = training.get_warmup_steps(steps), schedule_settings(training, steps)
+    return get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
+
+
 def schedule_settings(training: TrainingArguments, steps: int) -> dict:
     """Return ``training.lr_scheduler_kwargs`` for a run of ``steps``.
 
@@ -88,3 +94,12 @@ def schedule_settings(training: TrainingArguments, steps: int) -> dict:
             "steps. Use fewer, or shares such as 0.03 and 0.3."
         )
     return settings
+
+
+def is_due(interval: float, step: int, steps: int) -> bool:
+    """Return whether what is done every ``interval`` steps is due after ``step`` of ``steps``; at the end it always is.
+
+    An interval below 1 is a share of all steps, rounded up. 0 is never, until the end.
+    """
+    every = math.ceil(interval if interval >= 1 else interval * steps)
+    return step == steps or (every > 0 and step % every == 0)
