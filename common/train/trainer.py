@@ -187,14 +187,20 @@ class PretrainingTrainer(Trainer):
         super()._issue_warnings_after_load(load_result)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Check the weights, which are loaded now. Replaces: the libraries' own texts where a file was replaced."""
-        problem = None if checkpoint is None else weights_not_finite(self.model)
+        """Check the weights, which are loaded now; keep this launch's rate, weight decay and betas.
+
+        Replaces: those that the checkpoint was written with; the libraries' own texts where a file was replaced.
+        """
+        if checkpoint is None:
+            return
+        problem = weights_not_finite(self.model)
         if problem is not None:
             raise InputError(
                 f"{checkpoint}: {problem}. Remove this checkpoint: the same command then continues from the one before."
             )
         with reading(checkpoint, "the states of optimizer and schedule"):
             super()._load_optimizer_and_scheduler(checkpoint)
+            keep_settings(self.optimizer, self.lr_scheduler, self.settings_of_flags)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Replaces: the libraries' own texts where a file was replaced."""
@@ -293,12 +299,6 @@ class PretrainingTrainer(Trainer):
         self.args.lr_scheduler_kwargs = given
         self.settings_of_flags = settings_of(self.optimizer)
         return scheduler
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Keep this launch's rate, weight decay and betas. Replaces: those that the checkpoint was written with."""
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            keep_settings(self.optimizer, self.lr_scheduler, self.settings_of_flags)
 
     def _get_dataloader(self, *args, **kwargs):
         """Replaces: loaders that draw from the training's random state, and whose workers die of any signal."""
