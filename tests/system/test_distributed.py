@@ -59,3 +59,23 @@ def test_two_processes_give_the_losses_of_one(one_process, cache_dir, tmp_path, 
     assert results["eval_loss"] == pytest.approx(expected["eval_loss"], rel=1e-4)
     assert results["eval_tokens"] == expected["eval_tokens"] == 5 * 64  # no row twice
     assert results["ledger"] == expected["ledger"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("config", ["cpu_fsdp2.yaml", "zero2.yaml"])
+def test_a_rate_and_a_decay_that_change_are_applied_where_states_are_sharded(wiki, cache_dir, tmp_path, config):
+    """Half a run, and the rest with another rate and weight decay: on two processes as on one."""
+    first = "--optimizer adamw --eval_strategy no --lr_scheduler_type constant --lr_scheduler_kwargs {}".split()
+    first += ["--warmup_steps", "0", "--per_device_train_batch_size", "2"]
+    then = "--learning_rate 3e-4 --weight_decay 0.3 --allow_changes training.learning_rate training.weight_decay"
+    for flags in (["--max_steps", "3"], then.split()):
+        wiki.main([*small_run(cache_dir, tmp_path / "one", *first), *flags])
+        two = [*small_run(cache_dir, tmp_path / "two", *first), *flags]
+        done = launch(config, *"--mixed_precision no --dynamo_backend no --num_processes 2".split(), RECIPE, *two)
+        assert done.returncode == 0, done.stdout + done.stderr
+    histories = [
+        json.loads((tmp_path / name / "trainer_state.json").read_text())["log_history"] for name in ("one", "two")
+    ]
+    one, two = ([(e["learning_rate"], e["loss"]) for e in history if "loss" in e] for history in histories)
+    assert [rate for rate, _ in two] == [1e-3] * 3 + [3e-4] * 3
+    assert [loss for _, loss in two] == pytest.approx([loss for _, loss in one], rel=1e-4)
