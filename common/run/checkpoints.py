@@ -112,7 +112,7 @@ def reading(checkpoint: str | Path, files: str) -> Iterator[None]:
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise InputError(
             f"{checkpoint}: {files} cannot be read ({reason[:200]}). If a file was replaced, put it back, or remove "
-            "this checkpoint: the same command then continues from the one before it."
+            "this checkpoint: the same command then continues from the one before it, if this run has one."
         ) from None
 
 

@@ -190,6 +190,8 @@ class Run:
         step = self.saved_step()
         if not Path(self.folder).is_dir():
             return "the same command continues from what is in it"
+        if step is None and self.branch is not None:
+            return f"the same command continues from {self.branch.checkpoint}"
         if step is None:
             return "no checkpoint is written yet, and the same command begins at the first step"
         return f"the same command continues from {Path(self.folder) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}"
