@@ -10,7 +10,6 @@ import pytest
 import torch
 from conftest import losses, small_run, store_of_tokens
 from safetensors.torch import load_file, save_file
-from transformers import Trainer
 
 from common.console import InputError
 from common.dataset.mixture import TrainingOrder
@@ -200,7 +199,7 @@ def poisoned(wiki, monkeypatch):
     """Make the loss of given (step, micro-batch) pairs NaN, as a broken row would; counted from 1 and 0."""
 
     def poison(wanted):
-        compute, seen = Trainer.compute_loss, {"step": None, "micro": 0}
+        compute, seen = wiki.PretrainingTrainer.compute_loss, {"step": None, "micro": 0}
 
         def poisoned_loss(self, model, inputs, *args, **kwargs):
             step = self.state.global_step + 1
