@@ -204,7 +204,7 @@ def test_report_counts_the_rows_of_the_model(trained):
     from common.model.from_config import model_from_config
 
     shape = dict(model_type="qwen2", hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
-    model = model_from_config(shape, trained, 32)
+    model = model_from_config(shape | dict(num_key_value_heads=1), trained, 32)
     report = tokenizer_report(trained, CHINESE[:2], 64)
     assert model.get_input_embeddings().weight.numel() == report["embedding_parameters"]
 

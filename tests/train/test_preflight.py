@@ -23,7 +23,10 @@ from common.run.lock import lock_folder
 from common.train.batch import derive_micro_batch
 from common.train.preflight import preflight
 
-SHAPE = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2)
+SHAPE = dict(
+    model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=2,
+)  # fmt: skip
 ZERO = {"zero_optimization": {"stage3_gather_16bit_weights_on_model_save": True}}
 
 
