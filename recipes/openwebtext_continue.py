@@ -39,6 +39,7 @@ from common.model.attention import set_attention
 from common.model.counts import parameters_in_words
 from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
+from common.model.placement import place_model
 from common.model.presets import PretrainedSize
 from common.model.pretrained import check_fit, find_model, pretrained_model, random_model, weights_fingerprint
 from common.run.branch import begin_branch
@@ -180,9 +181,10 @@ def main(argv: list[str] | None = None) -> None:
     rows = build_rows(stores, shared)
     retained = retained_rows(retained_stores, stores, rows.train, shared)
     build = random_model if own.from_scratch else pretrained_model
-    model = build(place, tokenizer, shared.context_length)
+    model = build(place, tokenizer, shared.context_length, device=launch.building_device)
     if shared.init_from:
         load_start(model, shared.init_from)
+    model = place_model(model, launch, shared.cache_dir, training.seed)  # divided, under tensor parallelism
     say(f"parameters: {parameters_in_words(model)}")
     start = {"weights": weights_fingerprint(model), "from_scratch": own.from_scratch}
     isolated = shared.packing == "isolated"

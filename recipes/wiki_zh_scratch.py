@@ -33,6 +33,7 @@ from common.model.attention import set_attention
 from common.model.counts import parameters_in_words
 from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
+from common.model.placement import place_model
 from common.model.presets import ModelSize
 from common.model.scaling import defaults_for, learning_rates_for, passes_for, read_law
 from common.run.branch import begin_branch
@@ -183,9 +184,10 @@ def main(argv: list[str] | None = None) -> None:
     # Rows, and the model: random weights. The seed was set above, so every process draws the same weights.
     rows = build_rows(stores, shared)
     shape = size.shape(vocabulary_size(tokenizer))
-    model = model_from_config(shape, tokenizer, shared.context_length, training)
+    model = model_from_config(shape, tokenizer, shared.context_length, training, launch.building_device)
     if shared.init_from:
         load_start(model, shared.init_from)
+    model = place_model(model, launch, shared.cache_dir, training.seed)  # divided, under tensor parallelism
     if training.num_train_epochs == 0:  # --target_parameters leaves the passes to size and text
         training.num_train_epochs = passes_for(model.num_parameters(), rows.train.stream_tokens)
     say(f"parameters: {parameters_in_words(model)}")

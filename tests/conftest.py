@@ -59,6 +59,10 @@ def texts_of(path: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def weights(tmp_path_factory) -> Path:
     """A model of 512 ids that has read the English articles: about 4 nats a token, by chance 6.2."""
+    return trained_weights(tmp_path_factory.mktemp("weights") / "small", key_value_heads=1)
+
+
+def trained_weights(folder: Path, key_value_heads: int) -> Path:
     import torch
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -70,7 +74,7 @@ def weights(tmp_path_factory) -> Path:
     ids = [i for text in texts for i in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     rows = torch.tensor(ids[: len(ids) // 64 * 64]).view(-1, 64)
     shape = dict(hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
-    config = Qwen2Config(vocab_size=512, max_position_embeddings=128, num_key_value_heads=1, **shape)
+    config = Qwen2Config(vocab_size=512, max_position_embeddings=128, num_key_value_heads=key_value_heads, **shape)
     model = Qwen2ForCausalLM(config)
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     for _ in range(150):
@@ -78,7 +82,6 @@ def weights(tmp_path_factory) -> Path:
         model(batch, labels=batch).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-    folder = tmp_path_factory.mktemp("weights") / "small"
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -68,3 +68,8 @@ def _run(rank: int, check, folder: Path, environment: dict[str, str]) -> None:
         code = 1
     sys.stdout.flush()
     os._exit(code)  # gloo's threads may outlive the interpreter
+
+
+def meet_again() -> None:
+    """Call this in all processes before a further run: the last one has ended the group, and its port is taken."""
+    os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)

@@ -21,24 +21,22 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
     Raises:
         InputError: with what works.
     """
-    for kind, name, size in (
-        ("tp", "tensor", launch.tensor_parallel),
-        ("sp", "DeepSpeed's sequence", launch.sequence_parallel),
-    ):
-        if size > 1:
-            raise InputError(
-                f"parallelism_config_{kind}_size {size}: {name} parallelism is not supported by these recipes: it "
-                "needs a model that is loaded in pieces. Use fsdp2.yaml; for long rows fsdp2_context_parallel.yaml."
-            )
-    sharing = launch.context_parallel
+    if launch.sequence_parallel > 1:
+        raise InputError(
+            f"parallelism_config_sp_size {launch.sequence_parallel}: DeepSpeed's sequence parallelism is not supported "
+            "by these recipes. For long rows use fsdp2_context_parallel.yaml."
+        )
+    check_tensor_parallelism(launch)
+    sharing = launch.context_parallel * launch.tensor_parallel
     asked = launch.replicas * launch.shards * sharing
     shards, rest = divmod(launch.processes, sharing * launch.replicas)
     if sharing * launch.replicas > 1 and (rest or shards != launch.shards):
         raise InputError(
             f"parallelism_config asks for {launch.replicas} x {launch.shards} x {sharing} processes (dp_replicate x "
-            f"dp_shard x cp), and these are {launch.processes}. Use --parallelism_config_dp_shard_size "
-            f"{max(1, shards)} before the recipe, or --num_processes {asked}."
+            f"dp_shard x {'tp' if launch.tensor_parallel > 1 else 'cp'}), and these are {launch.processes}. Use "
+            f"--parallelism_config_dp_shard_size {max(1, shards)} before the recipe, or --num_processes {asked}."
         )
+    sharing = launch.context_parallel
     if sharing == 1:
         return
     if isolated:
@@ -50,6 +48,28 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
             f"--context_length {context_length}: {sharing} cards share each row as {2 * sharing} equal pieces. Use "
             f"{max(1, round(context_length / (2 * sharing))) * 2 * sharing}."
         )
+
+
+def check_tensor_parallelism(launch: Launch) -> None:
+    """Refuse what was not tried beside tensor parallelism, and so might train wrongly.
+
+    Raises:
+        InputError: with what works.
+    """
+    if launch.tensor_parallel == 1:
+        return
+    for wrong, what, works in (
+        (launch.context_parallel > 1, "context parallelism", "--parallelism_config_cp_size 1"),
+        (launch.replicas > 1, "dp_replicate_size above 1", "--parallelism_config_dp_replicate_size 1"),
+        (launch.precision == "fp16", "fp16", "--mixed_precision bf16"),
+        (launch.compiled, "torch.compile", "--dynamo_backend no"),
+        (launch.offloads, "parameters in main memory", "--fsdp_offload_params false"),
+    ):
+        if wrong:
+            raise InputError(
+                f"parallelism_config_tp_size {launch.tensor_parallel} with {what}: not tried here. Use {works} before "
+                "the recipe."
+            )
 
 
 def divided_rows(accelerator: Accelerator, inputs: dict[str, torch.Tensor]) -> Callable:

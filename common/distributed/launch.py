@@ -35,6 +35,7 @@ class Launch:
         recompute: the key of the configuration that switches recompute on, or None.
         recompute_settings: what else the configuration says of recompute.
         offload_optimizer, offload_parameters: kept in main memory.
+        loaded_by_one: FSDP2 sends out the weights of the first process, the only one that builds or loads the model.
         replicas, shards: of the model, over all processes (data parallelism).
         tensor_parallel, context_parallel, sequence_parallel: processes that share the same rows.
         pipeline_parallel: processes that share the layers, and so the same rows; decided by explicit_pipeline.py.
@@ -55,6 +56,7 @@ class Launch:
     offload_optimizer: bool = False
     offload_parameters: bool = False
     state_dict_type: str = ""
+    loaded_by_one: bool = False
     replicas: int = 1
     shards: int = 1
     tensor_parallel: int = 1
@@ -79,12 +81,33 @@ class Launch:
     @property
     def row_readers(self) -> int:
         """How many processes, or groups of processes that share their rows, read rows of their own."""
-        return max(1, self.processes // (self.context_parallel * self.pipeline_parallel))
+        sharing = self.context_parallel * self.tensor_parallel * self.pipeline_parallel
+        return max(1, self.processes // sharing)
 
     @property
     def reads_rows(self) -> bool:
         """Whether this process is the first of those that share its rows."""
-        return self.process % self.context_parallel == 0
+        return self.process % (self.context_parallel * self.tensor_parallel) == 0
+
+    @property
+    def building_device(self) -> torch.device | None:
+        """Where this process builds or loads the whole model, if the launch decides it.
+
+        A model that is divided while it is loaded is built by one process of each machine, in main memory. All other
+        processes have it on the meta device, where it takes no memory. None: every process has the whole model.
+        """
+        if self.tensor_parallel > 1:
+            return torch.device("meta" if self.process % self.local_processes else "cpu")
+        if self.loaded_by_one:
+            return torch.device("meta" if self.process else "cpu")
+        return None
+
+    @property
+    def dimensions(self) -> str:
+        """How processes share model and rows, in words; empty if the strategy's name says it all."""
+        sizes = {"copies": self.replicas, "shards": self.shards, "tensor parallel": self.tensor_parallel}
+        sizes |= {"context parallel": self.context_parallel}
+        return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
 
     def defaults(self) -> dict:
         """Return the TrainingArguments that the launcher decides: precision, and the CPU where nothing else is."""
@@ -127,6 +150,7 @@ def read_launch() -> Launch:
         offload_optimizer=offload_optimizer,
         offload_parameters=offload_parameters,
         state_dict_type=os.environ.get("FSDP_STATE_DICT_TYPE", ""),
+        loaded_by_one=strategy.is_fsdp and _says_true("FSDP_CPU_RAM_EFFICIENT_LOADING"),
         replicas=_parallel_size("dp_replicate"),
         shards=_parallel_size("dp_shard"),
         tensor_parallel=_parallel_size("tp"),

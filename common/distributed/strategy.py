@@ -1,5 +1,8 @@
 """How the work is divided among processes, and what follows from it."""
 
+import torch
+from torch.distributed.tensor import DTensor
+
 
 class Strategy(str):
     """The name of a strategy: single, ddp, zero1, zero2, zero3, fsdp1 or fsdp2.
@@ -41,3 +44,13 @@ class Strategy(str):
 
 SINGLE, DDP, FSDP2 = Strategy("single"), Strategy("ddp"), Strategy("fsdp2")
 ZERO1, ZERO2, ZERO3 = Strategy("zero1"), Strategy("zero2"), Strategy("zero3")
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the whole of a tensor, gathered if it is divided. Then all processes that share it must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this process has: the same memory, and all of it if it is not divided."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

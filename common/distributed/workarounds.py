@@ -180,6 +180,41 @@ def shard_on_cpus(launch, training: TrainingArguments) -> None:
         training.distributed_state.distributed_type = DistributedType.MULTI_GPU
 
 
+@contextmanager
+def divided_by_transformers(launch, training: TrainingArguments) -> Iterator[None]:
+    """Around making a Trainer: leave a model that transformers has divided while loading as it is.
+
+    accelerate's launcher (1.15) allows tensor parallelism with FSDP2 only, and an Accelerator that knows of FSDP2 would
+    divide the model again. And a Trainer (transformers 5.24) refuses such a model unless ``save_only_model`` is set,
+    because it cannot save the optimizer's states: PretrainingTrainer does. It can go when both know such a model.
+    """
+    if launch.tensor_parallel == 1:
+        yield
+        return
+    names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")
+    given = {name: os.environ.pop(name) for name in names if name in os.environ}
+    training.save_only_model = True
+    try:
+        yield
+    finally:
+        training.save_only_model = False
+        os.environ |= given
+
+
+@contextmanager
+def saved_as_given(model: PreTrainedModel) -> Iterator[None]:
+    """Around ``model.save_pretrained(state_dict=...)``: save the weights that it is given.
+
+    transformers (5.24) would gather those of a divided model itself: under tensor parallelism in every process, for one
+    of them to write; with FSDP2 a matrix that embedding and head share is written twice. It can go when it does not.
+    """
+    sizes, model.config.distributed_config = model.config.distributed_config, None
+    try:
+        yield
+    finally:
+        model.config.distributed_config = sizes
+
+
 def add_up_in_fp32(launch, training: TrainingArguments) -> None:
     """Have the gradients of micro-batches added up in fp32, before a Trainer is made. DDP does so by itself.
 

@@ -1,6 +1,7 @@
 """A config dict -> a causal language model with random weights; the residual stream in bf16."""
 
 import torch
+from accelerate import init_empty_weights
 from accelerate.utils import gather_object
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -76,6 +77,7 @@ def model_from_config(
     tokenizer: PreTrainedTokenizerBase,
     context_length: int,
     training: TrainingArguments | None = None,
+    device: torch.device | None = None,
 ) -> PreTrainedModel:
     """Build a model of ``shape`` in float32 with random weights, for the vocabulary of ``tokenizer``.
 
@@ -85,6 +87,7 @@ def model_from_config(
     Args:
         shape: ``model_type`` (any causal model of transformers) and arguments of its config class.
         training: decides the device to build on, see ``device_to_build_on``. None: the CPU.
+        device: build there, whatever ``training`` says. On the meta device the weights take no memory.
 
     Raises:
         InputError: transformers refuses the shape.
@@ -102,8 +105,9 @@ def model_from_config(
     try:
         config = AutoConfig.for_model(**settings)
         check_config(config)
-        with device_to_build_on(config, training) if training else torch.device("cpu"):
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        if device is None:
+            device = device_to_build_on(config, training) if training else torch.device("cpu")
+        model = model_on(device, config, torch.float32)
     except Exception as error:  # a shape may be wrong in any way
         raise InputError(f"MODEL {shape}: transformers cannot build it ({in_one_line(error)}).") from None
     # Text of a base model is sampled, not searched for. The settings are saved with the checkpoint, for everybody who
@@ -111,6 +115,20 @@ def model_from_config(
     sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)
     model.generation_config.update(**sampling, pad_token_id=tokenizer.pad_token_id)
     model.config.pad_token_id = tokenizer.pad_token_id  # Trainer copies it here anyway; PretrainingTrainer removes it
+    return model
+
+
+def model_on(device: torch.device, config: PretrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """Build a model with random weights on ``device``. On the meta device it still has its buffers in memory.
+
+    Buffers such as the frequencies of rotary embeddings are not saved, so no other process can send them.
+    """
+    if device.type != "meta":
+        with device:
+            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # init_empty_weights makes two parameters of a shared one
     return model
 
 

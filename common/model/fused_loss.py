@@ -10,7 +10,7 @@ How it works. In nearly every causal model of transformers, forward ends like th
     loss = self.loss_function(logits, labels, ...)
     loss += self.router_aux_loss_coef * aux_loss       # mixtures of experts
 
-This code stays as it is. Two parts of the model are replaced. The head becomes a linear layer with the same parameters,
+This code stays as it is. Two parts of the model are changed. The head becomes a linear layer with the same parameters,
 which returns DeferredLogits when there are labels: they hold no logits, only the hidden states and the scale and cap
 that the model applies. And ``loss_function``, which transformers allows to set on a model, computes the loss from them,
 chunk by chunk. Masks and caches stay the model's own. If a model does anything to its logits but scale and cap them,
@@ -29,12 +29,15 @@ from functools import wraps
 from types import MethodType
 
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from common.console import InputError
+from common.distributed.strategy import local
 from common.model.counts import experts_per_token
-from common.model.linear_cross_entropy import CHUNK_BYTES, fused_linear_cross_entropy
+from common.model.linear_cross_entropy import CHUNK_BYTES, divided_vocabulary, fused_linear_cross_entropy
 from common.model.router_loss import router_part, take_coefficient
 
 
@@ -52,25 +55,32 @@ def use_fused_loss(model: PreTrainedModel, chunk_bytes: int = CHUNK_BYTES) -> No
     if not isinstance(model, PreTrainedModel) or "forward" in vars(model):
         raise InputError(f"{name}: give the loss to the transformers model itself, before anything wraps it.")
     head = model.get_output_embeddings()
-    if type(head) is not torch.nn.Linear:
+    # FSDP2 makes a class of its own from a module's.
+    if type(head) is not torch.nn.Linear and type(head).__bases__ != (FSDPModule, torch.nn.Linear):
         raise InputError(f"{name}: its head is {type(head).__name__}; the fused loss needs torch.nn.Linear.")
     if model.loss_function is not ForCausalLMLoss:
         raise InputError(f"{name}: its loss is {model.loss_function.__name__}; the fused loss is ForCausalLMLoss.")
     model.router_coefficient = take_coefficient(model)  # 0 if the model adds no router loss
-    model.set_output_embeddings(DeferringHead(head, chunk_bytes))
+    take_over_head(head, chunk_bytes)
     model.loss_function = loss_of_deferred_logits
     model.forward = MethodType(_deferring_when_labelled(type(model).forward), model)
 
 
-class DeferringHead(torch.nn.Linear):
-    """A linear layer that returns DeferredLogits instead of logits while ``deferring`` is true."""
+def take_over_head(head: torch.nn.Linear, chunk_bytes: int) -> None:
+    """Make ``head`` a DeferringHead that stays the same object: FSDP2 and tensor parallelism may hold on to it."""
+    head.chunk_bytes, head.deferring = chunk_bytes, False
+    # Tensor parallelism has set a forward on the object, which gathers the logits of all parts of the vocabulary.
+    head.gathered_logits = vars(head).pop("forward", None)
+    own = type(head)
+    head.__class__ = DeferringHead if own is torch.nn.Linear else type(own.__name__, (DeferringHead, own), {})
 
-    def __init__(self, head: torch.nn.Linear, chunk_bytes: int):
-        """Take over the parameter objects of ``head``, so that a tied head stays tied."""
-        super().__init__(head.in_features, head.out_features, bias=head.bias is not None, device="meta")
-        self.weight, self.bias = head.weight, head.bias
-        self.chunk_bytes, self.deferring = chunk_bytes, False
-        self.train(head.training)
+
+class DeferringHead(torch.nn.Linear):
+    """A linear layer that returns DeferredLogits instead of logits while ``deferring`` is true.
+
+    Attributes:
+        gathered_logits: returns the logits of a head that is divided by vocabulary; None for one that is not.
+    """
 
     def __call__(self, hidden, *loss_arguments):
         if self.deferring and not loss_arguments:
@@ -81,18 +91,20 @@ class DeferringHead(torch.nn.Linear):
     def forward(self, hidden, targets=None, scale=1.0, soft_cap=None, ignore_index=-100, num_items=None):
         """Return logits, or the loss if there are ``targets`` of shape hidden.shape[:-1]."""
         if targets is not None:
+            vocabulary = divided_vocabulary(self.weight) if isinstance(self.weight, DTensor) else None
             return fused_linear_cross_entropy(
                 hidden.reshape(-1, hidden.shape[-1]),
-                self.weight,
+                local(self.weight),
                 targets.reshape(-1).to(hidden.device),
-                self.bias,
+                None if self.bias is None else local(self.bias),
+                vocabulary=vocabulary,
                 scale=scale,
                 soft_cap=soft_cap,
                 ignore_index=ignore_index,
                 num_items=num_items,
                 chunk_bytes=self.chunk_bytes,
             )
-        return super().forward(hidden)
+        return super().forward(hidden) if self.gathered_logits is None else self.gathered_logits(hidden)
 
 
 class DeferredLogits:

@@ -14,8 +14,14 @@ are summed in fp32 before they are scaled: scaled by 1 / (targets of a step), th
 Source: https://arxiv.org/abs/2410.10989 (Liger Kernel: gradients in the forward pass, chunks of rows).
 """
 
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 from torch.autograd.function import once_differentiable
+from torch.distributed.tensor import DTensor, Shard
+
+from common.console import InputError
 
 try:
     from common.model.cross_entropy_kernel import cross_entropy_in_place
@@ -32,6 +38,56 @@ TILE = 128  # rows: the unit in which GPUs compute matrix products
 PADDING = 64
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """A part of a vocabulary that processes share.
+
+    Attributes:
+        first: id of the first row of this part.
+        whole: rows of all parts.
+        group: the processes that have the other parts.
+    """
+
+    first: int
+    whole: int
+    group: torch.distributed.ProcessGroup
+
+    def columns(self, targets: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the columns of ``targets`` in this part, of ``rows`` rows, and whether they are in it; else column 0.
+
+        A target outside of the whole vocabulary is left outside, so that it is an error, as without parts.
+        """
+        here = (targets >= self.first) | ((self.first == 0) & (targets < 0))
+        here &= (targets < self.first + rows) | (targets >= self.whole)
+        return (targets - self.first).where(here, 0), here
+
+    def over_all(self, normalizer: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the logarithm of the sum of exponentials, and the target's logit, over all parts; (rows, 1) each.
+
+        Args:
+            normalizer: of this part.
+            wanted: the target's logit, 0 where the target is in another part.
+        """
+        own = torch.stack([normalizer, wanted])
+        parts = [torch.empty_like(own) for _ in range(self.group.size())]
+        torch.distributed.all_gather(parts, own, group=self.group)
+        normalizers, logits = torch.stack(parts, dim=1)
+        return normalizers.logsumexp(0), logits.sum(0)
+
+
+def divided_vocabulary(weight: DTensor) -> Vocabulary:
+    """Return which part of the vocabulary this process has of ``weight``, (vocabulary, hidden_size).
+
+    Raises:
+        InputError: it is not divided by vocabulary, and only so.
+    """
+    mesh, places = weight.device_mesh, weight.placements
+    if mesh.ndim != 1 or places != (Shard(0),):
+        raise InputError(f"the head is divided as {places}; its loss needs parts of the vocabulary.")
+    rows = -(-weight.shape[0] // mesh.size())  # as torch divides a dimension
+    return Vocabulary(mesh.get_local_rank() * rows, weight.shape[0], mesh.get_group())
+
+
 def fused_linear_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -43,6 +99,7 @@ def fused_linear_cross_entropy(
     ignore_index: int = -100,
     num_items: torch.Tensor | int | None = None,
     chunk_bytes: int = CHUNK_BYTES,
+    vocabulary: Vocabulary | None = None,
 ) -> torch.Tensor:
     """Return the cross entropy of scale * (hidden @ weight.T + bias) against ``targets``, fp32, shape ().
 
@@ -57,6 +114,8 @@ def fused_linear_cross_entropy(
         soft_cap: logits become soft_cap * tanh(scale * logits / soft_cap).
         num_items: the sum of the losses is divided by it; None: by the number of targets.
         chunk_bytes: the most that a chunk's logits may take, with the copies that plain torch makes of them.
+        vocabulary: which part of it ``weight`` and ``bias`` are, if processes share it. All of them have the same
+            ``hidden`` and ``targets``, and get the same loss and the same gradient of ``hidden``.
 
     Raises:
         ValueError: ``hidden`` and ``targets`` differ in their number of rows.
@@ -67,7 +126,7 @@ def fused_linear_cross_entropy(
         num_items = (targets != ignore_index).sum()
     elif torch.is_tensor(num_items):
         num_items = num_items.to(hidden.device)
-    options = (targets.contiguous(), scale, soft_cap, ignore_index, chunk_bytes)
+    options = (targets.contiguous(), scale, soft_cap, ignore_index, chunk_bytes, vocabulary)
     parts = (hidden, weight, bias)
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in parts):
         total = _GradientsInForward.apply(*parts, *options)
@@ -97,22 +156,22 @@ class _GradientsInForward(torch.autograd.Function):
             None if gradient is None else gradient.mul_(grad_output).to(dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return *scaled, None, None, None, None, None
+        return *scaled, None, None, None, None, None, None
 
 
-def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_index, chunk_bytes, wanted):
+def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_index, chunk_bytes, shared, wanted):
     """Return the sum of the losses, and its gradients with respect to hidden, weight and bias.
 
     The gradients are in fp32, or in fp64 if the weight is; None where not ``wanted``.
     """
-    device, rows, vocabulary = hidden.device, len(hidden), len(weight)
+    device, rows, vocabulary = hidden.device, len(hidden), len(weight)  # of this process's part
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
     hidden = hidden.to(dtype or hidden.dtype)
     weight = _padded(weight, dtype)  # once, not once a chunk
     bias = None if bias is None else _padded(bias, dtype)
     wide = torch.promote_types(weight.dtype, torch.float32)
-    use_kernel = _kernel_runs_on(device) and wide == torch.float32
-    cross_entropy = cross_entropy_in_place if use_kernel else cross_entropy_plain
+    use_kernel = _kernel_runs_on(device) and wide == torch.float32 and shared is None
+    cross_entropy = cross_entropy_in_place if use_kernel else partial(cross_entropy_plain, vocabulary=shared)
     logit_bytes = weight.itemsize + (0 if use_kernel else 2 * wide.itemsize)
     chunk_rows = rows_of_a_chunk(rows, len(weight) * logit_bytes, chunk_bytes)
     buffer = torch.empty(chunk_rows, len(weight), dtype=weight.dtype, device=device)
@@ -138,6 +197,10 @@ def _loss_and_gradients(hidden, weight, bias, targets, scale, soft_cap, ignore_i
                 _add_product(weight_gradient, logits.t(), hidden[chunk])
             if bias_gradient is not None:
                 bias_gradient += logits.sum(0, dtype=wide)
+    if shared is not None and hidden_gradient is not None:
+        # Each process has the gradient by way of its own logits. Without their sum the loss is right, and all layers
+        # below the head are trained wrongly.
+        torch.distributed.all_reduce(hidden_gradient, group=shared.group)
     # The padding is cut off in place. If this returned a view, autograd would add the other gradient of a tied
     # embedding into a new tensor of the same size.
     for part in (weight_gradient, bias_gradient):
@@ -163,6 +226,7 @@ def cross_entropy_plain(
     soft_cap: float | None,
     ignore_index: int,
     with_gradient: bool,
+    vocabulary: Vocabulary | None = None,
 ) -> torch.Tensor:
     """Return the loss of each row, in fp32 or fp64, shape (rows,); 0 where the target is ``ignore_index``.
 
@@ -178,10 +242,16 @@ def cross_entropy_plain(
         values.mul_(soft_cap)
     used = (targets != ignore_index)[:, None]
     columns = targets[:, None].where(used, 0)
+    here = torch.ones_like(used)
+    if vocabulary is not None:
+        columns, here = vocabulary.columns(columns, values.shape[1])
     normalizer = values.logsumexp(1, keepdim=True)
-    losses = (normalizer - values.gather(1, columns)).where(used, 0)
+    wanted = values.gather(1, columns).where(here, 0)
+    if vocabulary is not None:
+        normalizer, wanted = vocabulary.over_all(normalizer, wanted)
+    losses = (normalizer - wanted).where(used, 0)
     if with_gradient:
-        values.sub_(normalizer).exp_().scatter_add_(1, columns, -torch.ones_like(losses))
+        values.sub_(normalizer).exp_().scatter_add_(1, columns, -here.to(values.dtype))
         if scale != 1 or soft_cap is not None:
             values.mul_(slope)
         logits.copy_(values.masked_fill_(~used, 0))

@@ -51,6 +51,7 @@ class Setting:
     context_length: int
     strategy: Strategy = SINGLE  # or its name
     processes: int = 1
+    copies: int = 1  # of the model under FSDP2, each sharded by processes / copies
     precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
     recompute: bool = False
@@ -161,7 +162,8 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, number_bytes: in
             # Gathered parameters, and a bucket of gradients, which is there from the start.
             buffers = number_bytes * (min(count, LIVE_PARAMETERS) + BUCKET_PARAMETERS)
     elif setting.strategy.is_fsdp:
-        parameters, gradients, states = parameters / processes, gradients / processes, states / processes
+        shards = max(1, processes // setting.copies)
+        parameters, gradients, states = parameters / shards, gradients / shards, states / shards
         ends = sum(map(numbers_of, embedding_and_head(model)))
         buffers = number_bytes * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
     if setting.offload_optimizer:

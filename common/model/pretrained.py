@@ -11,6 +11,7 @@ import os
 from pathlib import Path
 
 import torch
+from accelerate.utils import broadcast_object_list
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
@@ -23,8 +24,9 @@ from transformers import (
 from transformers.utils import is_gguf_available
 
 from common.console import InputError, say
+from common.distributed.strategy import whole
 from common.hub import fetch_model
-from common.model.from_config import build_whole, check_config, in_one_line
+from common.model.from_config import build_whole, check_config, in_one_line, model_on
 from common.model_folder import custom_code
 from common.tokens.tokenizer import vocabulary_size
 
@@ -74,6 +76,8 @@ def pretrained_model(
 ) -> PreTrainedModel:
     """Load the model at ``place``, which ``find_model`` returned, in ``dtype``.
 
+    On the meta device nothing is loaded: another process has the weights.
+
     The weights of a .gguf file are dequantized, but what they lost when they were quantized stays lost.
 
     Args:
@@ -83,6 +87,8 @@ def pretrained_model(
     Raises:
         InputError: see this module; or transformers cannot load the model.
     """
+    if device is not None and device.type == "meta":
+        return random_model(place, tokenizer, context_length, dtype, device)
     config = _config_for(place, tokenizer, context_length)
     folder, in_file = _as_transformers_asks(place)
     where = {} if device is None or in_file else {"device_map": {"": device}}
@@ -130,8 +136,7 @@ def random_model(
     config = _config_for(place, tokenizer, context_length)
     build_whole()
     try:
-        with torch.device("cpu" if device is None else device):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = model_on(torch.device("cpu") if device is None else device, config, dtype)
     except ValueError as error:
         raise _cannot_load(place, error) from None
     # As in model_from_config: text is sampled, not searched for.
@@ -175,12 +180,16 @@ def check_start(loss: float, vocabulary_rows: int) -> None:
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:
-    """Return 16 hex digits of the names, shapes and first NUMBERS_HASHED numbers of all parameters."""
+    """Return 16 hex digits of the names, shapes and first NUMBERS_HASHED numbers of all parameters.
+
+    Of the first process, which has the weights, or its part of them, in any case. All processes call this.
+    """
     digest = hashlib.blake2b(digest_size=8)
     for name, parameter in model.named_parameters():
         digest.update(f"{name} {tuple(parameter.shape)} ".encode())
-        digest.update(parameter.detach().flatten()[:NUMBERS_HASHED].float().cpu().numpy().tobytes())
-    return digest.hexdigest()
+        digest.update(whole(parameter.detach()).flatten()[:NUMBERS_HASHED].float().cpu().numpy().tobytes())
+    [fingerprint] = broadcast_object_list([digest.hexdigest()])
+    return fingerprint
 
 
 def files_fingerprint(place: str) -> str:

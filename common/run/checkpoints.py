@@ -15,6 +15,18 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.console import InputError, is_main_process, say
@@ -22,7 +34,9 @@ from common.io import DISK_FULL, write_json
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
 REMOVED = "removed-"  # a checkpoint that is being removed
+SHARDS = "shards"  # the folder of a checkpoint to which every process writes its own part of weights and states
 LARGEST_MANIFEST_BYTES = 64 * 2**20
+BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by the number of a group, which may change
 FULL = {*DISK_FULL, errno.EFBIG}
 
 
@@ -232,6 +246,62 @@ def _attempt(action: Callable[[], None], folder: str | Path, step: int, alone: b
             ) from None
         return problem
     return None
+
+
+def save_shards(model: PreTrainedModel, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Write the weights and the optimizer's states of a divided model to ``path``: each process writes its own parts.
+
+    The folder must be a fresh one: torch would leave the parts of an earlier save, and load them without a word.
+    """
+    if (path / SHARDS).exists():
+        raise FileExistsError(path / SHARDS)
+    torch.distributed.barrier()  # nobody begins before all have looked
+    state = {"model": get_model_state_dict(model)}
+    state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
+    dcp.save(in_one_piece(state), checkpoint_id=path / SHARDS)
+
+
+def load_weights(model: PreTrainedModel, path: Path) -> None:
+    """Read the weights that ``save_shards`` wrote, on any number of processes, into ``model``."""
+    set_model_state_dict(model, _read("model", get_model_state_dict(model), path))
+
+
+def load_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, path: Path) -> None:
+    """Read the optimizer's states that ``save_shards`` wrote, on any number of processes, into ``optimizer``."""
+    state = _read("optimizer", get_optimizer_state_dict(model, optimizer, options=BY_NAME), path)
+    set_optimizer_state_dict(model, optimizer, state, options=BY_NAME)
+
+
+def _read(what: str, kept: dict, path: Path) -> dict:
+    read = in_one_piece(kept)
+    dcp.load({what: read}, checkpoint_id=path / SHARDS)
+    return in_one_piece(read, placed_like=kept)
+
+
+def in_one_piece(state: dict, placed_like: dict | None = None) -> dict:
+    """Return ``state`` with every part one contiguous piece, or, after that, placed like another state again.
+
+    A dimension that both FSDP2 and tensor parallelism divide lies in several pieces (_StridedShard). torch's
+    checkpoints (2.13) take any part for one piece, and would save it so without an error.
+    """
+
+    def place(value, like=None):
+        if not isinstance(value, DTensor):
+            return value
+        pieces = [Shard(place.dim) if isinstance(place, _StridedShard) else place for place in value.placements]
+        return value.redistribute(placements=pieces if like is None else like.placements)
+
+    return tree_map(place, state) if placed_like is None else tree_map(place, state, placed_like)
+
+
+def gathered_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return the whole weights of a divided model to the main process, in main memory; to others an empty dict.
+
+    A matrix that embedding and head share is there once, as in the files of a model that is not divided.
+    """
+    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
+    return {name: tensor for name, tensor in gathered.items() if name not in again}
 
 
 def sync_folder(path: Path) -> None:

@@ -1,8 +1,9 @@
 """--init_from: continue from a checkpoint under another strategy, or under DeepSpeed with other processes.
 
-A plain relaunch continues exactly, with optimizer and schedule, in three cases: a checkpoint of one process or DDP, or
-of FSDP2, on any number of processes; a checkpoint of DeepSpeed on the same number of processes. In all other cases
---init_from takes over the weights, in fp32, and the place in the order of rows. Optimizer and schedule start anew.
+A plain relaunch continues exactly, with optimizer and schedule, in these cases: a checkpoint of one process or DDP, of
+FSDP2, or of tensor parallelism, on any number of processes; a checkpoint of DeepSpeed on the same number. In all other
+cases --init_from takes over the weights, in fp32, and the place in the order of rows; optimizer and schedule start
+anew.
 """
 
 import contextlib
@@ -18,17 +19,19 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
-from common.run.checkpoints import problem_of
+from common.run.checkpoints import SHARDS, problem_of
 from common.run.folder import RUN_FILE
 from common.run.identity import DECIDING_ROWS
 
 
 def writer_of(checkpoint: str) -> tuple[str, int | None]:
-    """Return what wrote a checkpoint: ("zero", number of processes), ("fsdp2", None) or ("plain", None)."""
+    """Return what wrote a checkpoint: ("zero", number of processes), or "fsdp2", "divided", "plain" and None."""
     path = Path(checkpoint)
     shards = list(path.glob("global_step*/*_optim_states.pt"))  # DeepSpeed writes one for each process
     if shards:
         return "zero", len(shards)
+    if (path / SHARDS).exists():
+        return "divided", None
     sharded = list(path.glob("pytorch_model_fsdp*")) or (path / "optimizer.bin").exists()
     return ("fsdp2" if sharded else "plain"), None
 
@@ -42,13 +45,16 @@ def check_resumable(checkpoint: str, launch: Launch) -> None:
     kind, processes = writer_of(checkpoint)
     if launch.strategy.is_deepspeed:
         now = "zero"
+    elif launch.tensor_parallel > 1:
+        now = "divided"
     elif launch.strategy.is_fsdp:
         now = "fsdp2"
     else:
         now = "plain"
     if kind == now and processes in (None, launch.processes):
         return
-    wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}[kind]
+    wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}
+    wrote = (wrote | {"divided": "tensor parallelism"})[kind]
     raise InputError(
         f"{checkpoint} was written under {wrote}; {launch.strategy} on {launch.processes} processes cannot read its "
         f"optimizer's states. Launch as before, or continue from its weights: --init_from {checkpoint} --output_dir NEW"
@@ -90,6 +96,8 @@ def load_start(model: PreTrainedModel, folder: str) -> None:
     Raises:
         InputError: a tensor is missing, has another shape, or does not belong to the model.
     """
+    if model.device.type == "meta":
+        return  # another process has the weights, and checks them
     weights = weights_of(folder)
     own = model.state_dict()
     shared = {name for name, tensor in own.items() if name not in weights and _is_tied(tensor, own, weights)}

@@ -130,6 +130,13 @@ def check_combinations(launch: Launch, training: TrainingArguments, method: str)
             "--optimizer adamw",
         ),
         (
+            method != "full" and launch.building_device is not None,
+            "adapters",
+            "a model that one process loads for all",
+            "they are added to the whole matrices",
+            "fsdp2.yaml or ddp.yaml",
+        ),
+        (
             method != "full" and precision_of(training) == "fp8",
             "adapters",
             "fp8",

@@ -3,8 +3,8 @@
 Muon takes the momentum of a matrix's gradient and replaces it by the nearest matrix whose singular values are all about
 1, so that the matrix learns in every direction at the same pace. torch.optim.Muon does this for one matrix after
 another, with some 25 small kernels each. Here, matrices of the same shape go through the iteration together. Matrices
-that FSDP2 shards are gathered for it, all of a shape at once. DeepSpeed's ZeRO flattens the parameters into one vector,
-in which the matrices cannot be found; under ZeRO, the optimizer is AdamW.
+that FSDP2 or tensor parallelism divide are gathered for it, all of a shape at once. DeepSpeed's ZeRO flattens the
+parameters into one vector, in which the matrices cannot be found; under ZeRO, the optimizer is AdamW.
 
 The experts of a layer are one tensor, (experts, rows, columns), and go through the iteration as the stack of matrices
 that they are. FSDP2 shards it by experts, so that each process has whole matrices and nothing is gathered. A fused
@@ -23,9 +23,11 @@ from collections.abc import Sequence
 
 import torch
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.console import InputError
+from common.distributed.strategy import local
 from common.model.counts import layer_matrices
 
 MOMENTUM = 0.95
@@ -48,16 +50,17 @@ class MuonWithAdamW(torch.optim.AdamW):
             adamw: ``betas``, ``eps``, ``fused`` of torch.optim.AdamW.
         """
         matrices = layer_matrices(model, stacks=True)
-        groups: dict[tuple[bool, bool, str | None], list[torch.nn.Parameter]] = {}
+        groups: dict[tuple, list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
+            if parameter.requires_grad:  # AdamW's kernels take parameters that are all divided, or all whole
                 halved = halved_along(model, name) if name in matrices and parameter.dim() == 3 else None
-                groups.setdefault((name in matrices, name in decayed, halved), []).append(parameter)
+                mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+                groups.setdefault((name in matrices, name in decayed, halved, mesh), []).append(parameter)
         super().__init__(
             [
                 {"params": parameters, "matrices": by_muon, "weight_decay": weight_decay if decay else 0.0}
                 | ({"halved": halved} if halved else {})
-                for (by_muon, decay, halved), parameters in groups.items()
+                for (by_muon, decay, halved, _), parameters in groups.items()
             ],
             lr=lr,
             **adamw,
@@ -78,13 +81,14 @@ class MuonWithAdamW(torch.optim.AdamW):
         self.param_groups = groups
 
     def _step_matrices(self, group: dict) -> None:
-        alike: dict[torch.Size, list[torch.nn.Parameter]] = {}
+        alike: dict[tuple, list[torch.nn.Parameter]] = {}
         for parameter in group["params"]:
             if parameter.grad is not None and parameter.dim() == 3:
                 self._step_experts(group, parameter)
             elif parameter.grad is not None:
-                alike.setdefault(parameter.shape, []).append(parameter)
-        for shape, parameters in alike.items():
+                places = parameter.placements if isinstance(parameter, DTensor) else None
+                alike.setdefault((parameter.shape, places), []).append(parameter)
+        for (shape, _), parameters in alike.items():
             at_once = max(1, STACK_NUMBERS // shape.numel())
             # The numbers of an orthogonal matrix have a root mean square of 1 / max(shape) ** 0.5.
             rate = group["lr"] * UPDATE_SIZE * max(shape) ** 0.5
@@ -224,16 +228,6 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     return x.mT if tall else x
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the whole of a tensor, gathered if it is sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this process has: the same memory, and all of it if it is not sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
 def gathered(shards: list[torch.Tensor], parameter: torch.Tensor) -> torch.Tensor:
     """Gather n matrices of the same shape and return them as one stack (n, rows, columns).
 
@@ -271,4 +265,10 @@ def placed_like(parameter: torch.Tensor, stack: torch.Tensor) -> torch.Tensor:
 
 def _of_stack(parameter: DTensor) -> list[Placement]:
     """Return the placements of a stack of matrices that are sharded as ``parameter``: each dimension is one later."""
-    return [Shard(place.dim + 1) if place.is_shard() else place for place in parameter.placements]
+    places: list[Placement] = []
+    for place in parameter.placements:
+        if isinstance(place, _StridedShard):  # FSDP2 over tensor parallelism: a dimension that is divided twice
+            places.append(_StridedShard(place.dim + 1, split_factor=place.split_factor))
+        else:
+            places.append(Shard(place.dim + 1) if place.is_shard() else place)
+    return places

@@ -17,6 +17,7 @@ from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.memory import optimizer_name, predict
+from common.model.placement import check_plan
 from common.model.presets import ModelSize, PretrainedSize
 from common.run.branch import check_branch
 from common.run.folder import check_disk_space, check_folder, check_path
@@ -64,7 +65,8 @@ def preflight(
     say(f"processes: {processes(launch, training)}")
     threads = take_cores(launch.local_processes) if launch.offloads else 0
     moved = f", offloading to main memory, with {threads} threads there" if launch.offloads else ""
-    say(f"strategy: {launch.strategy}{moved}; trained: {method}")
+    shared_out = f", {launch.dimensions}" if launch.dimensions else ""
+    say(f"strategy: {launch.strategy}{shared_out}{moved}; trained: {method}")
     say(f"precision: {precision(training)}")
     if launch.recompute and not getattr(model, "supports_gradient_checkpointing", True):
         name = type(model).__name__
@@ -72,6 +74,8 @@ def preflight(
     recompute = f"yes ({launch.recompute})" if launch.recompute else "no"
     say(f"compile: {launch.compiler} (the YAML's dynamo_config); recompute: {recompute}")
     check_parallelism(launch, shared.context_length, shared.packing == "isolated")
+    if model is not None:
+        check_plan(model, launch.tensor_parallel)
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
     derive_micro_batch(model, launch, training, shared)
     launch = replace(launch, rows_per_step=set_batch(launch, training, shared.tokens_per_step, shared.context_length))

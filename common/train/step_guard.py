@@ -22,9 +22,9 @@ from torch.distributed.tensor import DTensor
 
 from common.console import InputError, is_main_process, say
 from common.dataset.packing import IGNORED_ROW, JoinedRows
+from common.distributed.strategy import whole
 from common.io import append_lines
 from common.run.folder import Run
-from common.train.muon import whole
 
 GUARD_FILE, BAD_STEPS_FILE = "guard.json", "bad_steps.jsonl"
 WINDOW_STEPS, LEAST_STEPS, SPIKE_DEVIATIONS = 128, 64, 6.0

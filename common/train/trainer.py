@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
-from transformers.trainer import DEFAULT_PROGRESS_CALLBACK  # another one in a notebook
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, SCHEDULER_NAME  # the first is another one in a notebook
 
 from common.arguments import SharedArguments
 from common.console import InputError, is_main_process, say
@@ -18,10 +18,16 @@ from common.dataset.packing import IGNORED_ROW, collate_rows
 from common.dataset.rows import Rows
 from common.distributed.context_parallel import divided_rows
 from common.distributed.launch import Launch, lost_process
-from common.distributed.workarounds import add_up_in_fp32, gather_layers_whole, reduce_in_fp32
+from common.distributed.workarounds import (
+    add_up_in_fp32,
+    divided_by_transformers,
+    gather_layers_whole,
+    reduce_in_fp32,
+    saved_as_given,
+)
 from common.io import write_json
 from common.model.attention import DOCUMENTS, block_mask
-from common.run.checkpoints import reading, unfinished
+from common.run.checkpoints import gathered_weights, load_states, load_weights, reading, save_shards, unfinished
 from common.run.folder import Run
 from common.run.init_from import check_resumable
 from common.run.record import mean_logged_loss
@@ -110,15 +116,16 @@ class PretrainingTrainer(Trainer):
             model.cpu()
         add_up_in_fp32(launch, training)
         gather_layers_whole(training.deepspeed_plugin, model, launch.compiled)
-        super().__init__(
-            model,
-            training,
-            data_collator=collate_rows,
-            train_dataset=rows.train,
-            eval_dataset=rows.held_out,
-            processing_class=tokenizer,
-            **kwargs,
-        )
+        with divided_by_transformers(launch, training):
+            super().__init__(
+                model,
+                training,
+                data_collator=collate_rows,
+                train_dataset=rows.train,
+                eval_dataset=rows.held_out,
+                processing_class=tokenizer,
+                **kwargs,
+            )
         reduce_in_fp32(self.accelerator)
         for printer in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
@@ -174,9 +181,12 @@ class PretrainingTrainer(Trainer):
             self.guard.losses.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Replaces: the libraries' own texts where a file was replaced."""
+        """Replaces: the libraries' own texts where a file was replaced; a divided model's whole weights everywhere."""
         with reading(resume_from_checkpoint, "the weights"):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            if self.launch.tensor_parallel > 1:
+                load_weights(self.model, Path(resume_from_checkpoint))
+            else:
+                super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result) -> None:
         """Replaces: a warning, and going on with weights that are not the checkpoint's."""
@@ -199,7 +209,11 @@ class PretrainingTrainer(Trainer):
                 f"{checkpoint}: {problem}. Remove this checkpoint: the same command then continues from the one before."
             )
         with reading(checkpoint, "the states of optimizer and schedule"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            if self.launch.tensor_parallel > 1:
+                load_states(self.model, self.optimizer, Path(checkpoint))
+                self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
+            else:
+                super()._load_optimizer_and_scheduler(checkpoint)
             keep_settings(self.optimizer, self.lr_scheduler, self.settings_of_flags)
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
@@ -385,6 +399,22 @@ class PretrainingTrainer(Trainer):
                 return
             self.run.save_checkpoint(step, write, self.launch.strategy.shards_states, self.args.save_total_limit)
             self.accelerator.wait_for_everyone()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """Replaces: only one process's part of the states of a model that is divided while it is loaded."""
+        if self.launch.tensor_parallel == 1:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_shards(self.model, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Replaces: the whole weights of a divided model in every process, for one of them to write."""
+        if self.launch.tensor_parallel == 1:
+            return super()._save(output_dir, state_dict)
+        weights = gathered_weights(self.model)
+        with saved_as_given(self.model):
+            super()._save(output_dir, weights)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model of the run's end, each file whole or not at all. Replaces: half of one on a full disk."""

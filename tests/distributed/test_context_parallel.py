@@ -56,7 +56,9 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("sizes", "processes", "length", "isolated", "words"),
     [
-        (dict(tp=2), 2, 512, False, "tensor parallelism is not supported by these recipes"),
+        (dict(tp=2), 4, 512, False, "1 x 1 x 2 processes .dp_replicate x dp_shard x tp., .* Use .*dp_shard_size 2"),
+        (dict(tp=2, cp=2), 4, 512, False, "tp_size 2 with context parallelism: not tried"),
+        (dict(tp=2, dp_replicate=2), 4, 512, False, "tp_size 2 with dp_replicate_size above 1"),
         (dict(sp=2), 2, 512, False, "DeepSpeed's sequence parallelism"),
         (dict(cp=2), 8, 512, False, "1 x 1 x 2 processes .* these are 8. Use --parallelism_config_dp_shard_size 4"),
         (dict(cp=2, dp_shard=2), 3, 512, False, "or --num_processes 4"),
@@ -76,6 +78,22 @@ def test_the_yaml_and_two_machines_of_it_pass(monkeypatch):
     check_parallelism(launch, 8192, isolated=False)
     launch = asked(monkeypatch, processes=8, dp_replicate=2, dp_shard=4, cp=1)
     check_parallelism(launch, 511, isolated=True)
+
+
+def test_what_was_not_tried_with_tensor_parallelism_is_refused():
+    for wrong, words in (
+        (dict(precision="fp16"), "fp16: .*--mixed_precision bf16"),
+        (dict(compiler="inductor"), "torch.compile: .*--dynamo_backend no"),
+        (dict(offload_parameters=True), "main memory: .*--fsdp_offload_params false"),
+    ):
+        with pytest.raises(InputError, match=words):
+            check_parallelism(Launch(processes=2, tensor_parallel=2, **wrong), 512, False)
+
+
+def test_groups_of_tensor_parallelism_are_neighbours_and_read_the_same_rows(monkeypatch):
+    launches = [asked(monkeypatch, processes=4, process=process, dp_shard=2, tp=2) for process in range(4)]
+    assert [launch.reads_rows for launch in launches] == [True, False, True, False] and launches[0].row_readers == 2
+    assert launches[0].dimensions == "2 shards x 2 tensor parallel" and Launch().dimensions == ""
 
 
 TINY = dict(

@@ -628,3 +628,43 @@ def test_a_tied_embeddings_gradient_is_added_in_place(vocabulary):
         loss.backward()
     sums = [e.name for e in profiler.events() if "add" in e.name and [vocabulary, 16] in e.input_shapes]
     assert sums == ["aten::add_"]
+
+
+# a head that is divided by vocabulary
+
+
+def check_divided_vocabulary(rank: int, folder: Path) -> None:
+    """In each of two processes: part of the vocabulary, whose rows do not divide by two, against all logits in fp64."""
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    from common.model.linear_cross_entropy import Vocabulary, divided_vocabulary
+
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for biased, scale, soft_cap, items in ((False, 1.0, None, None), (True, 0.25, 3.0, torch.tensor(23))):
+        hidden, weight, bias, targets = problem(50, 24, VOCABULARY, biased, torch.float64)
+
+        def together(hidden, weight, bias, settings=(scale, soft_cap, items), targets=targets):
+            return materialised(hidden, weight, targets, bias, *settings)
+
+        expected = loss_and_gradients(together, [hidden, weight, bias], 3.0)
+        shards = [None if part is None else distribute_tensor(part, mesh, [Shard(0)]) for part in (weight, bias)]
+        vocabulary = divided_vocabulary(shards[0])
+        parts = [hidden, *(None if part is None else part.to_local() for part in shards)]
+
+        more = dict(scale=scale, soft_cap=soft_cap, num_items=items, vocabulary=vocabulary, chunk_bytes=70 * 24 * 17)
+
+        def divided(hidden, weight, bias, more=more, targets=targets):
+            return fused_linear_cross_entropy(hidden, weight, targets, bias, **more)
+
+        found = loss_and_gradients(divided, parts, 3.0)
+        rows = slice(0, 66) if rank == 0 else slice(66, VOCABULARY)
+        for place, truth in enumerate(expected):
+            truth = truth[rows] if place >= 2 else truth  # the loss and the gradient of hidden are whole
+            torch.testing.assert_close(found[place], truth, rtol=1e-9, atol=1e-9)
+    targets[0] = VOCABULARY
+    with pytest.raises((IndexError, RuntimeError)):  # in the process that has the end of the vocabulary
+        cross_entropy_plain(torch.zeros(50, 65), targets, 1.0, None, -100, False, Vocabulary(66, VOCABULARY, None))
+
+
+def test_a_vocabulary_that_processes_share_has_the_loss_and_gradients_of_all_logits(tmp_path):
+    in_two_processes(check_divided_vocabulary, tmp_path)

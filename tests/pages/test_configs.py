@@ -54,8 +54,9 @@ def launched(config: dict, folder, *flags: str):
 def test_there_are_configs():
     one = "cpu single_gpu fp16 fp8"
     several = "cpu_2proc cpu_fsdp2 ddp multi_node fsdp2_context_parallel zero1 zero2 zero3"
+    divided = "hsdp tensor_parallel fsdp2_tensor_parallel"
     saving = "fsdp2 fsdp2_recompute fsdp2_offload zero2_recompute zero3_offload"
-    assert {path.stem for path in CONFIGS} == {*one.split(), *several.split(), *saving.split()}
+    assert {path.stem for path in CONFIGS} == {*f"{one} {several} {divided} {saving}".split()}
     assert {path.stem for path in JSONS} == {"zero2_recompute", "zero3_offload"}
 
 
@@ -90,6 +91,7 @@ def test_the_launcher_reads_every_key(path, tmp_path):
             other = launched(config | {name: changed(value)}, tmp_path)
             assert getattr(other, name) == changed(value), f"{name} is dropped"
     several = {"cpu_2proc": 2, "cpu_fsdp2": 2, "fsdp2_context_parallel": 2, "multi_node": 16}
+    several |= {"hsdp": 4, "tensor_parallel": 2, "fsdp2_tensor_parallel": 4}
     assert config["num_processes"] == several.get(path.stem, 1)
 
 
@@ -149,7 +151,8 @@ def environment_by(monkeypatch, path) -> dict[str, str]:
 
 
 STRATEGY_OF_OTHERS = {"cpu": "single", "single_gpu": "single", "fp16": "single", "fp8": "single"}
-STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp", "cpu_fsdp2": "fsdp2"}
+STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp", "cpu_fsdp2": "fsdp2", "hsdp": "fsdp2"}
+STRATEGY_OF_OTHERS |= {"tensor_parallel": "fsdp2"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -168,11 +171,14 @@ def test_a_launch_is_what_its_yaml_says(path, monkeypatch):
     planned = setting_of_yaml(str(path), Setting(rows=1, context_length=4096), processes)
     names = "strategy processes precision compiled offload_optimizer offload_parameters".split()
     assert {name: getattr(launch, name) for name in names} == {name: getattr(planned, name) for name in names}
+    assert launch.replicas == planned.copies == (2 if path.stem == "hsdp" else 1)
     recomputes = path.stem.endswith("recompute") or path.stem == "zero3_offload"
     assert (launch.recompute is not None) == planned.recompute == recomputes
     assert launch.offloads == path.stem.endswith("offload")
     assert launch.context_parallel == 4096 // planned.context_length
-    assert launch.row_readers == processes // launch.context_parallel
+    assert launch.tensor_parallel == (2 if "tensor" in path.stem else 1)
+    assert (launch.building_device is not None) == (path.stem == "hsdp" or "tensor" in path.stem)
+    assert launch.row_readers == processes // launch.context_parallel // launch.tensor_parallel
 
 
 def parsed(**flags) -> TrainingArguments:

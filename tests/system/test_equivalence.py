@@ -72,6 +72,16 @@ def test_every_strategy_is_the_run_of_one_process(alone, cache_dir, tmp_path, co
 
 
 @pytest.mark.heavy
+@pytest.mark.parametrize(
+    ("config", "processes", "rows"),
+    [("hsdp.yaml", 4, "1"), ("tensor_parallel.yaml", 2, "2"), ("fsdp2_tensor_parallel.yaml", 4, "1")],
+)
+def test_copies_and_divided_matrices_are_the_run_of_one_process(alone, cache_dir, tmp_path, config, processes, rows):
+    launched(config, tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", rows, processes=processes)
+    assert_same_run(tmp_path, alone)
+
+
+@pytest.mark.heavy
 def test_fsdp2_with_recompute_is_the_run_of_one_process(alone, cache_dir, tmp_path):
     done = launched(
         "cpu_fsdp2.yaml", tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", "2",

@@ -5,9 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 from two_processes import in_two_processes
 
+from common.distributed.strategy import whole
 from common.train.muon import MuonWithAdamW, orthogonalized
 
 QWEN2 = dict(
@@ -213,3 +215,31 @@ def test_routers_norms_and_the_biases_of_experts_go_to_adamw():
     }
     attention = {f"self_attn.{part}_proj.weight" for part in "qkvo"}
     assert names == attention | {"mlp.experts.gate_up_proj", "mlp.experts.down_proj"}
+
+
+def divided_run(rank: int, folder: Path) -> None:
+    """Matrices of one shape, divided by rows and by columns: they must not be taken for alike."""
+    model, decayed = model_and_decayed()
+    mesh = torch.distributed.init_device_mesh("cpu", (2,))
+    for number, (name, parameter) in enumerate(list(model.named_parameters())):
+        if parameter.ndim == 2:
+            module = model.get_submodule(name.rpartition(".")[0])
+            module.weight = torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(number % 2)]))
+    model.tie_weights()
+    whole_model, _ = model_and_decayed()
+    optimizer = MuonWithAdamW(model, decayed, **SETTINGS)
+    whole_gradients = MuonWithAdamW(whole_model, decayed, **SETTINGS)
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
+            other.grad = torch.randn(other.shape, generator=generator)
+            divided = isinstance(one, DTensor)
+            one.grad = distribute_tensor(other.grad, mesh, one.placements) if divided else other.grad.clone()
+        optimizer.step()
+        whole_gradients.step()
+    for one, other in zip(model.parameters(), whole_model.parameters(), strict=True):
+        torch.testing.assert_close(whole(one.detach()), other.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_divided_matrices_are_updated_as_whole_ones(tmp_path):
+    in_two_processes(divided_run, tmp_path)
