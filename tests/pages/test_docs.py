@@ -87,7 +87,10 @@ def test_the_log_fields_are_those_of_a_run(wiki, cache_dir, tmp_path):
     results = json.loads((tmp_path / "all_results.json").read_text(encoding="utf-8"))
     page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
     section = page.split("## Log fields\n")[1].split("\n## ")[0]
-    tables = [re.findall(r"^\| [^|]+ \| ([^|]+) \|", table, flags=re.MULTILINE) for table in section.split("|---|")[1:]]
+    tables = [
+        re.findall(r"^\| [^|]+ \| ([^|]+) \|", table, flags=re.MULTILINE)
+        for table in section.split("|---|---|---|")[1:]
+    ]
     named = [re.findall(r"`(\w+)`", " ".join(cells)) for cells in tables]
     assert len(named[0]) == 11 and set(named[0]) <= logged.keys()
     assert len(named[1]) == 8 and set(named[1]) <= results.keys()
