@@ -13,6 +13,15 @@ from common.model_folder import refuse_pointers
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 DATA_SET_ID = re.compile(rf"({HUB_ID.pattern})(?::(.+))?")  # owner/name, owner/name:subset or owner/name:file
 PROBE_SECONDS = 8  # all hubs are probed at once; one that has not answered after this time is given up
+# Names of published models without their owner, as the shapes of model/presets.py are called.
+SHORT_NAMES = {
+    "smollm2-135m": "HuggingFaceTB/SmolLM2-135M",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "qwen2.5-1.5b": "Qwen/Qwen2.5-1.5B",
+    "qwen2.5-3b": "Qwen/Qwen2.5-3B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+}
 HUGGING_FACE = "https://huggingface.co"
 HUGGING_FACE_MIRROR = "https://hf-mirror.com"
 TOKENIZER_FILES = ["*.json", "*.txt", "*.model", "*.jinja", "*.tiktoken"]  # config and tokenizer, no weights
@@ -36,6 +45,11 @@ def ways_to_continue(flag: str) -> str:
         "  2. a mirror: export HF_ENDPOINT=https://hf-mirror.com, and launch again\n"
         f"  3. {third}"
     )
+
+
+def full_name(name: str) -> str:
+    """Return the id that ``name`` is short for: Qwen/Qwen2.5-0.5B for qwen2.5-0.5b. Other names are returned as is."""
+    return SHORT_NAMES.get(name.lower(), name)
 
 
 def fetch_tokenizer(name: str) -> str:
@@ -69,8 +83,12 @@ def _fetch_repository(what: str, name: str, files: list[str], needs: list[list[s
     if Path(name).is_dir():
         refuse_pointers(name, files)
         return name
-    if not HUB_ID.fullmatch(name):
-        raise InputError(f"{flag} {name}: no such folder, and not a hub id like owner/name.")
+    if not HUB_ID.fullmatch(full_name(name)):
+        raise InputError(
+            f"{flag} {name}: no such folder, and not a hub id like owner/name. Without an owner these are known: "
+            f"{', '.join(SHORT_NAMES)}."
+        )
+    name = full_name(name)
 
     def from_modelscope(**where):
         from modelscope import snapshot_download

@@ -134,6 +134,8 @@ class RecipeArguments:
     lora_targets: list[str] = field(default_factory=lambda: [ALL_LINEAR], metadata={
         "help": "Layers that get adapters, such as q_proj v_proj; left out: all linear layers but the head."})
     train_embedding: bool = field(default=False, metadata={"help": "With adapters: train the input embedding, too."})
+    accept_weak_weights: bool = field(default=False, metadata={
+        "help": "Also continue weights that predict this text no better than the frequency of its tokens does."})
     merge_only: bool = field(default=False, metadata={"help": "Only merge the finished adapter of --output_dir."})
 # fmt: on
 
@@ -229,7 +231,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)
-        trainer.add_callback(MeasureBefore(trainer, None, pretrained=True))
+        trainer.add_callback(MeasureBefore(trainer, None, True, own.accept_weak_weights))
         for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=run.last_checkpoint())

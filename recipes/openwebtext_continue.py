@@ -4,7 +4,7 @@
 
 To adapt a model to a domain, mix in one part in ten of text like that of its pretraining (replay), and name a second
 held-out set that must not be forgotten. Both held-out sets are measured before and after. Weights are an id of
-ModelScope or Hugging Face, a folder, or a .gguf file (pip install gguf).
+ModelScope or Hugging Face, a folder such as the output of another recipe, or a .gguf file (pip install gguf).
 
     accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/openwebtext_continue.py \
         --model Qwen/Qwen2.5-0.5B --data my-domain.jsonl web.jsonl --data_weights 0.9 0.1 --retain web-held-out.jsonl
@@ -142,6 +142,13 @@ class RecipeArguments:
         default=False,
         metadata={"help": "Take only the config of --model, start at random, with PaddleNLP's hyperparameters."},
     )
+    accept_weak_weights: bool = field(
+        default=False,
+        metadata={
+            "help": "Also continue weights that predict this text no better than the frequency of its tokens does, as "
+            "those of a short run or of another language may."
+        },
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -212,7 +219,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)
-        trainer.add_callback(MeasureBefore(trainer, retained.rows, pretrained=not own.from_scratch))
+        trainer.add_callback(MeasureBefore(trainer, retained.rows, not own.from_scratch, own.accept_weak_weights))
         for callback in swanlab_callbacks(shared.swanlab, "accelerate-pretraining", run.folder):
             trainer.add_callback(callback)
         trainer.train(resume_from_checkpoint=run.last_checkpoint())

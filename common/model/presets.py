@@ -12,7 +12,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.hub import fetch_model
+from common.hub import fetch_model, full_name
 from common.model.from_config import in_one_line, planned_model
 from common.model.pretrained import find_model, model_without_memory
 from common.model_folder import custom_code
@@ -128,9 +128,11 @@ class PretrainedSize:
 
         ``for_plan``: the config is fetched then.
         """
-        if self.model in PUBLISHED:
-            return planned_model(PRESETS[PUBLISHED[self.model]], PUBLISHED_VOCABULARY_ROWS, context_length)
-        if for_plan or Path(self.model).exists():
+        if Path(self.model).exists():
+            return model_without_memory(find_model(self.model, weights=False))
+        if full_name(self.model) in PUBLISHED:
+            return planned_model(PRESETS[PUBLISHED[full_name(self.model)]], PUBLISHED_VOCABULARY_ROWS, context_length)
+        if for_plan:
             return model_without_memory(find_model(self.model, weights=False))
         return None
 

@@ -1,8 +1,8 @@
 """A name -> a causal language model, with its weights or, from its config alone, with random ones.
 
 Refused, each with what to do instead: a checkpoint in which weights are missing, quantized weights, a tokenizer with
-more ids than the embedding has rows, rows longer than the model's positions, and weights that predict text hardly
-better than chance.
+more ids than the embedding has rows, rows longer than the model's positions, and weights that predict the text no
+better than the frequency of its tokens, unless the user accepts that.
 """
 
 import hashlib
@@ -30,7 +30,9 @@ from common.model.from_config import build_whole, check_config, in_one_line, mod
 from common.model_folder import custom_code
 from common.tokens.tokenizer import vocabulary_size
 
-# Weights are refused if their loss is above this share of ln(vocabulary), the loss of predicting all tokens alike.
+# Weights are doubted if their loss is above this share of ln(vocabulary), the loss of predicting all tokens alike, and
+# not below the loss by token frequency alone either. Both are needed: a small model that was just trained is above the
+# first and below the second; a good one on unusual text, such as random letters, may be the other way round.
 # Measured on SmolLM2-135M (CPU, 6,156 tokens, 2026-11-22):
 #     English, Chinese and Python                                             0.22 to 0.27
 #     letters drawn at random                                                 0.51
@@ -161,22 +163,35 @@ def model_without_memory(place: str) -> PreTrainedModel:
         raise _cannot_load(place, error) from None
 
 
-def check_start(loss: float, vocabulary_rows: int) -> None:
-    """Raise InputError if pretrained weights begin with a held-out loss that is hardly better than chance.
+def check_start(loss: float, by_frequency: float, vocabulary_rows: int, accepted: bool) -> None:
+    """Refuse pretrained weights that know next to nothing of the text; say a warning if the user accepts them.
 
     Args:
-        loss: nats a token.
+        loss: of the weights on the held-out documents, nats a token.
+        by_frequency: the loss of predicting every token by its frequency in the training documents.
         vocabulary_rows: of the embedding.
+        accepted: --accept_weak_weights.
+
+    Raises:
+        InputError: the weights are refused. A loss that is not finite is always refused.
     """
     chance = math.log(vocabulary_rows)
-    if not loss <= NEAR_RANDOM * chance:  # true for NaN, too
-        raise InputError(
-            f"the loaded weights start at {loss:.2f} nats a token on the held-out documents. To predict all tokens "
-            f"alike costs ln({vocabulary_rows:,}) = {chance:.2f}; above {NEAR_RANDOM:.0%} of that, weights know next "
-            "to nothing of this text. Either its ids are from another tokenizer: give the one that the weights were "
-            "trained with, and tokenize the text with it. Or the checkpoint is damaged: download it again. To start "
-            "at random on purpose: recipes/openwebtext_continue.py --from_scratch"
-        )
+    if loss < by_frequency or loss <= NEAR_RANDOM * chance:  # both are false for NaN
+        return
+    found = (
+        f"the loaded weights start at {loss:.2f} nats a token on the held-out documents. Token frequency alone gives "
+        f"{by_frequency:.2f} on this text, and to predict all tokens alike costs ln({vocabulary_rows:,}) = {chance:.2f}"
+    )
+    if accepted and math.isfinite(loss):
+        say(f"warning: {found}. The weights know next to nothing of this text; training goes on, as you asked.")
+        return
+    accept = "If you expect this, such as for a model trained briefly or on other text: --accept_weak_weights. "
+    raise InputError(
+        f"{found}: the weights know next to nothing of this text. {accept if math.isfinite(loss) else ''}Otherwise "
+        "its ids are from another tokenizer: give the one that the weights were trained with, and tokenize the text "
+        "with it. Or the checkpoint is damaged: download it again. To start at random on purpose: "
+        "recipes/openwebtext_continue.py --from_scratch"
+    )
 
 
 def weights_fingerprint(model: PreTrainedModel) -> str:

@@ -15,6 +15,7 @@ from common.console import InputError, say
 from common.corpus.splits import Split, repeated
 from common.dataset.ledger import Ledger
 from common.dataset.packing import JoinedRows, PackedRows
+from common.dataset.rows import unigram_loss
 from common.model.pretrained import check_start
 from common.tokens.store import TokenStore
 from common.train.trainer import PretrainingTrainer
@@ -82,22 +83,29 @@ def retained_rows(
 
 
 class MeasureBefore(TrainerCallback):
-    """Evaluate both held-out sets before the first step; stop if pretrained weights are hardly better than chance.
+    """Evaluate both held-out sets before the first step; stop if pretrained weights know nothing of the text.
 
     It does so when training begins and not earlier, because DeepSpeed and FSDP have the model ready only then.
     """
 
-    def __init__(self, trainer: PretrainingTrainer, retained: JoinedRows | None, pretrained: bool):
+    def __init__(
+        self, trainer: PretrainingTrainer, retained: JoinedRows | None, pretrained: bool, accept_weak_weights: bool
+    ):
         self.trainer, self.retained, self.pretrained = trainer, retained, pretrained
+        self.accept_weak_weights = accept_weak_weights
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step > self.trainer.run.measured_from:  # a continued run, whose checkpoint has the figures
             return
         held_out = self.trainer.evaluate()
         rows = model.config.get_text_config().vocab_size
-        say(f"before training: {held_out['eval_loss']:.4f} nats a token; by chance ln({rows:,}) = {np.log(rows):.4f}")
+        by_frequency = unigram_loss(self.trainer.train_dataset, self.trainer.eval_dataset, rows)
+        say(
+            f"before training: {held_out['eval_loss']:.4f} nats a token; by chance ln({rows:,}) = {np.log(rows):.4f}, "
+            f"by token frequency alone {by_frequency:.4f}"
+        )
         if self.pretrained and state.global_step == 0:  # the text of a branch may be new to it
-            check_start(held_out["eval_loss"], rows)
+            check_start(held_out["eval_loss"], by_frequency, rows, self.accept_weak_weights)
         if self.retained is not None:
             retained = self.trainer.evaluate(self.retained, metric_key_prefix="retain")
             say(f"before training, --retain: {retained['retain_loss']:.4f} nats a token")

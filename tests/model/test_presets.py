@@ -71,7 +71,7 @@ def test_the_recipes_own_shape_is_found_again():
     ("model", "target", "message"),
     [
         ("qwen2.5-0.5b", "1B", "Leave one out"),
-        ("qwen9-1b", None, "not a folder, not an id like owner/name, and not of swanlab-wiki, smollm2-135m, qwen2.5-0.5b"),
+        ("qwen9-1b", None, "not a folder, not an id like owner/name, and not of swanlab-wiki, smollm2-135m"),
         (None, "many", "not a number such as 120M"),
         (None, "-5M", "not a number"),
         (None, "1M", "the nearest has"),

@@ -174,12 +174,19 @@ def test_the_fingerprint_is_of_the_numbers(folder, tokenizer):
 @pytest.mark.parametrize("loss", [11.93, 9.0, 15.0, math.nan, math.inf])
 def test_a_start_near_random_is_refused(loss):
     with pytest.raises(InputError, match=r"ln\(151,936\) = 11\.93.*another tokenizer"):
-        check_start(loss, 151_936)
+        check_start(loss, 7.5, 151_936, accepted=False)
 
 
-@pytest.mark.parametrize("loss", [2.9, 5.5, 8.3])
-def test_a_start_well_below_random_is_not(loss):
-    check_start(loss, 151_936)
+@pytest.mark.parametrize(("loss", "by_frequency"), [(2.9, 7.5), (5.5, 7.5), (8.3, 7.5), (9.4, 9.5)])
+def test_a_start_well_below_random_or_below_token_frequency_is_not(loss, by_frequency):
+    check_start(loss, by_frequency, 151_936, accepted=False)
+
+
+@pytest.mark.parametrize("loss", [math.nan, math.inf])
+def test_a_start_that_is_not_finite_is_refused_even_if_weak_weights_are_accepted(loss):
+    with pytest.raises(InputError) as refused:
+        check_start(loss, 7.5, 151_936, accepted=True)
+    assert "--accept_weak_weights" not in str(refused.value)
 
 
 @pytest.mark.parametrize(("name", "message"), [("no/such.gguf", "no such file"), ("./nowhere", "no such folder")])

@@ -79,6 +79,24 @@ def test_the_output_page_names_every_file_of_a_run(wiki, cache_dir, tmp_path):
         assert re.search(rf"`{re.escape(name)}/?`", page), f"{name} is not explained in docs/output.md"
 
 
+def test_the_log_fields_are_those_of_a_run(wiki, cache_dir, tmp_path):
+    """The middle columns of the two tables in docs/coming_from.md, against a run with a test split."""
+    wiki.main([*small_run(cache_dir, tmp_path), "--split", "90,5,5"])
+    history = json.loads((tmp_path / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    logged = next(entry for entry in history if "loss" in entry)
+    results = json.loads((tmp_path / "all_results.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    section = page.split("## Log fields\n")[1].split("\n## ")[0]
+    tables = [
+        re.findall(r"^\| [^|]+ \| ([^|]+) \|", table, flags=re.MULTILINE)
+        for table in section.split("|---|---|---|")[1:]
+    ]
+    named = [re.findall(r"`(\w+)`", " ".join(cells)) for cells in tables]
+    assert len(named[0]) == 11 and set(named[0]) <= logged.keys()
+    assert len(named[1]) == 8 and set(named[1]) <= results.keys()
+    assert {"train_runtime", "train_samples_per_second", "train_steps_per_second"} <= {k for e in history for k in e}
+
+
 def launch_lines(text: str) -> list[str]:
     """Return the commands of code blocks, and of the tables' cells in backticks, that launch a recipe."""
     blocks = re.findall(r"```\w*\n(.*?)```", text, flags=re.DOTALL)

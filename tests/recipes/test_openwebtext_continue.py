@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from collections import Counter
 from hashlib import blake2b
 from pathlib import Path
 
@@ -210,6 +211,48 @@ def test_shuffled_weights_are_stopped(recipe, weights, cache_dir, tmp_path):
     )
 
 
+def loss_by_frequency(folder: Path) -> float:
+    """Return nats a token of the held-out articles, by the counts of the training articles' tokens, plus one each."""
+    tokenizer, texts = AutoTokenizer.from_pretrained(folder), texts_of(ENGLISH)
+    ids = [[*tokenizer(text)["input_ids"], tokenizer.eos_token_id] for text in texts]
+    out = held_out(texts)
+    counts = Counter(range(IDS)) + Counter(i for text, kept in zip(ids, out, strict=True) if not kept for i in text)
+    kept = [i for text, kept in zip(ids, out, strict=True) if kept for i in text]
+    rows = (len(kept) - 1) // ROW
+    return math.log(counts.total()) - sum(math.log(counts[i]) for i in kept[1 : rows * ROW + 1]) / (rows * ROW)
+
+
+def test_weights_that_know_less_than_token_frequency_are_continued_only_if_the_user_says_so(
+    recipe, weights, cache_dir, tmp_path, capsys
+):
+    """A last norm of 0 makes all logits 0, and the loss ln(512); a small one keeps a little of what was learnt."""
+
+    def faded(name: str, factor: float) -> Path:
+        return changed_weights(
+            weights, tmp_path / name, lambda key, tensor: tensor * factor if key == "model.norm.weight" else tensor
+        )
+
+    nothing, frequency = faded("nothing", 0.0), loss_by_frequency(weights)
+    message = rf"start at 6\.24 .*frequency alone gives {frequency:.2f} .*--accept_weak_weights"
+    refused_before_training(recipe, tmp_path / "run", run(nothing, cache_dir, tmp_path / "run"), message)
+    short = ["--max_steps", "1"]
+    recipe.main(run(nothing, cache_dir, tmp_path / "run", "--accept_weak_weights", *short))
+    printed = capsys.readouterr().out
+    assert "warning: the loaded weights start at 6.24" in printed and results_of(tmp_path / "run")["steps"] == 1
+    assert f"by token frequency alone {frequency:.4f}" in printed
+
+    recipe.main(run(faded("less", 0.35), cache_dir, tmp_path / "little", *short))
+    assert 0.7 * math.log(IDS) < results_of(tmp_path / "little")["before_eval_loss"] < frequency
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["openwebtext_continue", "low_memory_16gb"])
+def test_a_published_model_needs_no_owner(weights, cache_dir, tmp_path, monkeypatch, name):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # so the run ends where the weights would be fetched
+    with pytest.raises(InputError, match="cannot fetch model Qwen/Qwen2.5-0.5B:"):
+        load_recipe(name).main(run(Path("qwen2.5-0.5b"), cache_dir, tmp_path, "--optim", "adamw_torch"))
+
+
 def test_ids_of_another_tokenizer_of_the_same_size_are_stopped(recipe, weights, cache_dir, tmp_path):
     """A token store that names no tokenizer, as PaddleNLP's: its ids are all in the vocabulary, and mean other text."""
     tokenizer = AutoTokenizer.from_pretrained(weights)
@@ -265,6 +308,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(recipe, weights, cache
     ("flags", "message"),
     [
         (["--model", "./no/such"], "--model ./no/such: no such folder"),
+        (["--model", "qwen2.5-0.5"], "not a hub id like owner/name.*qwen2.5-0.5b, "),
         (["--model", "no/such.gguf"], "no/such.gguf: no such file"),
         (["--retain", "no/such.jsonl"], "no such file"),
         (["--tokenizer", "train"], "know the ids of their own tokenizer only"),
