@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import NoReturn, TypeVar
@@ -25,7 +26,14 @@ class SharedArguments:
         metadata={
             "help": "Documents to train on, one source or several: a .json, .jsonl, .txt, .csv or .parquet file (also "
             ".gz, .zst, .bz2, .xz), a folder or a 'glob' of them, a token store (its .bin file, or a folder of such), "
-            "or a data set id of ModelScope or Hugging Face."
+            "a data set id of ModelScope or Hugging Face, or a name that python data/prepare.py corpora lists."
+        },
+    )
+    max_data_tokens: str | None = field(
+        default=None,
+        metadata={
+            "help": "Read each source of --data only up to so many tokens: 500M, 1.5B, 300000. Whole documents, in "
+            "order; of a hub's data set, the files that follow are not fetched."
         },
     )
     data_weights: list[float] | None = field(
@@ -194,6 +202,8 @@ class SharedArguments:
             if getattr(self, name) is not None and (self.probe or not self.plan):
                 why = "the probe runs as it is launched" if self.probe else "it would be ignored"
                 raise InputError(f"--{name} {getattr(self, name)}: {why}. With --plan alone, or leave it out.")
+        if isinstance(self.max_data_tokens, str):  # from here on a number
+            self.max_data_tokens = count_of("--max_data_tokens", self.max_data_tokens)
         if self.eval_tasks_every is not None and not self.eval_tasks:
             raise InputError(f"--eval_tasks_every {self.eval_tasks_every}: name what to measure with --eval_tasks.")
         if self.eval_tasks_every is not None and self.eval_tasks_every < 1:
@@ -243,6 +253,24 @@ AT_LEAST = {
 }  # fmt: skip
 BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 JSON_FIELDS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+
+
+UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+
+def count_of(flag: str, text: str) -> int:
+    """Return the number that ``text`` means: 120M, 1.5B, 300000.
+
+    Raises:
+        InputError: it is not a number, or below 1.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", text.upper().replace("_", ""))
+    if match is None:
+        raise InputError(f"{flag} {text}: not a number such as 120M or 1.5B.")
+    count = round(float(match[1]) * UNITS[match[2]])
+    if count < 1:
+        raise InputError(f"{flag} {text}: must be at least 1; useful are 1M and more.")
+    return count
 
 
 class _Default:

@@ -4,6 +4,7 @@
     python data/prepare.py inspect tokens/corpus --tokenizer DIR
     python data/prepare.py merge --input tokens/a tokens/b --output tokens/ab
     python data/prepare.py train-tokenizer --input corpus.jsonl --vocabulary_size 16000 --output my-tokenizer
+    python data/prepare.py corpora
     python data/prepare.py download wiki-zh --output data
 
 Train on the result with ``--data tokens/corpus.bin``. For corpora too large for one machine, see
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from common.console import InputError, printable
+from common.corpus.corpora import CORPORA, listing
 from common.corpus.documents import CorpusCounts, read_documents
-from common.corpus.download import CORPORA, download
+from common.corpus.download import download
 from common.corpus.hub_dataset import with_cached_files
 from common.corpus.near_duplicates import NearDuplicateCounts, without_near_duplicates
 from common.corpus.sources import PAIR_SUFFIXES, Source, resolve_sources
@@ -177,6 +179,11 @@ def fetch(arguments: argparse.Namespace) -> None:
         print(printable(str(path)))
 
 
+def list_corpora(arguments: argparse.Namespace) -> None:
+    """List the corpora that --data and download know by a name, with their licences and their ids on the hubs."""
+    print(printable(listing()))
+
+
 def at_least_one(text: str) -> int:
     """Return ``text`` as a number; for argparse."""
     if not text.isdecimal() or int(text) < 1:
@@ -242,6 +249,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     sub.add_argument("--reference", help="A tokenizer to compare with, such as Qwen/Qwen2-0.5B.")
     sub.add_argument("--hidden_size", type=int, default=512, help="To count the embedding's parameters (512).")
+
+    command("corpora", list_corpora, None)
 
     sub = command("download", fetch, "Folder.")
     sub.add_argument("name", help=f"{', '.join(CORPORA)}, or a data set id like owner/name.")

@@ -10,7 +10,6 @@ import shutil
 import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
@@ -19,53 +18,11 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 from common.console import InputError, is_main_process, printable, say
-from common.corpus.formats import DAMAGE, open_decompressed
+from common.corpus.corpora import CORPORA, Corpus
+from common.corpus.formats import ARCHIVES, DAMAGE, open_decompressed
 from common.corpus.hub_dataset import find_files
 from common.corpus.transfer import FileChanged, HubFile, RemoteFile
 from common.hub import DATA_SET_ID
-
-ARCHIVES = (".tar.bz2", ".tar.gz", ".tgz", ".tar.xz", ".tar")
-PADDLENLP = "https://bj.bcebos.com/paddlenlp/models/transformers/llama/data/"
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """A corpus with a name of its own.
-
-    Attributes:
-        about: what it is, as its publishers or users describe it; not measured here.
-        identifier: the data set id on the hubs.
-        urls: where its files are, if it is not on a hub.
-    """
-
-    about: str
-    licence: str
-    identifier: str = ""
-    urls: tuple[str, ...] = ()
-
-
-CORPORA = {
-    "wiki-zh": Corpus(
-        "Chinese Wikipedia of 2024-08-20, simplified: about 1.44 million articles, 1.99 GB, one JSON array",
-        "CC BY-SA (https://dumps.wikimedia.org/legal.html)",
-        identifier="fjcanyue/wikipedia-zh-cn:wikipedia-zh-cn-20240820.json",
-    ),
-    "openwebtext": Corpus(
-        "English web pages, about 8.0 million documents, about 24 GB in 80 parquet files",
-        "CC0-1.0 for the collection; the pages belong to their authors (https://skylion007.github.io/OpenWebTextCorpus)",
-        identifier="Skylion007/openwebtext",
-    ),
-    "openwebtext-100k": Corpus(
-        "100,000 documents of OpenWebText2 as PaddleNLP's token files, with the ids of LLaMA's tokenizer",
-        "none stated by PaddleNLP (https://github.com/PaddlePaddle/PaddleNLP, llm/README.md)",
-        urls=(PADDLENLP + "llama_openwebtext_100k.bin", PADDLENLP + "llama_openwebtext_100k.idx"),
-    ),
-    "seq-monkey": Corpus(
-        "Mobvoi's general Chinese corpus, which happy-llm trains on: 13 million documents, about 10 GB packed",
-        "Apache-2.0 (https://github.com/mobvoi/seq-monkey-data)",
-        identifier="ddzhu123/seq-monkey:mobvoi_seq_monkey_general_open_corpus.jsonl.tar.bz2",
-    ),
-}
 
 
 def download(name: str, folder: Path, verify: bool = True) -> list[Path]:

@@ -28,6 +28,7 @@ DECODERS = {
     ".xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ, memlimit=LARGEST_XZ_BYTES),
 }
 COMPRESSIONS = {*PYARROW_CODECS, *DECODERS}
+ARCHIVES = (".tar.bz2", ".tar.gz", ".tgz", ".tar.xz", ".tar")  # data/prepare.py download unpacks them
 # How a compressed file begins, whatever its name is. No text begins so. (The fourth byte of bz2 is its level.)
 COMPRESSED = (
     (".gz", re.compile(rb"\x1f\x8b\x08")),

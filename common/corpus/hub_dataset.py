@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from tempfile import TemporaryDirectory
 
 from common.console import InputError, say
+from common.corpus.corpora import on_modelscope
 from common.corpus.formats import Records, format_of
 from common.corpus.records import file_records
 from common.corpus.sources import Source
@@ -65,7 +66,8 @@ def with_cached_files(source: Source) -> Source:
 def find_files(identifier: str) -> tuple[str, list[HubFile]]:
     """Return the first place that has the data set, and the files of its train split there.
 
-    The places are ModelScope, Hugging Face (HF_ENDPOINT), its mirror, and then the caches of both libraries. If
+    The places are ModelScope (where some have another name, see ``corpora.py``), Hugging Face (HF_ENDPOINT), its
+    mirror, and then the caches of both libraries. If
     HF_HUB_OFFLINE or HF_DATASETS_OFFLINE is set, only the caches are tried. A cache does not say whether it has all
     files, so a note names those it has.
 
@@ -79,8 +81,11 @@ def find_files(identifier: str) -> tuple[str, list[HubFile]]:
     flag_set = offline("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     endpoints = {} if flag_set else hub_endpoints()
     answering = answering_hubs(endpoints.values())
-    places = {hub: partial(remote_files, repository, hub, url) for hub, url in endpoints.items()}
-    places["ModelScope's cache"] = partial(cached_files, repository, modelscope_snapshot)
+    there = on_modelscope(repository)
+    places = {}
+    for hub, url in endpoints.items():
+        places[hub] = partial(remote_files, there if hub == "ModelScope" else repository, hub, url)
+    places["ModelScope's cache"] = partial(cached_files, there, modelscope_snapshot)
     places["Hugging Face's cache"] = partial(cached_files, repository, hugging_face_snapshot)
     failures = [f"  no hub is asked: {flag_set} is set"] if flag_set else []
     for place, list_files in places.items():

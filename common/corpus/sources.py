@@ -12,7 +12,9 @@ from functools import partial
 from pathlib import Path
 
 from common.console import InputError, say
+from common.corpus.corpora import CORPORA
 from common.corpus.formats import (
+    ARCHIVES,
     COLUMN_FORMATS,
     format_by_content,
     format_of,
@@ -141,7 +143,7 @@ def resolve_sources(given: list[str], encoding: str | None = None) -> list[Sourc
 
 
 def resolve_source(given: str, encoding: str | None = None) -> Source:
-    """Decide what ``given`` is: a file, a folder, a glob, a token store, or a data set id.
+    """Decide what ``given`` is: a file, a folder, a glob, a token store, a data set id, or a name of CORPORA.
 
     From a folder and its subfolders, all files of a known format are taken; the content decides the format of a file
     without a suffix. Files of other formats are left out, and a note names them. Hidden files, hidden folders and
@@ -191,9 +193,27 @@ def _find(given: str) -> Source:
             raise InputError(f"{given}: matches no file.")
         fixed = [part for part in path.parent.parts if not glob.has_magic(part)]
         return Source(given, _short_name(fixed[-1] if fixed else path.name), _documents_of(given, matches))
+    if given in CORPORA:
+        return _named_corpus(given)
     if DATA_SET_ID.fullmatch(given) and format_of(given.split(":")[0]) is None:
         return Source(given, _short_name(given), hub_id=given)
-    raise InputError(f"{given}: no such file. Give an existing file, folder or glob, or a hub id like owner/name.")
+    raise InputError(
+        f"{given}: no such file. Give an existing file, folder or glob, a hub id like owner/name, or one of "
+        f"{', '.join(CORPORA)} (python data/prepare.py corpora says what they are)."
+    )
+
+
+def _named_corpus(name: str) -> Source:
+    """Return the source that streams a corpus of CORPORA, and print what it is and its licence."""
+    corpus = CORPORA[name]
+    if corpus.urls or corpus.identifier.endswith(ARCHIVES):
+        what = "an archive" if corpus.identifier else "a token store at plain URLs"
+        raise InputError(
+            f"{name}: is {what}, which cannot be streamed. Download it first, and give its files with --data: "
+            f"python data/prepare.py download {name} --output data"
+        )
+    say(f"{name}: {corpus.about}. Licence: {corpus.licence}.")
+    return Source(name, _short_name(name), hub_id=corpus.identifier)
 
 
 def _may_have_text_files(source: Source) -> bool:

@@ -28,6 +28,7 @@ class Ledger:
     documents_duplicate: int = 0  # exact copies of an earlier document: left out, unless --keep_duplicates
     documents_empty: int = 0  # without text, so without tokens; not counted in ``documents``
     documents_malformed: int = 0  # skipped because of --skip_malformed; not counted in ``documents``
+    documents_after_limit: int = 0  # read after --max_data_tokens was reached; not counted in ``documents``
     tokens_read: int = 0  # including an end-of-document token for each document
     tokens_train: int = 0  # in training rows
     tokens_held_out: int = 0  # in held-out rows
@@ -59,6 +60,7 @@ class Ledger:
             documents_duplicate=int(split.duplicate.sum()) + left_out,
             documents_empty=said["empty"],
             documents_malformed=said["malformed"],
+            documents_after_limit=said["documents_after_limit"],
             tokens_read=len(store.tokens) + said["duplicate_tokens"],
             tokens_duplicate=int(sizes[split.duplicate].sum()) + said["duplicate_tokens"],
             tokens_dropped=sum(part.dropped_tokens for part in rows.values()),
@@ -86,7 +88,7 @@ class Ledger:
         return Ledger(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Ledger)))
 
     def __str__(self) -> str:
-        """Return the two sums as one line. Test, duplicate, empty and malformed are named only if there are any."""
+        """Return the two sums as one line. What is not train or held out is named only if there is any."""
         parts = [f"{self.tokens_train:,} train", f"{self.tokens_held_out:,} held out"]
         notes = [f"{self.documents_held_out:,} held out"]
         if self.documents_test:
@@ -99,6 +101,8 @@ class Ledger:
             notes.append(f"{self.documents_empty:,} empty")
         if self.documents_malformed:
             notes.append(f"{self.documents_malformed:,} malformed skipped")
+        if self.documents_after_limit:
+            notes.append(f"{self.documents_after_limit:,} after --max_data_tokens left out")
         return (
             f"{self.tokens_read:,} tokens read = {' + '.join(parts)} + {self.tokens_dropped:,} dropped (last partial "
             f"rows); {self.documents:,} documents ({', '.join(notes)})"

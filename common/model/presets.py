@@ -4,13 +4,12 @@
 --target_parameters 120M         hidden size and layers are chosen, of the family of the recipe's MODEL
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
-from common.arguments import SharedArguments
+from common.arguments import SharedArguments, count_of
 from common.console import InputError, say
 from common.hub import fetch_model, full_name
 from common.model.from_config import in_one_line, planned_model
@@ -55,7 +54,6 @@ HEAD_SIZE = 64
 QWEN2_TOKENIZER, QWEN2_VOCABULARY = "Qwen/Qwen2-0.5B", 151_646
 PUBLISHED = {"Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b", "Qwen/Qwen2.5-3B": "qwen2.5-3b"}
 PUBLISHED_VOCABULARY_ROWS = 151_936  # of the embedding of all three
-UNITS = {"": 1, "K": 1e3, "M": 1e6, "B": 1e9}
 # Layers and hidden size of GPT-3's models up to 6.7B: the width for each layer grows from 43 to 128, and between these
 # the loss hardly depends on it. Sources: https://arxiv.org/abs/2005.14165 table 2.1, https://arxiv.org/abs/2001.08361
 NARROWEST, WIDEST, USUAL = 40, 130, 64
@@ -165,13 +163,7 @@ def shape_named(model: str) -> dict:
 
 def parameter_count(text: str) -> int:
     """Return the number that ``text`` means: 120M, 1.5B, 300000."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", text.upper().replace("_", ""))
-    if match is None:
-        raise InputError(f"--target_parameters {text}: not a number such as 120M or 1.5B.")
-    count = round(float(match[1]) * UNITS[match[2]])
-    if count < 1:
-        raise InputError(f"--target_parameters {text}: must be at least 1; useful are 1M and more.")
-    return count
+    return count_of("--target_parameters", text)
 
 
 def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:

@@ -77,6 +77,8 @@ def _folder_of(sources: list[Source], arguments: SharedArguments) -> Path:
     """Return the folder in the cache of a tokenizer that is trained on ``sources``."""
     held_out = held_out_below(arguments.held_out_fraction) if arguments.split is None else arguments.split
     decides = [[source.fingerprint() for source in sources], arguments.text_field, arguments.vocabulary_size, held_out]
+    if arguments.max_data_tokens is not None:
+        decides.append(arguments.max_data_tokens)
     key = hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()[:12]
     return Path(arguments.cache_dir) / f"{sources[0].name}-tokenizer-{key}"
 
@@ -88,6 +90,7 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
     If there is only one document, its tail is left out.
     With --split, the end of a source's training documents is known only after all of them are read. The sample is
     then taken from all documents, and those after that end are dropped from it.
+    With --max_data_tokens, it is taken from the first documents of each source, see ``_certainly_within``.
 
     Raises:
         InputError: no document is left to train on.
@@ -96,7 +99,9 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
     texts = (
         text
         for source, count in zip(sources, counts, strict=True)
-        for text in read_documents(source, arguments.text_field, arguments.skip_malformed, count)
+        for text in _certainly_within(
+            arguments.max_data_tokens, read_documents(source, arguments.text_field, arguments.skip_malformed, count)
+        )
     )
     if arguments.split is None:
         only, texts = only_document(texts)
@@ -114,6 +119,21 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
 
     sample, _ = sample_of(texts, may_be_used=trains)
     return sample
+
+
+def _certainly_within(max_tokens: int | None, texts: Iterator[str]) -> Iterator[str]:
+    """Yield the first ``texts`` that will be within ``max_tokens`` whatever the tokenizer is; None yields all.
+
+    How many tokens a text has is not known before there is a tokenizer, but a token of text has at least one byte. So
+    a text has at most as many tokens as bytes, and an end token. At least one text is yielded.
+    """
+    left = max_tokens
+    for number, text in enumerate(texts):
+        if max_tokens is not None:
+            left -= len(text.encode()) + 1
+            if left < 0 and number:
+                return
+        yield text
 
 
 def only_document(texts: Iterator[str]) -> tuple[str | None, Iterator[str]]:

@@ -8,7 +8,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,27 +58,36 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: Shar
         InputError: see ``read_documents``, ``TokenStore`` and ``write_token_store``.
     """
     place = source.token_store
+    limit = arguments.max_data_tokens
+    if place is not None and limit is not None:
+        raise InputError(
+            f"--max_data_tokens {limit}: {source.given} is a token store, which is read whole. Give the text that it "
+            "was made from, or leave the flag out."
+        )
     if place is None:
         place = _tokenized_before(source, tokenizer, arguments)
     if place is None:
         source = with_cached_files(source)  # what is read now, if no hub has the whole data set
         place = _tokenized_before(source, tokenizer, arguments) if source.cached_files else None
     if place is None:
-        origin = origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed)
+        origin = origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed, limit)
         place = mark_as_cache(Path(arguments.cache_dir, f"{source.name}-{_key(origin)}")) / "tokens"
         counts = CorpusCounts()
         documents = read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
-        write_token_store(documents, counts, tokenizer, place, origin, source.size_bytes)
+        write_token_store(documents, counts, tokenizer, place, origin, source.size_bytes, max_tokens=limit)
     store = TokenStore(place, arguments.cache_dir, tokenizer.eos_token_id)
     store.check_tokenizer(tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer))
     store.id_hashes()  # computed once, before other processes ask for them
     _say_what_is_lost(store, source.given, tokenizer)
+    if limit is not None:
+        _say_what_is_left_out(store, source.given, limit)
     return store
 
 
 def _tokenized_before(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments) -> Path | None:
     """Return the prefix of the token store that an earlier run made of ``source``; None if there is none."""
-    key = _key(origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed))
+    limit = arguments.max_data_tokens
+    key = _key(origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed, limit))
     # By the key alone, because the source may have had another name.
     for found in Path(arguments.cache_dir).glob(f"*-{key}/tokens{SIDECAR}"):
         say(f"tokenized before: {found.with_suffix('.bin')}")
@@ -113,8 +122,25 @@ def _say_what_is_lost(store: TokenStore, given: str, tokenizer: PreTrainedTokeni
         )
 
 
+def _say_what_is_left_out(store: TokenStore, given: str, limit: int) -> None:
+    """Print where --max_data_tokens ended the reading of ``given``, or that it did not."""
+    found = f"{store.documents:,} documents with {len(store.tokens):,} tokens"
+    after = store.sidecar.get("documents_after_limit", 0)
+    if after:
+        say(
+            f"{given}: {found} are within --max_data_tokens {limit:,}; the {after:,} documents after them that were "
+            "read are left out, and what follows was not read"
+        )
+    else:
+        say(f"note: {given}: all of it was read, {found}, which is within --max_data_tokens {limit:,}")
+
+
 def origin_of(
-    sources: list[Source], tokenizer: PreTrainedTokenizerBase, text_field: str | None, skip_malformed: bool
+    sources: list[Source],
+    tokenizer: PreTrainedTokenizerBase,
+    text_field: str | None,
+    skip_malformed: bool,
+    max_tokens: int | None = None,
 ) -> dict:
     """Return everything that decides the content of a token store, as JSON types.
 
@@ -124,11 +150,13 @@ def origin_of(
     made_with = {"fingerprint": tokenizer_fingerprint(tokenizer), "end_token": tokenizer.eos_token}
     if vocabulary_size(tokenizer) > len(tokenizer):
         made_with["vocabulary_size"] = vocabulary_size(tokenizer)  # earlier versions stored such ids in too few bits
+    limit = {} if max_tokens is None else {"max_tokens": max_tokens}
     return {
         "sources": [source.fingerprint() for source in sources],
         "text_field": text_field,
         "skip_malformed": skip_malformed,
         "tokenizer": made_with,
+        **limit,
     }
 
 
@@ -141,6 +169,7 @@ def write_token_store(
     size_bytes: int = 0,
     workers: int | None = None,
     drop_duplicates: bool = False,
+    max_tokens: int | None = None,
 ) -> TokenStore:
     """Tokenize ``documents`` into the store ``prefix``, with an end-of-document token after each; return the store.
 
@@ -154,9 +183,13 @@ def write_token_store(
         workers: threads that tokenize; by default one for each usable core.
         drop_duplicates: drop documents with the ids of an earlier one; the sidecar counts them. Nothing else is
             dropped.
+        max_tokens: end before the first document with which the store would have more tokens, end tokens included. The
+            documents that were tokenized together with it are left out, and the sidecar counts them. Reading runs ahead
+            of tokenizing by a few batches, whose documents are not counted anywhere.
 
     Raises:
-        InputError: the disk is full. Half-written files are removed.
+        InputError: the disk is full, or ``max_tokens`` is too small for the first document. Half-written files are
+            removed.
     """
     prefix = Path(prefix)
     workers = usable_cores() if workers is None else workers
@@ -167,9 +200,12 @@ def write_token_store(
         encoder = encoder_of(tokenizer)
         note = f" ({encoder.note})" if encoder.note else ""
         say(f"tokenizing into {prefix}.bin with {encoder.name}{note}")
-        encoded = _in_order(lambda batch: _encode(*batch, encoder, tokenizer, dtype), _batches(documents), workers)
+        batches = _batches(documents, counts)
+        encoded = _in_order(lambda batch: _encode(*batch, encoder, tokenizer, dtype), batches, workers)
         partial = f"{prefix}.partial"
         try:
+            if max_tokens is not None:
+                encoded = _up_to(max_tokens, encoded)
             found = _write_tokens(partial, encoded, counts, size_bytes, drop_duplicates)
             _write_rest(partial, dtype, asdict(counts) | found | origin)
             for suffix in FILES:
@@ -208,11 +244,15 @@ def _only_writer(prefix: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _batches(documents: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
+def _batches(documents: Iterable[str], counts: CorpusCounts) -> Iterator[tuple[list[str], bool, CorpusCounts]]:
     """Yield ``documents`` in lists of at least BATCH_CHARACTERS in all, the last list excepted.
 
-    With each comes whether it is one of the first TRIED_BATCHES.
+    With each comes whether it is one of the first TRIED_BATCHES, and what ``counts`` were when it was read.
     """
+
+    def counts_now() -> CorpusCounts:
+        return replace(counts, first_malformed=list(counts.first_malformed))
+
     batch = []
     characters = 0
     yielded = 0
@@ -220,12 +260,12 @@ def _batches(documents: Iterable[str]) -> Iterator[tuple[list[str], bool]]:
         batch.append(text)
         characters += len(text)
         if characters >= BATCH_CHARACTERS:
-            yield batch, yielded < TRIED_BATCHES
+            yield batch, yielded < TRIED_BATCHES, counts_now()
             yielded += 1
             batch = []
             characters = 0
     if batch:
-        yield batch, yielded < TRIED_BATCHES
+        yield batch, yielded < TRIED_BATCHES, counts_now()
 
 
 def _in_order(work: Callable, batches: Iterable, workers: int) -> Iterator:
@@ -252,10 +292,17 @@ class _Encoded(NamedTuple):
     unknown: np.ndarray  # how many tokens of each document are the unknown token, (documents,)
     tried: int  # documents that were decoded
     changed: int  # of these, the documents that did not come back as they were
+    counts: CorpusCounts  # of everything up to the end of this batch
+    left_out: int = 0  # documents of the batch that are not in it, because they come after --max_data_tokens
 
 
 def _encode(
-    texts: list[str], is_tried: bool, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, dtype: np.dtype
+    texts: list[str],
+    is_tried: bool,
+    counts: CorpusCounts,
+    encoder: Encoder,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: np.dtype,
 ) -> _Encoded:
     """Return the tokens of all ``texts``, an end token after each, and what is known of each text.
 
@@ -296,15 +343,51 @@ def _encode(
         unknown=np.add.reduceat(is_unknown, starts[:-1], dtype=np.int64),
         tried=len(tried),
         changed=sum(decoded(ids[place], tokenizer) != texts[place] for place in tried),
+        counts=counts,
     )
+
+
+def _up_to(max_tokens: int, encoded: Iterator[_Encoded]) -> Iterator[_Encoded]:
+    """Yield ``encoded`` up to the last document with which there are at most ``max_tokens``; then read no further.
+
+    The last batch is cut: it has the documents that fit, and its counts are without the text of the others.
+
+    Raises:
+        InputError: the first document does not fit.
+    """
+    left = max_tokens
+    for number, batch in enumerate(encoded):
+        ends = np.cumsum(batch.sizes, dtype=np.int64)
+        fitting = int(np.searchsorted(ends, left, side="right"))
+        if fitting == len(ends):
+            left -= int(ends[-1])
+            yield batch
+            continue
+        if number == 0 and fitting == 0:
+            raise InputError(
+                f"--max_data_tokens {max_tokens}: the first document alone has {ends[0]:,} tokens. Give at least that."
+            )
+        text_bytes = batch.counts.text_bytes - int(batch.columns[TEXT_BYTES][fitting:].sum())
+        yield batch._replace(
+            tokens=batch.tokens[: ends[fitting - 1] if fitting else 0],
+            sizes=batch.sizes[:fitting],
+            columns={suffix: numbers[:fitting] for suffix, numbers in batch.columns.items()},
+            unknown=batch.unknown[:fitting],
+            counts=replace(batch.counts, text_bytes=text_bytes),
+            left_out=len(ends) - fitting,
+        )
+        return
 
 
 def _write_tokens(
     partial: str, encoded: Iterable[_Encoded], counts: CorpusCounts, size_bytes: int, drop_duplicates: bool
 ) -> dict[str, int]:
-    """Write ``partial``.bin and the WORK_FILES; return how many duplicates were dropped, and other counts."""
+    """Write ``partial``.bin and the WORK_FILES; return how many duplicates were dropped, and other counts.
+
+    If ``encoded`` was cut, the counts of the reader up to there are among them: it has read further meanwhile.
+    """
     seen = SeenHashes()
-    found = Counter(duplicates=0, duplicate_tokens=0, unknown_tokens=0, tried_documents=0, changed_documents=0)
+    found = dict(duplicates=0, duplicate_tokens=0, unknown_tokens=0, tried_documents=0, changed_documents=0)
     total = size_bytes if size_bytes > 0 else None
     with ExitStack() as files:
         bin_file = files.enter_context(open(f"{partial}.bin", "wb"))
@@ -319,12 +402,14 @@ def _write_tokens(
             found["unknown_tokens"] += int(batch.unknown[kept].sum())
             found["tried_documents"] += batch.tried
             found["changed_documents"] += batch.changed
+            if batch.left_out:
+                found |= asdict(batch.counts) | {"documents_after_limit": batch.left_out}
             bin_file.write(batch.tokens[np.repeat(kept, batch.sizes)].tobytes())
             for file, numbers in zip(work_files, [batch.sizes, *batch.columns.values()], strict=True):
                 file.write(numbers[kept].tobytes())
         bin_file.flush()
         os.fsync(bin_file.fileno())
-    return dict(found)
+    return found
 
 
 def _write_rest(partial: str, dtype: np.dtype, described: dict) -> None:

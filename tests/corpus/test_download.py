@@ -292,7 +292,7 @@ def test_a_disk_that_is_too_small(hub, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["wiki", "a/b/c", "../x", "owner/", ""])
 def test_unknown_names(name, tmp_path):
-    with pytest.raises(InputError, match="not one of wiki-zh, openwebtext, openwebtext-100k, seq-monkey"):
+    with pytest.raises(InputError, match="not one of wiki-zh, openwebtext, openwebtext-100k, .*seq-monkey"):
         download(name, tmp_path)
 
 

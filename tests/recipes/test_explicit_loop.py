@@ -299,5 +299,5 @@ def test_every_flag_that_is_not_refused_is_read(loop):
     shared = {field.name for field in fields(SharedArguments)} - loop.DATA.keys() - loop.TRAINING.keys()
     assert {name for name in shared if not name.startswith("plan_")} - loop.NOT_READ == {
         "data_weights", "text_field", "keep_duplicates", "skip_malformed", "end_token", "split",
-        "max_eval_rows", "packing", "attn_implementation", "allow_changes", "encoding",
+        "max_eval_rows", "packing", "attn_implementation", "allow_changes", "encoding", "max_data_tokens",
     }  # fmt: skip

@@ -231,7 +231,7 @@ def test_a_run_of_before_a_field_was_recorded_continues_with_its_default(tmp_pat
 def test_every_shared_flag_is_decided_on():
     """Does this fail? A new flag decides what is trained on (add it here), or stands in SHARED_NOT_DECIDING."""
     deciding = {"context_length", "packing", "held_out_fraction", "split", "keep_duplicates", "data_weights"}
-    deciding |= {"branch_from"}
+    deciding |= {"branch_from", "max_data_tokens"}
     assert set(DECIDING_ROWS) == deciding
     assert {each.name for each in fields(SharedArguments)} == deciding | SHARED_NOT_DECIDING.keys()
 

@@ -169,6 +169,53 @@ def test_duplicates_are_dropped_on_request_only_and_counted(tmp_path, monkeypatc
     assert store.sidecar["documents"] == len(store.document_hashes()) == 3
 
 
+@pytest.mark.parametrize("batch_characters", [1, 5, 500_000])
+@pytest.mark.parametrize(
+    ("limit", "documents", "tokens"), [(3, 1, 3), (4, 1, 3), (5, 2, 5), (8, 2, 5), (9, 3, 9), (11, 4, 11), (99, 4, 11)]
+)
+def test_a_limit_takes_the_whole_documents_that_fit(tmp_path, monkeypatch, limit, documents, tokens, batch_characters):
+    """Documents of 3, 2, 4 and 2 tokens. Once the one of 4 does not fit, the last one is not taken, though it would."""
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", batch_characters)
+    whole = [[1, 2], [3], [4, 5, 6], [7]]
+    store = write(tmp_path / "store", whole, max_tokens=limit)
+    assert read(store) == [[*document, 0] for document in whole[:documents]]
+    assert (store.sidecar["documents"], store.sidecar["tokens"]) == (documents, tokens)
+    left_out = store.sidecar.get("documents_after_limit", 0)
+    assert left_out == {1: int(documents < 4), 500_000: 4 - documents}.get(batch_characters, left_out)
+
+
+def test_what_a_limit_counts_does_not_depend_on_threads(tmp_path, monkeypatch):
+    """Reading runs ahead of tokenizing, further with more threads: what is read there is not counted."""
+    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 400)
+    lines = []
+    for number in range(3_000):
+        lines.append(
+            json.dumps({"text": f"{1_000 + number} " * 20}) + "\n" + '{"text": ""}\n{"text": 1}\n' * (number % 3 == 0)
+        )
+    (tmp_path / "c.jsonl").write_text("".join(lines), encoding="utf-8")
+    found = []
+    for cores in (1, 7):
+        monkeypatch.setattr(token_writer, "usable_cores", lambda cores=cores: cores)
+        arguments = SharedArguments(
+            cache_dir=str(tmp_path / f"cache{cores}"), skip_malformed=True, max_data_tokens="2.1K"
+        )
+        store = tokenize(resolve_source(str(tmp_path / "c.jsonl")), SMALL, arguments)
+        assert (store.documents, len(store.tokens)) == (100, 2_100)  # of 21 tokens each
+        assert store.sidecar["text_bytes"] == 100 * 100
+        found.append(store.sidecar)
+    assert found[0] == found[1]
+    after = found[0]["documents_after_limit"]
+    # A text has 100 characters, so four make a batch, and the next one has the documents 100 to 103. An empty and a
+    # malformed one follow the documents 0, 3, ... 102.
+    assert after == 4 and found[0]["empty"] == found[0]["malformed"] == len(range(0, 104, 3))
+
+
+def test_a_limit_below_the_first_document_is_refused(tmp_path):
+    with pytest.raises(InputError, match="--max_data_tokens 2: the first document alone has 3 tokens"):
+        write(tmp_path / "store" / "tokens", [[1, 2], [3]], max_tokens=2)
+    assert [path.name for path in (tmp_path / "store").iterdir()] == ["tokens.lock"]
+
+
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT])
 def test_a_full_disk_is_one_clear_error_and_leaves_nothing(tmp_path, monkeypatch, code):
     def full(*_):
@@ -209,6 +256,24 @@ def test_text_is_tokenized_once_until_something_changes(tmp_path, capsys):
     arguments.text_field = "{text}."
     assert "tokenizing into" in said()
     assert "tokenized before" in said()
+
+
+def test_the_limit_is_in_the_key_of_the_cache(tmp_path, capsys):
+    path = corpus(tmp_path / "c.jsonl", 30)  # documents of 201 tokens
+    folders = set()
+    for limit, documents in ((None, 30), ("1000", 4), ("1K", 4), ("2000", 9), ("1M", 30), (None, 30)):
+        arguments = SharedArguments(cache_dir=str(tmp_path / "cache"), max_data_tokens=limit)
+        capsys.readouterr()
+        store = tokenize(resolve_source(str(path)), SMALL, arguments)
+        said = capsys.readouterr().out
+        assert ("tokenized before" in said) == (str(store.prefix) in folders)
+        folders.add(str(store.prefix))
+        assert store.documents == documents
+        assert ("what follows was not read" in said) == (documents < 30)
+        assert ("all of it was read" in said) == (limit == "1M")
+    assert len(folders) == 4
+    with pytest.raises(InputError, match="is a token store, which is read whole"):
+        tokenize(resolve_source(f"{store.prefix}.bin"), SMALL, SharedArguments(max_data_tokens="1K"))
 
 
 LAUNCH = """
