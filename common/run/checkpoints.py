@@ -295,13 +295,17 @@ def in_one_piece(state: dict, placed_like: dict | None = None) -> dict:
 
 
 def gathered_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the whole weights of a divided model to the main process, in main memory; to others an empty dict.
+    """Return the whole weights of a divided model to the main process, in main memory; to others an empty dict."""
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
-    A matrix that embedding and head share is there once, as in the files of a model that is not divided.
+
+def each_once(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Return gathered weights with a matrix that embedding and head share only once.
+
+    transformers tells shared matrices by their address, and gathered ones have each its own: it would write them twice.
     """
-    gathered = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    return {name: tensor for name, tensor in gathered.items() if name not in again}
+    return {name: tensor for name, tensor in weights.items() if name not in again}
 
 
 def sync_folder(path: Path) -> None:

@@ -27,7 +27,15 @@ from common.distributed.workarounds import (
 )
 from common.io import write_json
 from common.model.attention import DOCUMENTS, block_mask
-from common.run.checkpoints import gathered_weights, load_states, load_weights, reading, save_shards, unfinished
+from common.run.checkpoints import (
+    each_once,
+    gathered_weights,
+    load_states,
+    load_weights,
+    reading,
+    save_shards,
+    unfinished,
+)
 from common.run.folder import Run
 from common.run.init_from import check_resumable
 from common.run.record import mean_logged_loss
@@ -409,12 +417,14 @@ class PretrainingTrainer(Trainer):
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Replaces: the whole weights of a divided model in every process, for one of them to write."""
-        if self.launch.tensor_parallel == 1:
-            return super()._save(output_dir, state_dict)
-        weights = gathered_weights(self.model)
-        with saved_as_given(self.model):
-            super()._save(output_dir, weights)
+        """Replaces: a shared matrix written twice; the whole weights of a divided model in every process."""
+        divided = self.launch.tensor_parallel > 1
+        if divided:
+            state_dict = gathered_weights(self.model)
+        if state_dict is not None:
+            state_dict = each_once(state_dict, self.model)
+        with saved_as_given(self.model) if divided else nullcontext():
+            super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model of the run's end, each file whole or not at all. Replaces: half of one on a full disk."""
