@@ -75,6 +75,8 @@ def _check_size(flag: str, value: int, tokens: int) -> None:
 
 def largest_divisor(number: int, most: int) -> int:
     """Return the largest divisor of ``number`` that is at most ``most``; 0 without one."""
+    if number < 1:
+        return 0
     divisors = [small for small in range(1, math.isqrt(number) + 1) if number % small == 0]
     divisors += [number // small for small in divisors]
     return max((divisor for divisor in divisors if divisor <= most), default=0)

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 def batch_of(per_device=16, accumulation=0):
-    return SimpleNamespace(per_device_train_batch_size=per_device, gradient_accumulation_steps=accumulation)
+    sizes = dict(per_device_train_batch_size=per_device, per_device_eval_batch_size=per_device)
+    return SimpleNamespace(**sizes, gradient_accumulation_steps=accumulation)
 
 
 @pytest.mark.parametrize(("processes", "accumulation"), [(1, 16), (2, 8), (16, 1)])
