@@ -169,7 +169,10 @@ def test_a_rate_that_may_change_is_applied_logged_and_recorded(wiki, cache_dir, 
     constant = "--lr_scheduler_type constant --lr_scheduler_kwargs {} --warmup_steps 0".split()
     flags = small_run(cache_dir, tmp_path, *constant)
     wiki.main([*flags, "--max_steps", "3"])
-    for refused, reason in (("--optim sgd", "other optimizer"), ("--target_parameters 2.5M", "other model")):
+    for refused, reason in (
+        ("--optim sgd", "other optimizer"),
+        ("--target_parameters 2.5M --vocabulary_size 4096", "other model"),
+    ):
         with pytest.raises(InputError, match=f"cannot change: .*{reason}"):
             wiki.main([*flags, *refused.split(), "--allow_changes", "training.optim", "model", "data.optimizer"])
     with pytest.raises(InputError, match="\n  --allow_changes training.learning_rate$"):
