@@ -188,7 +188,7 @@ def main(argv: list[str] | None = None) -> None:
     if shared.init_from:
         load_start(model, shared.init_from)
     model = place_model(model, launch, shared.cache_dir, training.seed)  # divided, under tensor parallelism
-    if training.num_train_epochs == 0:  # --target_parameters leaves the passes to size and text
+    if own.target_parameters and training.num_train_epochs == 0:  # the passes follow from size and text
         training.num_train_epochs = passes_for(model.num_parameters(), rows.train.stream_tokens)
     say(f"parameters: {parameters_in_words(model)}")
     isolated = shared.packing == "isolated"
