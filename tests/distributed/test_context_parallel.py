@@ -46,7 +46,8 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
     launches = [asked(monkeypatch, processes=8, process=process, dp_shard=4, cp=2) for process in range(4)]
     assert launches[0].row_readers == 4
     assert [launch.reads_rows for launch in launches] == [True, False, True, False]
-    training = SimpleNamespace(per_device_train_batch_size=4, gradient_accumulation_steps=0)
+    sizes = dict(per_device_train_batch_size=4, per_device_eval_batch_size=4)
+    training = SimpleNamespace(**sizes, gradient_accumulation_steps=0)
     monkeypatch.setenv("RANK", "0")  # the process that prints
     assert set_batch(launches[0], training, 131_072, 4096) == 32
     assert (training.per_device_train_batch_size, training.gradient_accumulation_steps) == (4, 2)
