@@ -113,7 +113,9 @@ def test_any_number_of_processes_takes_as_many_steps(tmp_path):
     rows_a_step = {
         set_batch(
             Launch(processes=processes),
-            SimpleNamespace(per_device_train_batch_size=8, gradient_accumulation_steps=0),
+            SimpleNamespace(
+                per_device_train_batch_size=8, per_device_eval_batch_size=8, gradient_accumulation_steps=0
+            ),
             131_072, 512,
         )
         for processes in (1, 2, 4, 8, 32, 256)
