@@ -95,7 +95,7 @@ def test_a_gguf_file_is_unpacked_once_and_another_file_of_its_name_again(weights
 
 
 def test_merging_a_folder_without_a_run_is_refused(weights, tmp_path):
-    with pytest.raises(InputError, match="no finished run of LoRA, only part of one, or nothing"):
+    with pytest.raises(InputError, match="no finished run of LoRA"):
         save_merged(str(weights), str(tmp_path))
 
 
@@ -105,6 +105,7 @@ def test_merging_says_how_much_memory_it_needs_before_it_uses_it(weights, tmp_pa
     (tmp_path / "run.json").write_text('{"model": {"dtype": "bfloat16"}}', encoding="utf-8")
     AutoTokenizer.from_pretrained(weights).save_pretrained(tmp_path)
     numbers = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(weights).parameters())
+    monkeypatch.setattr(merge_adapters, "_check_finished", lambda run: None)  # this folder is no whole run
     monkeypatch.setattr(merge_adapters, "GIB", numbers)
     monkeypatch.setattr(merge_adapters.psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5 * numbers))
     with pytest.raises(InputError, match=r"not merged: 2\.0 GiB of main memory are needed, 1\.5 free.*--merge_only"):
