@@ -76,6 +76,7 @@ TRAINING = dict(
     weight_decay=0.1,
     adam_beta1=0.9,
     adam_beta2=0.95,
+    adam_epsilon=1e-8,
     max_grad_norm=1.0,
     logging_steps=10,
     logging_first_step=True,
