@@ -46,13 +46,14 @@ from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PRESETS, parameter_count, shape_with
 from common.model.scaling import (
+    TOKENS_PER_STEP,
     LossLaw,
     counted_bytes,
     learning_rates_for,
     tokens_per_step_for,
     vocabulary_for,
 )
-from common.tokens.tokenizer import load_tokenizer
+from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.batch import derive_micro_batch, set_batch
@@ -79,7 +80,8 @@ def work(wanted: dict, arguments: argparse.Namespace) -> dict:
     recipe = load_recipe("wiki_zh_scratch.py")
     set_seed(42)
     size = parameter_count(wanted["size"]) if wanted["size"] not in PRESETS else None
-    vocabulary = wanted.get("vocabulary") or vocabulary_for(size)
+    vocabulary = SharedArguments.vocabulary_size if size is None else vocabulary_for(size)
+    vocabulary = wanted.get("vocabulary", vocabulary)
     shared = SharedArguments(cache_dir=arguments.cache_dir, vocabulary_size=vocabulary, context_length=CONTEXT_LENGTH)
     sources = resolve_sources(arguments.data)
     given = wanted.get("tokenizer") or arguments.tokenizer
@@ -89,8 +91,9 @@ def work(wanted: dict, arguments: argparse.Namespace) -> dict:
         else load_tokenizer(given.format(vocabulary=vocabulary))
     )
     rows = build_rows({source.name: tokenize(source, tokenizer, shared) for source in sources}, shared)
-    shape = PRESETS[wanted["size"]] if size is None else shape_with(size, recipe.MODEL, len(tokenizer))
-    tokens_per_step = wanted.get("tokens_per_step") or tokens_per_step_for(size)
+    shape = PRESETS[wanted["size"]] if size is None else shape_with(size, recipe.MODEL, vocabulary_size(tokenizer))
+    tokens_per_step = TOKENS_PER_STEP if size is None else tokens_per_step_for(size)
+    tokens_per_step = wanted.get("tokens_per_step", tokens_per_step)
     training = TrainingArguments(
         **{name: value for name, value in recipe.TRAINING.items() if name not in ("tokens_per_step", "optimizer")}
         | read_launch().defaults()
@@ -122,7 +125,8 @@ def work(wanted: dict, arguments: argparse.Namespace) -> dict:
     return {
         **wanted, "wanted": wanted,
         "parameters": counts["total"], "body": counts["rest"], "shape": shape_in_words(shape),
-        "vocabulary": len(tokenizer), "tokens_per_step": tokens_per_step, "learning_rate": training.learning_rate,
+        "vocabulary": vocabulary_size(tokenizer), "tokens_per_step": tokens_per_step,
+        "learning_rate": training.learning_rate,
         "tokens": tokens, "text_bytes": text_bytes, "passes": tokens / rows.train.stream_tokens,
         "tokens_per_second": per_second, "seconds": tokens / per_second, "tflops": per_second * flops / 1e12,
         "bits_per_byte": packed["eval_bits_per_byte"], "bits_alone": bits_alone(model, rows.held_out, tokenizer),
