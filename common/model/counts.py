@@ -68,12 +68,20 @@ def parameters_in_words(model: PreTrainedModel) -> str:
     """Return ``parameter_report`` as text."""
     counts = parameter_report(model)
     text = "{total:,} = {embedding:,} embedding + {rest:,} others".format(**counts)
-    return text if counts["active"] == counts["total"] else f"{text}; active, met by a token: {counts['active']:,}"
+    if counts["active"] == counts["total"]:
+        return text
+    met = f"{experts_per_token(model.config)} of {number_of_experts(model.config)} experts a layer, none drops a token"
+    return f"{text}; active, met by a token: {counts['active']:,} ({met})"
 
 
 def experts_per_token(config: PretrainedConfig) -> int:
     """Return the experts of a layer that a token is sent to, without shared ones; 0 for a dense model."""
     return _first_number(config, EXPERTS_PER_TOKEN)
+
+
+def number_of_experts(config: PretrainedConfig) -> int:
+    """Return the experts of a layer, without shared ones; 0 for a dense model."""
+    return _first_number(config, EXPERTS)
 
 
 def is_router(name: str) -> bool:
@@ -84,13 +92,13 @@ def is_router(name: str) -> bool:
 def is_expert(model: PreTrainedModel, name: str, parameter: torch.nn.Parameter) -> bool:
     """Whether ``parameter`` belongs to experts that tokens are sent to: not to all tokens, as shared experts do."""
     shape = shape_of_parameter(parameter)
-    stacked = len(shape) == 3 and shape[0] == _first_number(model.config, EXPERTS) and min(shape) > 1
+    stacked = len(shape) == 3 and shape[0] == number_of_experts(model.config) and min(shape) > 1
     return not is_router(name) and (stacked or "experts" in name.split("."))
 
 
 def met_numbers(model: PreTrainedModel, name: str, parameter: torch.nn.Parameter) -> int:
     """Return how many numbers of ``parameter`` a token meets: of stacked experts, those that it is sent to."""
-    experts, met = _first_number(model.config, EXPERTS), experts_per_token(model.config)
+    experts, met = number_of_experts(model.config), experts_per_token(model.config)
     if not (experts and met and is_expert(model, name, parameter)):
         return numbers_of(parameter)
     return numbers_of(parameter) * min(met, experts) // experts

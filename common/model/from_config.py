@@ -16,6 +16,7 @@ from transformers.integrations import unset_hf_deepspeed_config
 
 from common.console import InputError
 from common.model.counts import experts_per_token
+from common.model.experts import has_grouped_experts, use_grouped_experts
 from common.tokens.tokenizer import padded_vocabulary, vocabulary_size
 
 # A whole model is built on the card, before it is sharded, if it takes up to this share of the card's memory.
@@ -140,8 +141,9 @@ def keep_residual_in_bf16(model: PreTrainedModel) -> None:
     benchmarks/README.md.)
 
     Call it once, before anything wraps the model. Parameters do not change. A model of which ``hands_on_bf16`` is false
-    stays as it is.
+    stays as it is. Experts, which autocast does not know, are computed in its precision from now on: see experts.py.
     """
+    use_grouped_experts(model)
     if not hands_on_bf16(model):
         return
 
@@ -161,12 +163,13 @@ def residual_dtype(model: PreTrainedModel, mixed_precision: str) -> torch.dtype:
 def hands_on_bf16(model: PreTrainedModel) -> bool:
     """Whether a residual stream that begins in bf16 stays in bf16 through the layers of ``model``, under autocast.
 
-    It does not if embedded positions are added in fp32 (GPT-2, OPT), or if experts or the last norm of a layer add
-    something in fp32 (Mixtral, Qwen2-MoE, GLM-4).
+    It does not if embedded positions are added in fp32 (GPT-2, OPT), or if the last norm of a layer (GLM-4) or experts
+    with code of their own add something in fp32.
     """
     config = model.config.get_text_config()
     embeddings = sum(isinstance(module, torch.nn.Embedding) for module in model.modules())
-    return embeddings == 1 and not experts_per_token(config) and config.model_type != "glm4"
+    experts_do = not experts_per_token(config) or has_grouped_experts(model)
+    return embeddings == 1 and experts_do and config.model_type != "glm4"
 
 
 def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) -> torch.device:

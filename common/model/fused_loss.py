@@ -16,8 +16,9 @@ that the model applies. And ``loss_function``, which transformers allows to set 
 chunk by chunk. Masks and caches stay the model's own. If a model does anything to its logits but scale and cap them,
 DeferredLogits raises an error that names it.
 
-Mixtures of experts. The router's loss is added in training only, row by row (see router_loss.py); ``aux_loss`` of the
-output is then this part of ``loss``. In evaluation, ``loss`` is that of the tokens.
+Mixtures of experts. The router's loss is added in training only, row by row (see router_loss.py). Of the output,
+``aux_loss`` is then this part of ``loss``, and ``router_logits`` are, instead of logits that nobody needs any more, the
+numbers of tokens sent to each expert, one tensor (experts,) a layer. In evaluation, ``loss`` is that of the tokens.
 
 Why inside the model. The product is computed in the head's forward, so the hooks run that gather the weight (FSDP,
 ZeRO-3), reduce its gradient (DDP) or cast (autocast). Parameter names, checkpoints and ``generate`` do not change. Two
@@ -193,8 +194,9 @@ def _deferring_when_labelled(forward):
             targets = kwargs.get("shift_labels")
             targets = labels[:, 1:] if targets is None else targets
             num_items, chosen = kwargs.get("num_items_in_batch"), experts_per_token(self.config)
-            output.aux_loss = router_part(self.router_coefficient, output.router_logits, targets, num_items, chosen)
-            output.loss = output.loss + output.aux_loss
+            logits = output.router_logits
+            output.aux_loss, sent = router_part(self.router_coefficient, logits, targets, num_items, chosen)
+            output.loss, output.router_logits = output.loss + output.aux_loss, tuple(sent)
         return output
 
     return deferring_forward

@@ -16,7 +16,7 @@ from common.model.from_config import in_one_line, planned_model
 from common.model.pretrained import find_model, model_without_memory
 from common.model_folder import custom_code
 
-# Shapes as their config.json files have them; weights and vocabulary are not theirs here.
+# Shapes as their config.json files have them, and one of our own; weights and vocabulary are not theirs here.
 PRESETS = {
     # SwanLab's wiki tutorial: 123M parameters with Qwen2's tokenizer, 78M of them in the embedding
     "swanlab-wiki": dict(
@@ -46,6 +46,13 @@ PRESETS = {
     "llama-2-7b": dict(
         model_type="llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, tie_word_embeddings=False,
+    ),
+    # A mixture of experts of our own, in the shape of Qwen3-30B-A3B: with 32,768 tokens 158M parameters, of which a
+    # token meets 59M, 17M of them in the embedding. 0.01: https://arxiv.org/abs/2101.03961, section 2.2
+    "qwen3-moe-a60m": dict(
+        model_type="qwen3_moe", hidden_size=512, num_hidden_layers=12, num_attention_heads=8, num_key_value_heads=4,
+        num_experts=8, num_experts_per_tok=2, moe_intermediate_size=896, norm_topk_prob=True, tie_word_embeddings=True,
+        output_router_logits=True, router_aux_loss_coef=0.01,
     ),
 }  # fmt: skip
 

@@ -58,7 +58,7 @@ def check_formula(model: PreTrainedModel) -> None:
     try:
         with generating(model):
             output = model(input_ids=ids, use_cache=False)
-        ours = router_losses(output.router_logits, 1, experts_per_token(model.config))
+        ours, _ = router_losses(output.router_logits, 1, experts_per_token(model.config))
         same = torch.allclose(ours[0], output.aux_loss.float(), rtol=1e-2)
     except Exception:  # router logits of other shapes, or none; each model raises its own
         same = False
@@ -70,26 +70,27 @@ def check_formula(model: PreTrainedModel) -> None:
         )
 
 
-def router_losses(router_logits: tuple[torch.Tensor, ...], rows: int, chosen: int) -> torch.Tensor:
-    """Return the router loss of each row, without the coefficient, over all layers: float32, (rows,).
+def router_losses(router_logits: tuple[torch.Tensor, ...], rows: int, chosen: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the router loss of each row, and the tokens that it sent to each expert.
 
-    A row that uses all experts alike has a loss of ``chosen``.
+    The loss is without the coefficient, over all layers: float32, (rows,). A row that uses all experts alike has a loss
+    of ``chosen``. The numbers of tokens are float32, (layers, rows, experts).
 
     Args:
         router_logits: of each layer with experts, (rows * tokens, experts).
         chosen: experts that a token is sent to.
     """
     experts = router_logits[0].shape[-1]
-    sent = torch.zeros(rows, experts, device=router_logits[0].device)  # tokens sent to each expert
-    given = torch.zeros_like(sent)  # sums of the probabilities given to each expert
-    tokens = 0
+    given = torch.zeros(rows, experts, device=router_logits[0].device)  # sums of the probabilities given to each expert
+    sent, tokens = [], 0
     for logits in router_logits:
         probabilities = logits.reshape(rows, -1, experts).softmax(-1)
         routes = probabilities.topk(chosen, dim=-1).indices.flatten(1)
-        sent = sent.scatter_add(1, routes, torch.ones_like(routes, dtype=sent.dtype))
+        sent.append(torch.zeros_like(given).scatter_add(1, routes, torch.ones_like(routes, dtype=given.dtype)))
         given = given + probabilities.float().sum(1)
         tokens += probabilities.shape[1]
-    return experts * (sent / tokens * given / tokens).sum(1)
+    sent = torch.stack(sent)
+    return experts * (sent.sum(0) / tokens * given / tokens).sum(1), sent
 
 
 def router_part(
@@ -98,8 +99,10 @@ def router_part(
     targets: torch.Tensor,
     num_items: torch.Tensor | int | None,
     chosen: int,
-) -> torch.Tensor:
-    """Return what the router adds to the loss of a micro-batch.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return what the router adds to the loss of a micro-batch, and the tokens sent to each expert: (layers, experts).
+
+    Rows without targets count in neither.
 
     Args:
         targets: (rows, tokens), -100 where there is none.
@@ -107,5 +110,6 @@ def router_part(
         chosen: experts that a token is sent to.
     """
     of_rows = targets.ne(-100).sum(1)
-    losses = router_losses(router_logits, len(targets), chosen)
-    return coefficient * (losses * of_rows).sum() / (of_rows.sum() if num_items is None else num_items)
+    losses, sent = router_losses(router_logits, len(targets), chosen)
+    part = coefficient * (losses * of_rows).sum() / (of_rows.sum() if num_items is None else num_items)
+    return part, (sent * of_rows.gt(0)[:, None]).sum(1)

@@ -114,7 +114,9 @@ def plots(run: RunRecord) -> list[str]:
         drawn.append(line_plot("held-out bits per byte", label, [bits], is_time))
     memory = [run.line("peak", "memory_peak_gib"), run.line("in use", "memory_allocated_gib")]
     speed = run.line("", "tokens_per_second_per_device")
+    experts = [run.line("busiest", "busiest_expert"), run.line("idlest", "idlest_expert")]
     drawn += [
+        line_plot("share of a layer's tokens that one expert gets", "tokens seen", experts),
         line_plot("learning rate", "tokens seen", [run.line("", "learning_rate")]),
         line_plot("gradient norm before clipping", "tokens seen", [run.line("", "grad_norm")]),
         line_plot("tokens/s per device", "tokens seen", [speed]),
@@ -175,6 +177,8 @@ def figures(run: RunRecord) -> dict[str, str]:
         "training time, seconds": ("train_seconds", "{:,.0f}"),
         "tokens/s, evaluation and saving included": ("effective_tokens_per_second", "{:,.0f}"),
         "bad steps left out": ("steps_left_out", "{}"),
+        "busiest expert of a layer": ("busiest_expert", "{:.1%} of the tokens since the last log; none is dropped"),
+        "idlest expert of a layer": ("idlest_expert", "{:.1%} of the tokens since the last log"),
     }
     return {label: text.format(last[name]) for label, (name, text) in formats.items() if finite(last.get(name))}
 

@@ -117,7 +117,13 @@ def bar_text(logs: dict, bits_per_byte: float) -> str:
     parts += [f"{bits_per_byte:.3f} bits/byte"] if bits_per_byte == bits_per_byte else []
     parts += [f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device"]
     parts += [f"{logs['mfu']:.0%} MFU"] if "mfu" in logs else []
+    parts += [f"experts {expert_shares(logs)}"] if "busiest_expert" in logs else []
     return ", ".join([*parts, f"{logs['memory_peak_gib']:.1f} GiB"])
+
+
+def expert_shares(logs: dict) -> str:
+    """Return the shares of a layer's tokens that its idlest and its busiest expert got."""
+    return f"{logs['idlest_expert']:.1%} to {logs['busiest_expert']:.1%} of the tokens"
 
 
 def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str:
@@ -126,6 +132,7 @@ def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str
     parts = [
         f"step {step}/{max_steps} {step / max_steps:4.0%}",
         f"loss {logs['loss']:.4f}" + (f" + router {logs['router_loss']:.4f}" if "router_loss" in logs else ""),
+        *([f"experts {expert_shares(logs)}"] if "busiest_expert" in logs else []),
         f"grad_norm {logs.get('grad_norm', float('nan')):.2f}",
         f"lr {logs['learning_rate']:.2e}",
         f"{logs['tokens_seen']:,} tokens",

@@ -27,6 +27,8 @@ from common.distributed.workarounds import (
 )
 from common.io import write_json
 from common.model.attention import DOCUMENTS, block_mask
+from common.model.counts import experts_per_token
+from common.model.experts import busiest_and_idlest
 from common.run.checkpoints import (
     each_once,
     gathered_weights,
@@ -114,6 +116,7 @@ class PretrainingTrainer(Trainer):
         self.micro_losses: list[torch.Tensor] = []
         self.router_losses: list[torch.Tensor] = []
         self.router_losses_made: list[torch.Tensor] = []  # of the steps made since the last log
+        self.sent_tokens: torch.Tensor | None = None  # to each expert since the last log, (layers, experts)
         training.remove_unused_columns = False  # Trainer would take shift_labels for a column that the model lacks
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
         training.accelerator_config.non_blocking = training.dataloader_pin_memory
@@ -256,6 +259,8 @@ class PretrainingTrainer(Trainer):
             # Trainer multiplies the loss by the processes, whose gradients are averaged.
             processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
             self.router_loss = outputs["aux_loss"].detach() * processes
+            sent = torch.stack(outputs["router_logits"])  # use_fused_loss has put them there
+            self.sent_tokens = sent if self.sent_tokens is None else self.sent_tokens + sent
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
@@ -443,16 +448,23 @@ class PretrainingTrainer(Trainer):
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
         if "loss" in logs:
             logs.update(self.clock.metrics(start_time, self.state.global_step) | self.guard.logged())
-            logs.update(self._mean_router_loss())
+            logs.update(self._router_figures())
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
         with self.run.writing("what trackers keep"):
             super().log(logs, start_time)
 
-    def _mean_router_loss(self) -> dict[str, float]:
-        """Return what the router added to the loss, as a mean over the steps made since the last log; {} if nothing."""
+    def _router_figures(self) -> dict[str, float]:
+        """Return what the router did since the last log; {} if the model has none, or no step was made.
+
+        ``router_loss`` is what it added to the loss, as a mean over the steps. ``busiest_expert`` and ``idlest_expert``
+        are shares of a layer's tokens.
+        """
         if not self.router_losses_made:
             return {}
         mean = torch.stack(self.router_losses_made).float().mean()
-        self.router_losses_made = []
-        return {"router_loss": self.accelerator.reduce(mean, "mean").item()}
+        sent = self.accelerator.reduce(self.sent_tokens, "sum")
+        self.router_losses_made, self.sent_tokens = [], None
+        busiest, idlest = busiest_and_idlest(sent, experts_per_token(self.model.config))
+        router_loss = self.accelerator.reduce(mean, "mean").item()
+        return {"router_loss": router_loss, "busiest_expert": busiest, "idlest_expert": idlest}

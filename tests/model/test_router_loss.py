@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import small_run
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 
 from common.console import InputError
 from common.model.fused_loss import use_fused_loss
@@ -101,15 +102,25 @@ def mixtral(tmp_path_factory):
     return folder
 
 
-def test_a_run_logs_the_same_for_every_micro_batch_and_evaluation_batch(wiki, mixtral, cache_dir, tmp_path):
-    logs = []
+def test_a_run_logs_the_same_for_every_micro_batch_and_evaluation_batch(
+    wiki, mixtral, cache_dir, tmp_path, monkeypatch, capsys
+):
+    logs, routed, route = [], [], MixtralTopKRouter.forward
+
+    def watched(router, hidden):
+        results = route(router, hidden)
+        if router.training:
+            routed.append(results[2])  # (tokens, 2): the experts of each token
+        return results
+
+    monkeypatch.setattr(MixtralTopKRouter, "forward", watched)
     for rows, eval_rows in ((4, 5), (1, 2)):
         flags = (
             f"--per_device_train_batch_size {rows} --per_device_eval_batch_size {eval_rows} --optimizer muon".split()
         )
         wiki.main(small_run(cache_dir, tmp_path / str(rows), "--model", str(mixtral), *flags))
         logs.append(json.loads((tmp_path / str(rows) / "trainer_state.json").read_text())["log_history"])
-    compared = ("loss", "router_loss", "grad_norm", "eval_loss")
+    compared = ("loss", "router_loss", "busiest_expert", "idlest_expert", "grad_norm", "eval_loss")
     for one, other in zip(*logs, strict=True):
         assert {name: one[name] for name in compared if name in one} == pytest.approx(
             {name: other[name] for name in compared if name in other}, rel=1e-4
@@ -117,6 +128,15 @@ def test_a_run_logs_the_same_for_every_micro_batch_and_evaluation_batch(wiki, mi
     steps = [entry for entry in logs[0] if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5, 6]
     assert all(COEFFICIENT * 2 <= entry["router_loss"] < COEFFICIENT * 4 for entry in steps)  # 2 of 4 experts
+    # Two layers a step, and four rows at once, then one: as many routes as there are tokens in six steps.
+    for entry, layers in zip(steps, (routed[at : at + 2] for at in range(0, 12, 2)), strict=True):
+        shares = [chosen.eq(expert).sum().item() / (4 * 64) for chosen in layers for expert in range(4)]
+        assert (entry["busiest_expert"], entry["idlest_expert"]) == pytest.approx((max(shares), min(shares)))
+    last = f"experts {steps[-1]['idlest_expert']:.1%} to {steps[-1]['busiest_expert']:.1%} of the tokens"
+    assert last in capsys.readouterr().out
+    report = (tmp_path / "1" / "report.html").read_text()
+    assert "of the tokens since the last log; none is dropped" in report
+    assert "share of a layer&#x27;s tokens that one expert gets" in report
     results = json.loads((tmp_path / "1" / "all_results.json").read_text())
     assert results["parameters"]["active"] < results["parameters"]["total"]
     assert "of which a token meets" in (tmp_path / "1" / "report.html").read_text()
