@@ -162,6 +162,13 @@ class SharedArguments:
             "choices": ["auto", "online", "local", "offline", "off"],
         },
     )
+    language: str = field(
+        default="auto",
+        metadata={
+            "help": "Labels of report.html: en, zh, or auto: zh where the system's language is Chinese.",
+            "choices": ["auto", "en", "zh"],
+        },
+    )
     save_minutes: float | None = field(
         default=None,
         metadata={"help": "Also save whenever so many minutes have passed: for notebooks with a time limit."},

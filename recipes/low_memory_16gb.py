@@ -55,7 +55,7 @@ from common.run.folder import open_run
 from common.run.identity import run_identity
 from common.run.merge_adapters import is_merged, save_merged
 from common.run.report import ReportCallback
-from common.run.results import save_results, summary
+from common.run.results import save_results, summary, where_to_look
 from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
@@ -246,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         results = save_results(trainer, rows.ledgers, metrics)
         say(f"{summary(results)}\n\n{before_and_after(results)}")
-        say(f"model, results and report.html are in {run.folder}")
+        say(where_to_look(run.folder))
     trainer.accelerator.end_training()
     if adapters and training.process_index == 0:
         say(f"the adapter merged into its base, a plain checkpoint: {save_merged(place, training.output_dir)}")

@@ -47,7 +47,7 @@ from common.run.folder import open_run
 from common.run.identity import run_identity
 from common.run.init_from import load_start, rows_before
 from common.run.report import ReportCallback
-from common.run.results import save_results, summary
+from common.run.results import save_results, summary, where_to_look
 from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.train_tokenizer import tokenizer_trained_on
@@ -236,7 +236,7 @@ def main(argv: list[str] | None = None) -> None:
         trainer.save_model()
         results = save_results(trainer, rows.ledgers, metrics)
         say(f"{summary(results)}\n\n{before_and_after(results)}")
-        say(f"model, results and report.html are in {run.folder}")
+        say(where_to_look(run.folder))
     trainer.accelerator.end_training()
 
 

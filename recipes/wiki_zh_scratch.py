@@ -41,7 +41,7 @@ from common.run.folder import open_run
 from common.run.identity import run_identity
 from common.run.init_from import load_start, rows_before
 from common.run.report import ReportCallback
-from common.run.results import save_results, summary
+from common.run.results import save_results, summary, where_to_look
 from common.run.tracking import swanlab_callbacks
 from common.tokens.tokenizer import load_tokenizer, vocabulary_size
 from common.tokens.train_tokenizer import tokenizer_trained_on
@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         metrics |= tasks.measure()
         trainer.save_model()
         say(summary(save_results(trainer, rows.ledgers, metrics)))
-        say(f"model, results and report.html are in {run.folder}")
+        say(where_to_look(run.folder))
     trainer.accelerator.end_training()
 
 

@@ -59,11 +59,14 @@ class Run:
         claimed: it is this run's. A probe or a benchmark claims nothing, and then no status is written.
         branch: where it leaves another run, with --branch_from.
         step, max_steps: of the training; ``write_status`` reports them.
+        parameters: how many the model has (``parameter_report``), once there is a Trainer.
+        language: of the labels in its report, as in ``labels``.
     """
 
-    def __init__(self, folder: str, on_save_error: str = "stop", branch: Branch | None = None):
+    def __init__(self, folder: str, on_save_error: str = "stop", branch: Branch | None = None, language: str = "en"):
         """``on_save_error``: "stop" or "continue", when the disk is full."""
-        self.folder, self.on_save_error, self.branch = folder, on_save_error, branch
+        self.folder, self.on_save_error, self.branch, self.language = folder, on_save_error, branch, language
+        self.parameters: dict[str, int] = {}
         self.claimed = False
         self.step = self.max_steps = 0
         self._lock: FileLock | None = None
@@ -272,7 +275,7 @@ def open_run(
     Raises:
         InputError: the folder is another run's, or in use; ``Run.claim`` says when.
     """
-    run = Run(training.output_dir, shared.on_save_error, branch)
+    run = Run(training.output_dir, shared.on_save_error, branch, shared.language)
     if not shared.probe:
         with training.main_process_first(desc="run folder"):
             run.claim(identity, shared.allow_changes)

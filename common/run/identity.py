@@ -26,6 +26,7 @@ SHARED_NOT_DECIDING = {
     "eval_tasks": "what is measured, not what is trained",
     "eval_tasks_every": "when to measure",
     "init_from": "run.json has it where the recipe reads it",
+    "language": "what is shown",
     "max_bad_steps": "when a run gives up",
     "max_eval_rows": "what is measured, not what is trained; the results have the number of tokens",
     "on_loss_spike": "bad_steps.jsonl has the steps that were left out",

@@ -16,7 +16,10 @@ RIGHT = 10
 TOP = 26
 BOTTOM = 38
 MOST_POINTS = 800  # of a line; a plot is narrower than this in pixels
-TIME_STEPS = [1, 2, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200, 21600, 43200, 86400, 172800, 604800]  # seconds
+TIME_STEPS = [  # seconds; each at most 2.5 times the one before, so that an axis has at least two of them
+    *(1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800),
+    *(hours * 3600 for hours in (1, 2, 4, 6, 12, 24, 48, 96, 168)),
+]
 
 Place = Callable[[float, float], tuple[float, float]]  # a point of the data -> its pixels from the left and the top
 
@@ -140,7 +143,7 @@ def ticks(low: float, high: float, time: bool = False) -> list[float]:
     """Return 3 to 7 round numbers between ``low`` and ``high``.
 
     Args:
-        time: the numbers are seconds; return round numbers of seconds, minutes, hours or days.
+        time: the numbers are seconds; return 2 to 6 round numbers of seconds, minutes, hours or days.
     """
     smallest_step = (high - low) / 5
     if time and 1 <= smallest_step <= TIME_STEPS[-1]:

@@ -2,7 +2,8 @@
 
 The page needs no network and is readable on a phone, in light and in dark mode. It is written at every evaluation and
 at the end, from the files of the output folder and the log so far. Documents and samples may contain hostile text, so
-all text is escaped, and the page's content security policy forbids scripts and anything from another address.
+all text is escaped, and the page's content security policy forbids scripts and anything from another address. Its
+labels are English or Chinese, by ``--language``.
 """
 
 from html import escape
@@ -12,6 +13,7 @@ import numpy as np
 from transformers import TrainerCallback
 
 from common.run.folder import Run
+from common.run.labels import Label, labels
 from common.run.plots import Line, finite, line_plot, stacked_bar
 from common.run.record import RunRecord, task_key
 
@@ -39,6 +41,15 @@ STYLE += "".join(
     f".line{n}{{stroke:var(--c{n})}}svg .fill{n}{{fill:var(--c{n})}}.key{n}{{color:var(--c{n})}}"
     for n in range(COLOURS)
 )
+# The units of the figures, by the name that a figure has in the log.
+EXPLANATIONS = {
+    "eval_loss": "nat: the unit of the loss. At 3 nats a token the model is as unsure of the next token as between 20 "
+    "equally likely ones, its perplexity (e to the power of 3).",
+    "eval_bits_per_byte": "bits per byte: the same loss in bits (1 nat = 1.44 bits), for each byte of the text. It "
+    "compares models with different tokenizers. 8 is as good as guessing each byte; lower is better.",
+    "mfu": "MFU (model FLOPs utilisation): the share of the device's peak FLOP/s that the model's own arithmetic "
+    "takes. Recompute is not counted.",
+}
 POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
@@ -53,13 +64,16 @@ class ReportCallback(TrainerCallback):
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         if state.is_world_process_zero and "eval_loss" in metrics:
             with self.run.writing(REPORT_FILE):
-                write_report(args.output_dir, state.log_history, {"sources": self.sources})
+                results = {"sources": self.sources, "parameters": self.run.parameters}
+                write_report(args.output_dir, state.log_history, results, self.run.language)
 
 
-def write_report(folder: str | Path, history: list[dict] | None = None, results: dict | None = None) -> Path:
+def write_report(
+    folder: str | Path, history: list[dict] | None = None, results: dict | None = None, language: str = "en"
+) -> Path:
     """Write ``report.html`` into ``folder``, whole or not at all, and return its path.
 
-    ``history`` and ``results`` are as in ``RunRecord.of``.
+    ``history`` and ``results`` are as in ``RunRecord.of``; ``language`` is as in ``labels``.
 
     Raises:
         OSError: the page cannot be written. An earlier page is still there.
@@ -67,7 +81,7 @@ def write_report(folder: str | Path, history: list[dict] | None = None, results:
     path = Path(folder) / REPORT_FILE
     partial = path.with_name(f"{REPORT_FILE}.partial")
     try:
-        partial.write_text(page(RunRecord.of(folder, history, results)), encoding="utf-8")
+        partial.write_text(page(RunRecord.of(folder, history, results), labels(language)), encoding="utf-8")
         partial.replace(path)
     except OSError:
         partial.unlink(missing_ok=True)
@@ -75,97 +89,114 @@ def write_report(folder: str | Path, history: list[dict] | None = None, results:
     return path
 
 
-def page(run: RunRecord) -> str:
+ENGLISH = labels("en")
+
+
+def page(run: RunRecord, label: Label = ENGLISH) -> str:
     """Return the page of ``run`` as HTML."""
-    state = run.status.get("state", "unknown")
-    progress = f"{state}, step {run.status.get('step', '?')} of {run.status.get('max_steps', '?')}"
-    blocks = [
-        f"<h1>{escape(run.name)}</h1><p class=dim>{escape(progress)}, {escape(str(run.status.get('time', '')))}</p>",
-        _section("Run", _table(description(run))),
-        _section("Results", _table(figures(run))),
-        _section("Curves", f"<div class=plots>{''.join(plots(run))}</div>"),
-        _section("Tasks", _tasks(run)),
-        _section("Where every token went", _ledgers(run.results.get("sources", {}))),
-        _section("Samples", _samples(run.samples)),
-        _section("Environment", _table(environment(run))),
-        _section("How to repeat it", reproduce(run)),
-    ]
-    return document(run.name, "".join(blocks))
+    progress = label("{state}, step {step} of {max_steps}").format(
+        state=label(str(run.status.get("state", "unknown"))),
+        step=run.status.get("step", "?"),
+        max_steps=run.status.get("max_steps", "?"),
+    )
+    sections = {
+        "Run": _table(description(run, label), label),
+        "Results": _table(figures(run, label), label) + _explanations(run, label),
+        "Curves": f"<div class=plots>{''.join(plots(run, label))}</div>",
+        "Tasks": _tasks(run, label),
+        "Where every token went": _ledgers(run.results.get("sources", {}), label),
+        "Samples": _samples(run.samples, label),
+        "Environment": _table(environment(run, label), label),
+        "How to repeat it": reproduce(run, label),
+    }
+    head = f"<h1>{escape(run.name)}</h1><p class=dim>{escape(progress)}, {escape(str(run.status.get('time', '')))}</p>"
+    blocks = [f"<h2>{escape(label(title))}</h2>{body}" for title, body in sections.items() if body]
+    return document(run.name, head + "".join(blocks), label)
 
 
-def document(title: str, body: str) -> str:
+def document(title: str, body: str, label: Label = ENGLISH) -> str:
     """Return a whole HTML page. ``title`` is escaped here; ``body`` is HTML already."""
+    language = "en" if label("Run") == "Run" else "zh-CN"
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        f'<!doctype html><html lang="{language}"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>\n"
     )
 
 
-def plots(run: RunRecord) -> list[str]:
+def plots(run: RunRecord, label: Label = ENGLISH) -> list[str]:
     """Return the curves of ``run`` as SVG; what was not logged has no plot."""
     drawn = []
-    for label, axis in (("tokens seen", "tokens_seen"), ("training time", "train_seconds")):
+    for x_label, axis in (("tokens seen", "tokens_seen"), ("training time", "train_seconds")):
         is_time = axis == "train_seconds"
-        losses = [run.line("training", "loss", axis), run.line("held out", "eval_loss", axis, dots=True)]
-        drawn.append(line_plot("loss, nats a token", label, losses, is_time))
+        losses = [run.line(label("training"), "loss", axis), run.line(label("held out"), "eval_loss", axis, dots=True)]
+        drawn.append(line_plot(label("loss, nats a token"), label(x_label), losses, is_time))
         bits = run.line("", "eval_bits_per_byte", axis, dots=True)
-        drawn.append(line_plot("held-out bits per byte", label, [bits], is_time))
-    memory = [run.line("peak", "memory_peak_gib"), run.line("in use", "memory_allocated_gib")]
-    speed = run.line("", "tokens_per_second_per_device")
-    experts = [run.line("busiest", "busiest_expert"), run.line("idlest", "idlest_expert")]
-    drawn += [
-        line_plot("share of a layer's tokens that one expert gets", "tokens seen", experts),
-        line_plot("learning rate", "tokens seen", [run.line("", "learning_rate")]),
-        line_plot("gradient norm before clipping", "tokens seen", [run.line("", "grad_norm")]),
-        line_plot("tokens/s per device", "tokens seen", [speed]),
-        line_plot("model FLOPs utilisation (MFU)", "tokens seen", [run.line("", "mfu")]),
-        line_plot("device memory, GiB", "tokens seen", memory),
-    ]
+        drawn.append(line_plot(label("held-out bits per byte"), label(x_label), [bits], is_time))
+    for title, lines in (
+        ("share of a layer's tokens that one expert gets", {"busiest": "busiest_expert", "idlest": "idlest_expert"}),
+        ("learning rate", {"": "learning_rate"}),
+        ("gradient norm before clipping", {"": "grad_norm"}),
+        ("tokens/s per device", {"": "tokens_per_second_per_device"}),
+        ("model FLOPs utilisation (MFU)", {"": "mfu"}),
+        ("device memory, GiB", {"peak": "memory_peak_gib", "in use": "memory_allocated_gib"}),
+    ):
+        named = [run.line(label(name), logged) for name, logged in lines.items()]
+        drawn.append(line_plot(label(title), label("tokens seen"), named))
     return [plot for plot in drawn if plot]
 
 
-def description(run: RunRecord) -> dict[str, str]:
-    """Return what is trained: recipe, model, data, rows and optimizer."""
+def description(run: RunRecord, label: Label = ENGLISH) -> dict[str, str]:
+    """Return what is trained: recipe, model, data, rows and optimizer. The names are English, the values in words."""
     model = run.identity.get("model", {})
     data = run.identity.get("data", {})
     shape = ", ".join(f"{name} {value}" for name, value in model.items() if isinstance(value, int | float | str))
     training = run.identity.get("training", {})
-    counts = run.results.get("parameters", {})  # earlier versions did not write them
-    parameters = {"parameters": "{total:,}, of which a token meets {active:,}".format(**counts)} if counts else {}
-    optimizer = data.get("optimizer") or training.get("optim", "?")
     return {
         "recipe": str(run.identity.get("recipe", "unknown")),
-        "branch": branched_off(run.branch),
+        "branch": branched_off(run.branch, label),
         "model": shape,
-        **parameters,
+        **parameters(run),
         "data": ", ".join(run.results.get("sources", {})),
-        "context": f"{data.get('context_length', '?')} tokens, {data.get('packing', '?')} packing, "
-        f"{data.get('rows_per_step', '?')} rows a step",
-        "optimizer": f"{optimizer}, learning rate {training.get('learning_rate', '?')}, "
-        f"seed {training.get('seed', '?')}",
+        "context": label("{tokens} tokens, {packing} packing, {rows} rows a step").format(
+            tokens=data.get("context_length", "?"),
+            packing=data.get("packing", "?"),
+            rows=data.get("rows_per_step", "?"),
+        ),
+        "optimizer": label("{optimizer}, learning rate {rate}, seed {seed}").format(
+            optimizer=data.get("optimizer") or training.get("optim", "?"),
+            rate=training.get("learning_rate", "?"),
+            seed=training.get("seed", "?"),
+        ),
     }
 
 
-def branched_off(branch: dict) -> str:
+def parameters(run: RunRecord) -> dict[str, str]:
+    """Return how many parameters the model of ``run`` has, and how many a token meets; {} if no file says so."""
+    counts = run.results.get("parameters", {})  # earlier versions did not write them
+    if not counts:
+        return {}
+    return {"parameters": f"{counts['total']:,}", "active parameters, met by a token": f"{counts['active']:,}"}
+
+
+def branched_off(branch: dict, label: Label = ENGLISH) -> str:
     """Return where a run has left another one, and what differs from there on; "" if it has not."""
     if not branch:
         return ""
     changed = "; ".join(f"{name} {old} -> {new}" for name, (old, new) in branch["changed"].items())
-    text = f"of {branch['checkpoint']}, after {branch['step']:,} steps, {branch['tokens']:,} tokens"
-    text += f", with other {changed}" if changed else ", with nothing changed"
+    text = label("of {checkpoint}, after {steps} steps, {tokens} tokens").format(
+        checkpoint=branch["checkpoint"], steps=f"{branch['step']:,}", tokens=f"{branch['tokens']:,}"
+    )
+    text += label(", with other {changed}").format(changed=changed) if changed else label(", with nothing changed")
     if branch["measured_from"]:
-        text += ". Held-out losses up to that step are of the other run's documents"
+        text += label(". Held-out losses up to that step are of the other run's documents")
     return text
 
 
-def figures(run: RunRecord) -> dict[str, str]:
-    """Return the newest value of each figure; for a finished run, its final results."""
-    last: dict = {}
-    for entry in run.history:
-        last |= entry
-    last |= run.results
+def figures(run: RunRecord, label: Label = ENGLISH) -> dict[str, str]:
+    """Return the newest value of each figure; for a finished run, its final results. The names are English."""
+    last = newest(run)
     formats = {
         "held-out loss, nats a token": ("eval_loss", "{:.4f}"),
         "by token frequency alone": ("eval_unigram_loss", "{:.4f}"),
@@ -176,28 +207,45 @@ def figures(run: RunRecord) -> dict[str, str]:
         "tokens trained on": ("tokens_seen", "{:,}"),
         "training time, seconds": ("train_seconds", "{:,.0f}"),
         "tokens/s, evaluation and saving included": ("effective_tokens_per_second", "{:,.0f}"),
+        "MFU, at the last log": ("mfu", "{:.1%}"),
         "bad steps left out": ("steps_left_out", "{}"),
         "busiest expert of a layer": ("busiest_expert", "{:.1%} of the tokens since the last log; none is dropped"),
         "idlest expert of a layer": ("idlest_expert", "{:.1%} of the tokens since the last log"),
     }
-    return {label: text.format(last[name]) for label, (name, text) in formats.items() if finite(last.get(name))}
+    known = {figure: each for figure, each in formats.items() if finite(last.get(each[0]))}
+    return {figure: label(text).format(last[name]) for figure, (name, text) in known.items()}
 
 
-def environment(run: RunRecord) -> dict[str, str]:
+def newest(run: RunRecord) -> dict:
+    """Return the newest value under each name of the log and of the results."""
+    last: dict = {}
+    for entry in run.history:
+        last |= entry
+    return last | run.results
+
+
+def _explanations(run: RunRecord, label: Label) -> str:
+    """Return what the units of ``figures`` mean, a line for each that is among them, as HTML."""
+    last = newest(run)
+    lines = [text for name, text in EXPLANATIONS.items() if finite(last.get(name))]
+    return "".join(f"<p class=dim>{escape(label(text))}</p>" for text in lines)
+
+
+def environment(run: RunRecord, label: Label = ENGLISH) -> dict[str, str]:
     """Return device, versions, commit and launcher settings of the last launch."""
     launch = run.launches[-1] if run.launches else {}
     versions = launch.get("versions", {})
     return {
-        "device": f"{launch.get('processes', '?')} x {launch.get('device', 'unknown')}",
+        "device": f"{launch.get('processes', '?')} x {launch.get('device', label('unknown'))}",
         "python": str(launch.get("python", "?")),
         "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
         "commit": str(launch.get("commit") or "unknown"),
         "launcher": " ".join(f"{name}={value}" for name, value in launch.get("launcher", {}).items()),
-        "launches": f"{len(run.launches)} (launches.jsonl has the arguments of each)",
+        "launches": label("{launches} (launches.jsonl has the arguments of each)").format(launches=len(run.launches)),
     }
 
 
-def reproduce(run: RunRecord) -> str:
+def reproduce(run: RunRecord, label: Label = ENGLISH) -> str:
     """Return the commands that repeat the last launch of ``run``, as HTML."""
     launch = run.launches[-1] if run.launches else {}
     commit = launch.get("commit") or ""
@@ -207,30 +255,34 @@ def reproduce(run: RunRecord) -> str:
     lines += ["pip install " + " ".join(f"{name}=={version}" for name, version in versions.items())] if versions else []
     lines += [str(launch.get("command", "unknown command"))]
     changed = commit.endswith("-dirty")
-    note = "<p>Some files had been changed since that commit.</p>" if changed else ""
+    note = f"<p>{label('Some files had been changed since that commit.')}</p>" if changed else ""
     commands = escape("\n".join(lines))
-    return f"<pre>{commands}</pre>{note}<p class=dim>run.json has every setting that decides the losses.</p>"
+    decides = label("run.json has every setting that decides the losses.")
+    return f"<pre>{commands}</pre>{note}<p class=dim>{decides}</p>"
 
 
-def _ledgers(sources: dict[str, dict]) -> str:
+def _ledgers(sources: dict[str, dict], label: Label) -> str:
     """Return a bar and a sentence for each source, as HTML."""
-    uses = ["train", "held_out", "test", "duplicate", "dropped"]
-    keys = " ".join(
-        f"<span class=key><span class=key{n}>&#9632;</span> {use.replace('_', ' ')}</span>"
-        for n, use in enumerate(uses)
-    )
+    uses = {"train": "train", "held out": "held_out", "test": "test", "duplicate": "duplicate", "dropped": "dropped"}
+    names = [label(use) for use in uses]
+    keys = " ".join(f"<span class=key><span class=key{n}>&#9632;</span> {name}</span>" for n, name in enumerate(names))
     blocks = [f"<p>{keys}</p>"] if sources else []
-    for name, ledger in sources.items():
-        parts = {use: ledger.get(f"tokens_{use}", 0) for use in uses}
-        counts = " + ".join(f"{count:,} {use.replace('_', ' ')}" for use, count in parts.items() if count)
-        sentence = f"{name}: {ledger.get('tokens_read', 0):,} tokens read = {counts}"
-        trained = f"; {ledger['tokens_trained']:,} trained on" if ledger.get("tokens_trained") else ""
-        bar = stacked_bar(name, parts)
-        blocks.append(f"{bar}<p>{escape(sentence + trained)}; {ledger.get('documents', 0):,} documents</p>")
+    for source, ledger in sources.items():
+        counts = [ledger.get(f"tokens_{use}", 0) for use in uses.values()]
+        parts = dict(zip(names, counts, strict=True))
+        sentence = label("{name}: {tokens} tokens read = {parts}").format(
+            name=source,
+            tokens=f"{ledger.get('tokens_read', 0):,}",
+            parts=" + ".join(f"{count:,} {name}" for name, count in parts.items() if count),
+        )
+        if ledger.get("tokens_trained"):
+            sentence += label("; {tokens} trained on").format(tokens=f"{ledger['tokens_trained']:,}")
+        sentence += label("; {documents} documents").format(documents=f"{ledger.get('documents', 0):,}")
+        blocks.append(f"{stacked_bar(source, parts)}<p>{escape(sentence)}</p>")
     return "".join(blocks)
 
 
-def _tasks(run: RunRecord) -> str:
+def _tasks(run: RunRecord, label: Label) -> str:
     """Return the newest score of every task, and a plot of those that were measured more than once, as HTML."""
     # A step that was made twice, before and after an interruption, shows its later score.
     newest = {task_key(score): score for score in run.tasks if "part_of" not in score}
@@ -251,19 +303,20 @@ def _tasks(run: RunRecord) -> str:
         return ""
     drawn = []
     for key, score in newest.items():
-        line = run.line("score", key, dots=True)
+        line = run.line(label("score"), key, dots=True)
         if len(line.xs) > 1:
             lines = [line]
             if score["chance"] is not None:
-                lines.append(Line("chance", line.xs, [score["chance"]] * len(line.xs)))
-            drawn.append(line_plot(f"{score['task']}, {score['metric']}", "tokens seen", lines))
+                lines.append(Line(label("chance"), line.xs, [score["chance"]] * len(line.xs)))
+            drawn.append(line_plot(f"{score['task']}, {score['metric']}", label("tokens seen"), lines))
     parts = sum("part_of" in score for score in run.tasks)
-    note = f"<p class=dim>eval_tasks.jsonl has {parts:,} scores of parts, too.</p>" if parts else ""
-    head = "".join(f"<th>{name}</th>" for name in heads)
+    text = label("eval_tasks.jsonl has {parts} scores of parts, too.").format(parts=f"{parts:,}")
+    note = f"<p class=dim>{text}</p>" if parts else ""
+    head = "".join(f"<th>{label(name)}</th>" for name in heads)
     return f"<div class=wide><table><tr>{head}</tr>{rows}</table></div>{note}<div class=plots>{''.join(drawn)}</div>"
 
 
-def _samples(samples: list[dict]) -> str:
+def _samples(samples: list[dict], label: Label) -> str:
     """Return a table of the texts of SHOWN_SAMPLES evaluations, as HTML."""
     if not samples:
         return ""
@@ -276,16 +329,14 @@ def _samples(samples: list[dict]) -> str:
         for (step, prompt), text in latest.items()
         if step in shown
     )
-    note = f"<p class=dim>{len(shown)} of {len(steps)} evaluations; samples.jsonl has all of them.</p>"
-    return f"<table><tr><th>step</th><th>prompt and continuation</th></tr>{rows}</table>{note}"
+    text = label("{shown} of {all} evaluations; samples.jsonl has all of them.")
+    note = f"<p class=dim>{text.format(shown=len(shown), all=len(steps))}</p>"
+    head = f"<tr><th>{label('step')}</th><th>{label('prompt and continuation')}</th></tr>"
+    return f"<table>{head}{rows}</table>{note}"
 
 
-def _section(title: str, body: str) -> str:
-    return f"<h2>{escape(title)}</h2>{body}" if body else ""
-
-
-def _table(rows: dict[str, str]) -> str:
+def _table(rows: dict[str, str], label: Label) -> str:
     cells = "".join(
-        f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in rows.items() if value
+        f"<tr><th>{escape(label(name))}</th><td>{escape(value)}</td></tr>" for name, value in rows.items() if value
     )
     return f"<table>{cells}</table>" if cells else ""

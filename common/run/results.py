@@ -1,5 +1,6 @@
 """The results of a run: .json files, a plot of the losses, report.html, the model card, and a summary."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -56,7 +57,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
     results = {**held_out, **train}
     if trainer.is_world_process_zero():
         with trainer.run.writing("report.html and the model card"):
-            write_report(trainer.args.output_dir, history, results)
+            write_report(trainer.args.output_dir, history, results, trainer.run.language)
             _write_card(trainer, results)
     with trainer.run.writing("the results", needed=True):
         trainer.save_metrics("train", train)  # last, because the steps in all_results.json mark the run as finished
@@ -107,6 +108,12 @@ def summary(results: dict) -> str:
             *shares,
         ]
     )
+
+
+def where_to_look(folder: str) -> str:
+    """Return what the terminal says last: where the run's files are, and how to compare them with another run's."""
+    compare = f"python -m common.run.compare {shlex.quote(folder)} OTHER --output compare.html"
+    return f"model, results and report.html are in {folder}\ncompare it with another run: {compare}"
 
 
 def _branch_lines(branch: dict | None) -> list[str]:

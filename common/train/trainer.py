@@ -141,6 +141,7 @@ class PretrainingTrainer(Trainer):
         for printer in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
         self.clock = RunClock(self.model, order, rows.train.context_length, training)
+        run.parameters = self.clock.parameters
         own = [ScreenCallback(launch.compiler), RunCallback(run, self.guard, shared), self.interruption, self.clock]
         for callback in own:  # the clock is the last: it decides what is logged
             self.add_callback(callback)

@@ -34,7 +34,7 @@ def load(name: str):
 
 data, gpu, learning, low_memory = load("data"), load("gpu"), load("learning"), load("low_memory")
 scaling, multi_gpu = load("scaling"), load("multi_gpu")
-compare, token_store = load("compare"), load("token_store")
+token_store = load("token_store")
 
 
 # A stand-in for torch's launcher, whose worker is in a session of its own and outlives a signal to the launcher.
@@ -292,7 +292,7 @@ def test_seconds_to_a_goal_lie_on_a_line_between_points():
     assert learning.seconds_to(points, 1.0) is None
 
 
-@pytest.mark.parametrize("module", [compare, data, gpu, learning, low_memory, multi_gpu, scaling, token_store])
+@pytest.mark.parametrize("module", [data, gpu, learning, low_memory, multi_gpu, scaling, token_store])
 def test_help_is_printed(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
     with pytest.raises(SystemExit) as end:

@@ -66,9 +66,9 @@ def test_every_new_import_path_exists():
     rows = re.findall(r"^\| `.* \| (.*) \|$", page, flags=re.MULTILINE)
     names = {name for row in rows for name in re.findall(r"common\.[\w.]+\w", row)}
     assert names
-    for name in names - {"common.console"}:
+    for name in names:
         module, _, attribute = name.rpartition(".")
-        assert hasattr(importlib.import_module(module), attribute), name
+        assert hasattr(importlib.import_module(module), attribute) or importlib.util.find_spec(name), name
 
 
 def test_the_output_page_names_every_file_of_a_run(wiki, cache_dir, tmp_path):
@@ -175,3 +175,10 @@ def test_lm_eval_measures_a_run_on_the_task_of_the_page(wiki, cache_dir, tmp_pat
         ids = torch.tensor([[tokenizer.eos_token_id, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
         nats += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
     assert measured == pytest.approx(nats / math.log(2) / sum(len(text.encode()) for text in texts), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", [*PAGES, "README.md", "benchmarks/README.md"])
+def test_every_module_that_a_page_runs_exists(name):
+    text = (ROOT / name).read_text(encoding="utf-8")
+    for module in re.findall(r"python -m (common\.[\w.]+\w)", text):
+        assert importlib.util.find_spec(module), module

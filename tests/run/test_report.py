@@ -2,17 +2,20 @@
 
 import json
 import re
+import shlex
 import time
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from conftest import ROOT, load_recipe, small_run
+from conftest import load_recipe, small_run
 
 from common.console import InputError
+from common.run import compare
+from common.run.labels import CHINESE, labels, system_language
 from common.run.plots import Line, clock, line_plot, short, stacked_bar, ticks
 from common.run.record import RunRecord, read_samples
-from common.run.report import page, reproduce, write_report
+from common.run.report import EXPLANATIONS, page, reproduce, write_report
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)> & \"quoted' \u202e"
 
@@ -22,7 +25,7 @@ class Elements(HTMLParser):
 
     def __init__(self, text: str):
         super().__init__()
-        self.tags, self.attributes, self.text = [], [], ""
+        self.tags, self.attributes, self.text, self.texts = [], [], "", []
         self.feed(text)
 
     def handle_starttag(self, tag, attributes):
@@ -31,6 +34,7 @@ class Elements(HTMLParser):
 
     def handle_data(self, data):
         self.text += data
+        self.texts.append(data)
 
 
 def history(steps: int = 5) -> list[dict]:
@@ -97,6 +101,12 @@ def test_ticks_are_few_round_and_inside(low, high):
     assert all(len(f"{mark:.6e}".rstrip("0").split("e")[0].rstrip("0")) <= 6 for mark in marks)
 
 
+@pytest.mark.parametrize("high", [7, 44, 52, 130, 3000, 5000, 20_000, 100_000, 400_000])
+def test_a_time_axis_has_at_least_two_ticks(high):
+    marks = ticks(0.02 * high, high, time=True)
+    assert 2 <= len(marks) <= 6 and 0.02 * high <= marks[0] and marks[-1] <= high
+
+
 def test_units():
     assert [short(number) for number in (0, 1500, 2_000_000, 2e-5, 0.001)] == ["0", "1.5k", "2M", "2e-05", "0.001"]
     assert [clock(seconds) for seconds in (90, 300, 9000, 259_200)] == ["90 s", "5 min", "2.5 h", "3 d"]
@@ -149,6 +159,85 @@ def test_the_commands_that_repeat_a_run():
     assert "<pre>python x.py</pre>" in shown and "had been changed" not in shown
 
 
+def whole_run() -> RunRecord:
+    """Return a run that fills every part of the report. Its values are numbers, or in capitals."""
+    score = dict(task="TASK", metric="METRIC", score=0.5, stderr=0.1, chance=0.4, documents=9, shots=0, seconds=1.0)
+    tasks = [score | {"step": step} for step in (2, 4)] + [score | {"step": 4, "part_of": "TASK"}]
+    entries = [entry | {"eval_TASK_METRIC": 0.5} if "eval_loss" in entry else entry for entry in history()]
+    logged = {"mfu": 0.4, "busiest_expert": 0.5, "idlest_expert": 0.1}
+    entries = [entry | logged if "loss" in entry else entry for entry in entries]
+    ledger = {f"tokens_{use}": 5 for use in ("read", "train", "held_out", "test", "duplicate", "dropped", "trained")}
+    branch = dict(changed={"A": (1, 2)}, checkpoint="C", step=2, tokens=9, measured_from=2)
+    figures = dict(eval_unigram_loss=9.0, eval_tokens=9, test_loss=9.0, effective_tokens_per_second=9.0)
+    return RunRecord(
+        name="RUN",
+        history=entries,
+        results={
+            "sources": {"S": ledger},
+            "parameters": {"total": 12345, "active": 678},
+            "steps_left_out": 0,
+            **figures,
+        },
+        identity={"recipe": "R", "model": {"M": 1}, "data": {"packing": "P", "optimizer": "O"}},
+        branch=branch,
+        launches=[{"command": "COMMAND", "versions": {"V": "1"}, "launcher": {"L": "1"}, "commit": "D-dirty"}],
+        samples=[{"step": 2, "prompt": "X", "text": "Y"}],
+        tasks=tasks,
+        status={"state": "interrupted", "step": 4, "max_steps": 5, "time": "T"},
+    )
+
+
+def test_a_chinese_report_has_no_english_label():
+    """What a page has in both languages are values, and names that Chinese has no other word for."""
+    english, chinese = (Elements(page(whole_run(), labels(language))) for language in ("en", "zh"))
+    assert ("lang", "zh-CN") in chinese.attributes and ("lang", "en") in english.attributes
+    assert len(english.texts) == len(chinese.texts) > 100
+    same = {text for text in set(english.texts) & set(chinese.texts) if re.search("[a-z]{2}", text)}
+    assert all(text.startswith(("\n:root", "git checkout", "D-dirty")) for text in same), same
+    for title in ("这次训练", "结果", "曲线", "任务", "每个 token 的去向", "生成的样例", "环境", "怎样重现"):
+        assert title in chinese.texts
+    assert "已中断，第 4 步，共 5 步, T" in chinese.texts
+
+
+def test_every_translation_is_used_and_fills_in_what_the_english_one_does():
+    fields = re.compile(r"{[\w:.%]+}")
+    for english, chinese in CHINESE.items():
+        assert sorted(fields.findall(english)) == sorted(fields.findall(chinese)), english
+        assert re.search("[\u4e00-\u9fff]", chinese) or english == "python", english
+
+
+@pytest.mark.parametrize(
+    ("environment", "language"),
+    [
+        ({"LANG": "zh_CN.UTF-8"}, "zh"), ({"LANG": "en_US.UTF-8"}, "en"), ({"LANG": "C"}, "en"),
+        ({"LC_ALL": "zh_TW.UTF-8", "LANG": "en_US.UTF-8"}, "zh"), ({"LC_ALL": "C", "LANG": "zh_CN.UTF-8"}, "en"),
+        ({}, "en"), ({"windows": "Chinese (Simplified)_China"}, "zh"), ({"windows": "zh_CN"}, "zh"),
+    ],
+)  # fmt: skip
+def test_the_systems_language(environment, language, monkeypatch):
+    """The order of POSIX: LC_ALL, LC_MESSAGES, LANG. On Windows, none of them is set."""
+    for name in ("LC_ALL", "LC_MESSAGES", "LANG"):
+        monkeypatch.delenv(name, raising=False)
+        if name in environment:
+            monkeypatch.setenv(name, environment[name])
+    monkeypatch.setattr("locale.getlocale", lambda: (environment.get("windows"), None))
+    assert system_language() == language
+    assert labels("auto")("perplexity") == ("困惑度" if language == "zh" else "perplexity")
+
+
+def test_units_are_explained_where_they_stand():
+    shown = Elements(page(whole_run())).texts
+    assert all(text in shown for text in EXPLANATIONS.values()) and len(EXPLANATIONS) == 3
+    without = RunRecord("r", [entry for entry in history() if "loss" in entry])
+    assert not {*EXPLANATIONS.values()} & {*Elements(page(without)).texts}
+
+
+def test_parameters_are_in_the_report():
+    shown = Elements(page(whole_run())).texts
+    assert shown[shown.index("parameters") + 1] == "12,345"
+    assert shown[shown.index("active parameters, met by a token") + 1] == "678"
+
+
 @pytest.fixture(scope="module")
 def two_runs(cache_dir, tmp_path_factory):
     """Two finished runs, and the report of the first as it was at its first evaluation."""
@@ -161,8 +250,8 @@ def two_runs(cache_dir, tmp_path_factory):
             seen.append((folders[0] / "report.html").read_text(encoding="utf-8"))
 
     recipe.ReportCallback = Watched
-    recipe.main(small_run(cache_dir, folders[0]))
-    recipe.main(small_run(cache_dir, folders[1], "--seed", "7"))
+    recipe.main(small_run(cache_dir, folders[0], "--language", "en"))
+    recipe.main(small_run(cache_dir, folders[1], "--language", "zh", "--seed", "7"))
     return folders, seen[0]
 
 
@@ -180,13 +269,36 @@ def test_the_report_of_a_run_has_its_figures_samples_and_curves(two_runs):
         assert title in titles
     assert "running, step" in Elements(midway).text and svgs(midway), "there is a report during the run"
     assert "6 of 6" not in Elements(midway).text
+    for text in (shown, Elements(midway).text):  # by hand: an embedding of 4096 x 256, 4 layers, 9 norms of 256
+        layer = 256 * (256 + 128 + 128) + 512 + 256 * 256 + 3 * 256 * 768  # queries, keys, values; output; MLP
+        assert f"parameters{4096 * 256 + 4 * layer + 9 * 256:,}" in text
+
+
+def test_the_report_of_a_run_is_in_its_language(two_runs):
+    (_, folder), _ = two_runs
+    text = (folder / "report.html").read_text(encoding="utf-8")
+    assert '<html lang="zh-CN">' in text and "困惑度" in text and "perplexity" not in text
+
+
+def test_the_end_of_a_run_names_the_comparison_and_it_runs(two_runs, tmp_path, capsys, monkeypatch):
+    from common.run.results import where_to_look
+
+    (folder, other), _ = two_runs
+    last = where_to_look(str(folder)).splitlines()[-1]
+    words = shlex.split(last.partition("python -m ")[2].replace("OTHER", str(other)))
+    assert words[0] == compare.__name__
+    monkeypatch.chdir(tmp_path)
+    compare.main(words[1:])
+    assert (tmp_path / "compare.html").exists()
+    assert shlex.split(where_to_look("a b").partition("python ")[2])[2] == "a b"
 
 
 def test_two_runs_are_compared(two_runs, tmp_path, capsys):
     folders, _ = two_runs
-    compare = load_script("compare")
-    compare.main([*map(str, folders), "--output", str(tmp_path / "c.html")])
+    compare.main([*map(str, folders), "--output", str(tmp_path / "c.html"), "--language", "en"])
     printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(lines) > 10 and len({len(line) for line in lines}) == 1
     for folder in folders:
         assert f"{json.loads((folder / 'all_results.json').read_text())['eval_loss']:.4f}" in printed
     assert "training.seed" in printed
@@ -197,15 +309,20 @@ def test_two_runs_are_compared(two_runs, tmp_path, capsys):
         compare.main([str(folders[0])])
     with pytest.raises(InputError, match="no log of a run"):
         compare.main([str(folders[0]), str(tmp_path)])
+    compare.main([*map(str, folders), "--output", str(tmp_path / "zh.html"), "--language", "zh"])
+    printed = capsys.readouterr().out
+    assert "影响损失且不同的设置：training.seed" in printed and "held-out" not in printed
+    assert "held-out" not in (tmp_path / "zh.html").read_text(encoding="utf-8")
 
 
-def load_script(name: str):
-    import importlib.util
-
-    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def test_columns_stand_below_each_other_in_a_terminal():
+    """By hand: a Chinese character takes two columns."""
+    assert compare.as_text([["", "run"], ["困惑度", "9"], ["ab", "10"]]).splitlines() == [
+        "|        | run |",
+        "|--------|-----|",
+        "| 困惑度 | 9   |",
+        "| ab     | 10  |",
+    ]
 
 
 def test_the_model_card_has_the_runs_metrics_and_an_edited_card_is_kept(two_runs):
