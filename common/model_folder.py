@@ -9,11 +9,13 @@ from common.io import LFS_POINTER
 
 # Families whose folders bring custom code, which is never run here: model_type -> their place in transformers.
 PLACES = {
-    "qwen": "Qwen 1 has no place in transformers. Qwen1.5 and later have (model_type qwen2, qwen3): Qwen/Qwen2.5-0.5B",
-    "chatglm": "ChatGLM 1 to 3 have no place in transformers. GLM-4 has, in its folders whose name ends in -hf or 0414 "
-    "(model_type glm, glm4): zai-org/glm-4-9b-hf",
-    "baichuan": "Baichuan 1 and 2 have no place in transformers. Baichuan-7B (1) has Llama's shape (model_type llama), "
-    "its query, key and value matrices in one: split them and save the folder again",
+    "qwen": "Qwen 1 is Qwen2 under other names (model_type qwen2): python data/convert_weights.py FOLDER OUT. Or take "
+    "a later one: Qwen/Qwen2.5-0.5B",
+    "chatglm": "ChatGLM 2 and 3 are GLM under other names (model_type glm): python data/convert_weights.py FOLDER OUT. "
+    "ChatGLM 1 has no place in transformers. GLM-4 has, in its folders whose name ends in -hf or 0414: "
+    "zai-org/glm-4-9b-hf",
+    "baichuan": "Baichuan 7B (1 and 2) is Llama under other names (model_type llama): python data/convert_weights.py "
+    "FOLDER OUT. Baichuan 13B has no place in transformers",
     "yuan": "Yuan 2 has no place in transformers: its attention has a filter that no other family has",
     "minimind": "MiniMind has no place of its own in transformers. Its scripts/convert_model.py writes a folder in the "
     "format of a family that has: give that one",

@@ -54,6 +54,8 @@ PRESETS = {
         num_experts=8, num_experts_per_tok=2, moe_intermediate_size=896, norm_topk_prob=True, tie_word_embeddings=True,
         output_router_logits=True, router_aux_loss_coef=0.01,
     ),
+    # https://arxiv.org/abs/2005.14165 table 2.1, with dense attention in every layer; its weights were never published
+    "gpt3-6.7b": dict(model_type="gpt2", n_embd=4096, n_layer=32, n_head=32),
 }  # fmt: skip
 
 HEAD_SIZE = 64

@@ -48,8 +48,13 @@ FAMILIES = {
     ),
     "deepseek-v2": dict(model_type="deepseek_v2", **SMALL, intermediate_size=64, **LATENT),
     "deepseek-v3": dict(model_type="deepseek_v3", **SMALL, intermediate_size=64, **LATENT),
+    "qwen3-moe": dict(
+        model_type="qwen3_moe", num_experts=4, moe_intermediate_size=32, head_dim=8, **EXPERTS, **GATED,
+    ),
     "glm": dict(model_type="glm", head_dim=8, **GATED),
+    "glm4": dict(model_type="glm4", head_dim=8, attention_bias=True, **GATED),
     "olmo2": dict(model_type="olmo2", **GATED),
+    "smollm3": dict(model_type="smollm3", tie_word_embeddings=True, **GATED),
 }  # fmt: skip
 
 
