@@ -9,6 +9,8 @@ kind is given whole:
 
     --run '{"size": "swanlab-wiki", "tokenizer": "DIR", "tokens": 24e6, "rate": 0.8, "tokens_per_step": 65536}'
 
+The size "tutorial" is SwanLab's tutorial as learning.py has it, with its schedule stretched over the tokens.
+
 The fit is printed and kept in --output/fit.json. A run predicts its end with it: recipes/wiki_zh_scratch.py --plan
 --probe --ladder outputs/ladder/fit.json
 
@@ -31,10 +33,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from launching import ROOT, circumstances, compact, error_in, launcher, load_recipe, one_gpu, run
+from learning import TUTORIAL, chunks_of_the_tutorial
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 from trainers import trainer_on
-from transformers import TrainerCallback, TrainingArguments, set_seed
+from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
@@ -61,6 +64,7 @@ from common.train.combinations import choose_optimizer
 from common.train.metrics import synchronize
 
 CONTEXT_LENGTH = 512
+TUTORIAL_STEP = 131_072  # tokens
 WARM_UP_STEPS = 3  # before the clock starts: they compile
 
 
@@ -75,8 +79,37 @@ class Clock(TrainerCallback):
             self.seconds = time.perf_counter() - self.started
 
 
+def work_of_the_tutorial(wanted: dict, arguments: argparse.Namespace) -> dict:
+    """Train and evaluate SwanLab's tutorial in this process; return its row."""
+    set_seed(42)
+    shared = SharedArguments(cache_dir=arguments.cache_dir, context_length=CONTEXT_LENGTH)
+    tokenizer = load_tokenizer(wanted["tokenizer"])
+    sources = resolve_sources(arguments.data)
+    rows = build_rows({source.name: tokenize(source, tokenizer, shared) for source in sources}, shared)
+    chunks = [chunk for source in rows.train.sources for chunk in chunks_of_the_tutorial(source, source.chosen)]
+    shape = {**PRESETS["swanlab-wiki"], "vocab_size": len(tokenizer), "max_position_embeddings": CONTEXT_LENGTH}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**shape), dtype=torch.float32)
+    steps, clock = round(wanted["tokens"] / TUTORIAL_STEP), Clock()
+    training = TrainingArguments(
+        **TUTORIAL | dict(warmup_steps=TUTORIAL["warmup_steps"] / 270), **read_launch().defaults(), max_steps=steps,
+        output_dir=str(Path(arguments.output, "trainer")), report_to="none", save_strategy="no", disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, training, train_dataset=chunks, callbacks=[clock]).train()
+    tokens = steps * TUTORIAL_STEP
+    per_second = (steps - WARM_UP_STEPS) * TUTORIAL_STEP / clock.seconds
+    return {
+        **wanted, "wanted": wanted, "parameters": model.num_parameters(), "shape": shape_in_words(shape),
+        "vocabulary": len(tokenizer), "tokens_per_step": TUTORIAL_STEP, "learning_rate": training.learning_rate,
+        "tokens": tokens, "tokens_per_second": per_second, "seconds": tokens / per_second,
+        "tflops": per_second * flops_per_token(model, CONTEXT_LENGTH) / 1e12,
+        "bits_alone": bits_alone(model, rows.held_out, tokenizer), **circumstances(),
+    }  # fmt: skip
+
+
 def work(wanted: dict, arguments: argparse.Namespace) -> dict:
     """Train and evaluate one run in this process; return its row."""
+    if wanted["size"] == "tutorial":
+        return work_of_the_tutorial(wanted, arguments)
     recipe = load_recipe("wiki_zh_scratch.py")
     set_seed(42)
     size = parameter_count(wanted["size"]) if wanted["size"] not in PRESETS else None
@@ -317,7 +350,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def launched(wanted: dict, argv: list[str]) -> str:
     """Make one run in a process of its own, which adds its row; return an error message, or ""."""
-    output, failure = run([*launcher("single_gpu.yaml"), __file__, *argv, "--worker", json.dumps(wanted)], one_gpu())
+    plain = ["--dynamo_backend", "no"] if wanted["size"] == "tutorial" else []  # it does not compile
+    output, failure = run(
+        [*launcher("single_gpu.yaml"), *plain, __file__, *argv, "--worker", json.dumps(wanted)], one_gpu()
+    )
     return error_in(output) if failure else ""
 
 

@@ -108,6 +108,14 @@ class SharedArguments:
             "help": "Attention kernel: sdpa, flex_attention, eager, flash_attention_2 ... auto: the fastest there is."
         },
     )
+    cuda_graph: str = field(
+        default="auto",
+        metadata={
+            "help": "Launch forward and backward of a micro-batch as one CUDA graph. auto: for small models on fast "
+            "cards, which would wait for the CPU otherwise.",
+            "choices": ["auto", "yes", "no"],
+        },
+    )
     init_from: str | None = field(
         default=None,
         metadata={

@@ -63,6 +63,7 @@ class Setting:
     method: str | None = None  # of recipes/low_memory_16gb.py: full, lora, qlora; None: another recipe
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    graphs: bool = False  # forward, backward and Muon's updates are CUDA graphs
 
     def __post_init__(self):
         object.__setattr__(self, "strategy", Strategy(self.strategy))
@@ -120,11 +121,14 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     activations = activation_bytes(model, setting, residual_bytes, number_bytes, autocast)
     copies = copy_bytes(model, setting, number_bytes) if autocast and setting.precision != "fp8" else 0.0
     logits = logit_bytes(model, setting, number_bytes, copied=autocast)
+    kept = replace(setting, recompute=False)
+    one_layer = activation_bytes(model, kept, residual_bytes, number_bytes, autocast) / _layers(model)
     # With recompute, backward makes the activations of one layer again, when the logits are gone.
-    layer = 0.0
-    if setting.recompute:
-        kept = replace(setting, recompute=False)
-        layer = activation_bytes(model, kept, residual_bytes, number_bytes, autocast) / _layers(model)
+    layer = one_layer if setting.recompute else 0.0
+    if setting.graphs:  # they keep their memory: an evaluation has its own, and Muon the directions of its updates
+        framework += logits + one_layer
+        if setting.optimizer == "muon":
+            framework += 4 * sum(map(numbers_of, layer_matrices(model).values()))
     bucket = bucket_bytes(setting, number_bytes)
     first, last = gradients_in_backward(model, gradients, setting.in_backward)
     if setting.accumulated and not setting.in_backward:

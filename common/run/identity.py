@@ -20,6 +20,7 @@ SHARED_NOT_DECIDING = {
     "allow_changes": "what may change",
     "attn_implementation": "the same numbers, up to rounding",
     "cache_dir": "where tokens are kept",
+    "cuda_graph": "the same numbers",
     "data": "run.json has the documents",
     "encoding": "run.json has the documents",
     "end_token": "run.json has the tokenizer",

@@ -29,6 +29,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from common.console import InputError
 from common.distributed.strategy import local
 from common.model.counts import layer_matrices
+from common.train.cuda_graph import EAGER, Recorded
 
 MOMENTUM = 0.95
 FIRST_MOMENTUM, MOMENTUM_WARMUP_STEPS = 0.85, 100  # it rises from the one to the other in so many steps
@@ -42,13 +43,23 @@ STACK_NUMBERS = 1 << 27  # so many numbers of matrices go through the iteration 
 class MuonWithAdamW(torch.optim.AdamW):
     """AdamW in which Muon updates the parameter groups that have ``matrices=True``."""
 
-    def __init__(self, model: PreTrainedModel, decayed: list[str], lr: float, weight_decay: float, **adamw):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decayed: list[str],
+        lr: float,
+        weight_decay: float,
+        graphs: bool = False,
+        **adamw,
+    ):
         """Sort the trainable parameters of ``model`` into groups.
 
         Args:
             decayed: names of the parameters that ``weight_decay`` applies to.
+            graphs: launch the updates of matrices as CUDA graphs, one for each shape.
             adamw: ``betas``, ``eps``, ``fused`` of torch.optim.AdamW.
         """
+        self.graphs, self.recorded, self.eager_steps = graphs, {}, EAGER
         matrices = layer_matrices(model, stacks=True)
         groups: dict[tuple, list[torch.nn.Parameter]] = {}
         for name, parameter in model.named_parameters():
@@ -69,6 +80,11 @@ class MuonWithAdamW(torch.optim.AdamW):
         # Muon does not, so the scaler must.
         self._step_supports_amp_scaling = False
 
+    def load_state_dict(self, state_dict: dict) -> None:
+        """Replaces torch's: graphs know the states by their addresses."""
+        self.recorded, self.eager_steps = {}, EAGER
+        super().load_state_dict(state_dict)
+
     @torch.no_grad()
     def step(self, closure=None):
         """Update every parameter that has a gradient. ``closure`` is not supported."""
@@ -79,6 +95,7 @@ class MuonWithAdamW(torch.optim.AdamW):
         self.param_groups = [group for group in groups if not group["matrices"]]
         super().step()
         self.param_groups = groups
+        self.eager_steps = max(0, self.eager_steps - 1)
 
     def _step_matrices(self, group: dict) -> None:
         alike: dict[tuple, list[torch.nn.Parameter]] = {}
@@ -94,12 +111,29 @@ class MuonWithAdamW(torch.optim.AdamW):
             rate = group["lr"] * UPDATE_SIZE * max(shape) ** 0.5
             for first in range(0, len(parameters), at_once):
                 some = parameters[first : first + at_once]
-                updates = orthogonalized(gathered(self._with_momentum(some), some[0]))
-                moments = [self.state[parameter]["row_moment"] for parameter in some]
-                updates = with_even_rows(updates, moments)
-                weights = [local(parameter) for parameter in some]
-                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(weights, placed_like(some[0], updates).unbind(), alpha=-rate)
+                self._move(some, gathered(self._with_momentum(some), some[0]), rate, group)
+
+    def _move(self, parameters: list, directions: torch.Tensor, rate: float, group: dict) -> None:
+        """Update ``parameters`` by ``rate`` along their ``directions`` (n, rows, columns), made orthogonal."""
+        moments = [self.state[parameter]["row_moment"] for parameter in parameters]
+        weights = [local(parameter) for parameter in parameters]
+
+        def move(directions, rate, decay):
+            updates = with_even_rows(orthogonalized(directions), moments)
+            torch._foreach_mul_(weights, 1 - decay)
+            torch._foreach_sub_(weights, placed_like(parameters[0], updates * rate).unbind())
+
+        decay = group["lr"] * group["weight_decay"]
+        if not self.graphs:
+            return move(directions, rate, decay)
+        rate, decay = (torch.full((), number, device=directions.device) for number in (rate, decay))
+        given = {"directions": directions, "rate": rate, "decay": decay}
+        if self.eager_steps:
+            return move(**given)
+        key = tuple(map(id, parameters))
+        if key not in self.recorded:
+            self.recorded[key] = Recorded(move, given)
+        self.recorded[key](**given)
 
     def _step_experts(self, group: dict, parameter: torch.nn.Parameter) -> None:
         """Update the experts in ``parameter``, (experts, rows, columns), or those of them that this process has."""

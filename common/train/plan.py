@@ -26,6 +26,7 @@ from common.model.memory import CONTEXT_BYTES, Setting, main_memory_bytes, optim
 from common.model.scaling import LossLaw
 from common.system import GIB, memory_gib
 from common.train.combinations import check_combinations, choose_optimizer
+from common.train.cuda_graph import LARGEST, lacking
 from common.train.metrics import synchronize
 
 
@@ -256,7 +257,7 @@ def setting_of_run(
     elif state_bits(optimizer_name(training)) == 8 and optimizer != "muon":
         optimizer = "adamw_8bit"
     head = model.get_output_embeddings()
-    return Setting(
+    setting = Setting(
         rows=training.per_device_train_batch_size,
         context_length=context_length // launch.context_parallel,
         strategy=launch.strategy,
@@ -273,6 +274,7 @@ def setting_of_run(
         accumulated=training.gradient_accumulation_steps != 1,
         method=method_of(model, own_optimizer),
     )
+    return replace(setting, graphs=not lacking(model, setting) and model.num_parameters() <= LARGEST)
 
 
 def method_of(model: PreTrainedModel, own_optimizer: tuple[type, dict] | None) -> str | None:

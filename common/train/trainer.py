@@ -43,11 +43,12 @@ from common.run.init_from import check_resumable
 from common.run.record import mean_logged_loss
 from common.run.tracking import trackers_may_fail
 from common.train.callbacks import RunCallback, ScreenCallback
+from common.train.cuda_graph import MicroBatchGraph, optimizer_graphs, use_graph
 from common.train.interruption import EvaluationStopped, Interruption, session
 from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.metrics import RunClock, held_out_metrics
 from common.train.muon import MuonWithAdamW
-from common.train.plan import out_of_memory
+from common.train.plan import out_of_memory, setting_of_trainer
 from common.train.schedule import keep_settings, schedule_settings, settings_of
 from common.train.step_guard import (
     GUARD_FILE,
@@ -109,7 +110,7 @@ class PretrainingTrainer(Trainer):
                 "context parallelism: the router's loss is computed of whole rows. Use fsdp2.yaml, or write "
                 '"output_router_logits": false in the model\'s config.'
             )
-        self.order, self.launch, self.run = order, launch, run
+        self.order, self.launch, self.run, self.cuda_graph = order, launch, run, shared.cuda_graph
         self.guard = StepGuard(shared.on_loss_spike, shared.max_bad_steps, scaled=training.fp16)
         self.interruption = Interruption(shared.save_minutes, launch.launched)
         # Of the step at hand, on the device: the tokens' loss of each micro-batch, and what the router added to it.
@@ -160,7 +161,7 @@ class PretrainingTrainer(Trainer):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
         if resume_from_checkpoint is not None:
             self._seek(Path(resume_from_checkpoint))
-        self.batches_ahead = None
+        self.batches_ahead = self.micro_batch = None
         self.callback_handler.callbacks = trackers_may_fail(self.callback_handler.callbacks)
         with session(self.run, self.interruption, self.guard):
             try:
@@ -176,7 +177,7 @@ class PretrainingTrainer(Trainer):
                     raise
                 raise InputError(message) from None
             finally:  # a run that ends early leaves no loader, and so no worker
-                self.fetch_batches = self.batches_ahead = None
+                self.fetch_batches = self.batches_ahead = self.micro_batch = None
 
     def _seek(self, checkpoint: Path) -> None:
         """Begin after ``checkpoint``, with what the guard knew there."""
@@ -240,12 +241,17 @@ class PretrainingTrainer(Trainer):
         self.batches_ahead = None
         return batches
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
+    def training_step(self, model, inputs, num_items_in_batch=None) -> torch.Tensor:
         """Keep the tokens' loss of every micro-batch, on its device, until the step is checked.
 
-        Replaces: logging the sum of the tokens' and the router's losses.
+        Replaces: launching every kernel from Python, where a CUDA graph is faster; logging the sum of the tokens' and
+        the router's losses.
         """
-        loss = super().training_step(*args, **kwargs)
+        if self.micro_batch is None:
+            self.micro_batch = super().training_step
+            if use_graph(self.cuda_graph, self.model, setting_of_trainer(self), self.args.device):
+                self.micro_batch = MicroBatchGraph(self.micro_batch)
+        loss = self.micro_batch(model, inputs, num_items_in_batch)
         if self.router_loss is not None:
             self.router_losses.append(self.router_loss)
             loss = loss - self.router_loss
@@ -313,7 +319,9 @@ class PretrainingTrainer(Trainer):
             model = self.model if model is None else model
             _, settings = self.get_optimizer_cls_and_kwargs(self.args, model)  # learning rate, betas, eps, fused
             decayed = self.get_decay_parameter_names(model)
-            self.optimizer = MuonWithAdamW(model, decayed, weight_decay=self.args.weight_decay, **settings)
+            graphs = optimizer_graphs(self.cuda_graph, model, self.launch, self.args.device)
+            settings |= {"weight_decay": self.args.weight_decay, "graphs": graphs}
+            self.optimizer = MuonWithAdamW(model, decayed, **settings)
         return super().create_optimizer(model)
 
     def create_scheduler(self, num_training_steps: int, optimizer=None):
