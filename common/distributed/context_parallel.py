@@ -26,11 +26,11 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
             f"parallelism_config_sp_size {launch.sequence_parallel}: DeepSpeed's sequence parallelism is not supported "
             "by these recipes. For long rows use fsdp2_context_parallel.yaml."
         )
-    check_tensor_parallelism(launch)
+    check_divided(launch)
     sharing = launch.context_parallel * launch.tensor_parallel
     asked = launch.replicas * launch.shards * sharing
     shards, rest = divmod(launch.processes, sharing * launch.replicas)
-    if sharing * launch.replicas > 1 and (rest or shards != launch.shards):
+    if (sharing * launch.replicas > 1 or launch.divided) and (rest or shards != launch.shards):
         raise InputError(
             f"parallelism_config asks for {launch.replicas} x {launch.shards} x {sharing} processes (dp_replicate x "
             f"dp_shard x {'tp' if launch.tensor_parallel > 1 else 'cp'}), and these are {launch.processes}. Use "
@@ -50,15 +50,24 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
         )
 
 
-def check_tensor_parallelism(launch: Launch) -> None:
-    """Refuse what was not tried beside tensor parallelism, and so might train wrongly.
+def check_divided(launch: Launch) -> None:
+    """Refuse what was not tried beside tensor or expert parallelism, and so might train wrongly.
 
     Raises:
         InputError: with what works.
     """
-    if launch.tensor_parallel == 1:
+    if not launch.divided:
         return
+    experts, asked = launch.expert_parallel, f"parallelism_config_tp_size {launch.tensor_parallel}"
+    if experts > 1:
+        asked = f"parallelism_config_ep_size {experts}"
+        if launch.shards % experts:
+            raise InputError(
+                f"{asked} does not divide the {launch.shards} processes of parallelism_config_dp_shard_size. Write one "
+                "that does into the YAML, or PARALLELISM_CONFIG_EP_SIZE=NUMBER before the command."
+            )
     for wrong, what, works in (
+        (experts > 1 and launch.tensor_parallel > 1, "tensor parallelism", "--parallelism_config_tp_size 1"),
         (launch.context_parallel > 1, "context parallelism", "--parallelism_config_cp_size 1"),
         (launch.replicas > 1, "dp_replicate_size above 1", "--parallelism_config_dp_replicate_size 1"),
         (launch.precision == "fp16", "fp16", "--mixed_precision bf16"),
@@ -66,10 +75,7 @@ def check_tensor_parallelism(launch: Launch) -> None:
         (launch.offloads, "parameters in main memory", "--fsdp_offload_params false"),
     ):
         if wrong:
-            raise InputError(
-                f"parallelism_config_tp_size {launch.tensor_parallel} with {what}: not tried here. Use {works} before "
-                "the recipe."
-            )
+            raise InputError(f"{asked} with {what}: not tried here. Use {works} before the recipe.")
 
 
 def divided_rows(accelerator: Accelerator, inputs: dict[str, torch.Tensor]) -> Callable:

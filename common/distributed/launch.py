@@ -17,7 +17,12 @@ from transformers import TrainingArguments
 from common.console import InputError, launched, say
 from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
 from common.distributed.strategy import DDP, SINGLE, Strategy
-from common.distributed.workarounds import RECOMPUTE_TAKEN_OVER, remove_dead_locks, take_over_compile
+from common.distributed.workarounds import (
+    RECOMPUTE_TAKEN_OVER,
+    expert_parallel_size,
+    remove_dead_locks,
+    take_over_compile,
+)
 
 RECOMPUTE_SECTION = "activation_checkpointing"  # of a DeepSpeed JSON
 MAIN_MEMORY = ("cpu", "nvme")  # DeepSpeed's names for the devices that it offloads to
@@ -38,6 +43,7 @@ class Launch:
         loaded_by_one: FSDP2 sends out the weights of the first process, the only one that builds or loads the model.
         replicas, shards: of the model, over all processes (data parallelism).
         tensor_parallel, context_parallel, sequence_parallel: processes that share the same rows.
+        expert_parallel: processes that divide the experts of each layer, and send each other the tokens for them.
         pipeline_parallel: processes that share the layers, and so the same rows; decided by explicit_pipeline.py.
         optimizer: "muon" or "adamw"; decided by preflight.
         rows_per_step: over all processes; decided by preflight.
@@ -62,6 +68,7 @@ class Launch:
     tensor_parallel: int = 1
     context_parallel: int = 1
     sequence_parallel: int = 1
+    expert_parallel: int = 1
     pipeline_parallel: int = 1
     optimizer: str = ""
     rows_per_step: int = 0
@@ -90,13 +97,18 @@ class Launch:
         return self.process % (self.context_parallel * self.tensor_parallel) == 0
 
     @property
+    def divided(self) -> bool:
+        """Whether transformers divides the model among the processes while it is loaded."""
+        return self.tensor_parallel > 1 or self.expert_parallel > 1
+
+    @property
     def building_device(self) -> torch.device | None:
         """Where this process builds or loads the whole model, if the launch decides it.
 
         A model that is divided while it is loaded is built by one process of each machine, in main memory. All other
         processes have it on the meta device, where it takes no memory. None: every process has the whole model.
         """
-        if self.tensor_parallel > 1:
+        if self.divided:
             return torch.device("meta" if self.process % self.local_processes else "cpu")
         if self.loaded_by_one:
             return torch.device("meta" if self.process else "cpu")
@@ -107,7 +119,8 @@ class Launch:
         """How processes share model and rows, in words; empty if the strategy's name says it all."""
         sizes = {"copies": self.replicas, "shards": self.shards, "tensor parallel": self.tensor_parallel}
         sizes |= {"context parallel": self.context_parallel}
-        return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1)
+        experts = f", experts divided among {self.expert_parallel}" if self.expert_parallel > 1 else ""
+        return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1) + experts
 
     def defaults(self) -> dict:
         """Return the TrainingArguments that the launcher decides: precision, and the CPU where nothing else is."""
@@ -156,6 +169,7 @@ def read_launch() -> Launch:
         tensor_parallel=_parallel_size("tp"),
         context_parallel=_parallel_size("cp"),
         sequence_parallel=_parallel_size("sp"),
+        expert_parallel=expert_parallel_size() if _says_true("ACCELERATE_USE_PARALLELISM_CONFIG") else 1,
     )
 
 

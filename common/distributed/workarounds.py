@@ -131,6 +131,31 @@ def compile_settings(flags: list[str]) -> dict[str, str]:
     return variables
 
 
+def expert_parallel_size() -> int:
+    """Return how many processes divide the experts of a layer among them, by the YAML's parallelism_config; 1 if none.
+
+    accelerate (1.15) has no such size: its launcher reads ``parallelism_config_ep_size`` and hands it to nobody. The
+    launcher is this process's parent, and its command line names the YAML. PARALLELISM_CONFIG_EP_SIZE, named as
+    accelerate names the others, wins over the YAML. It can go when accelerate sets this variable.
+
+    Raises:
+        InputError: it is not a number above 0.
+    """
+    given = os.environ.get("PARALLELISM_CONFIG_EP_SIZE")
+    if given is None:
+        flags = launcher_flags()
+        if flags is None:
+            say("note: no accelerate launch above this process: a YAML's ep_size is PARALLELISM_CONFIG_EP_SIZE here")
+            return 1
+        path = launch_command_parser().parse_args(flags).config_file
+        if path or os.path.isfile(default_config_file):
+            given = load_config_from_file(path).parallelism_config.get("parallelism_config_ep_size")
+    size = "1" if given is None else str(given)
+    if not size.isdecimal() or int(size) < 1:
+        raise InputError(f"parallelism_config_ep_size {size}: not a number of processes. Use 1 to divide no experts.")
+    return int(size)
+
+
 def take_over_recompute(launch, training: TrainingArguments) -> None:
     """Switch transformers' recompute on where the launcher's configuration asks for it, before an Accelerator is made.
 
@@ -184,11 +209,11 @@ def shard_on_cpus(launch, training: TrainingArguments) -> None:
 def divided_by_transformers(launch, training: TrainingArguments) -> Iterator[None]:
     """Around making a Trainer: leave a model that transformers has divided while loading as it is.
 
-    accelerate's launcher (1.15) allows tensor parallelism with FSDP2 only, and an Accelerator that knows of FSDP2 would
-    divide the model again. And a Trainer (transformers 5.24) refuses such a model unless ``save_only_model`` is set,
-    because it cannot save the optimizer's states: PretrainingTrainer does. It can go when both know such a model.
+    accelerate's launcher (1.15) allows a parallelism_config with FSDP2 only, and an Accelerator that knows of FSDP2
+    would divide the model again. And a Trainer (transformers 5.24) refuses such a model unless ``save_only_model`` is
+    set, because it cannot save the optimizer's states: PretrainingTrainer does. It can go when both know such a model.
     """
-    if launch.tensor_parallel == 1:
+    if not launch.divided:
         yield
         return
     names = ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG")

@@ -1,4 +1,4 @@
-"""Tensor parallelism: a model whose matrices are divided among processes while it is loaded.
+"""Tensor and expert parallelism: a model that is divided among processes while it is loaded.
 
 One process of each machine builds or loads the whole model in main memory and writes it to a folder; then every process
 reads its own part. transformers can also build a divided model from nothing, but then every process draws the *same*
@@ -8,7 +8,12 @@ random numbers for its part. transformers' plan of a family says how each matrix
     o, down                 by columns: the results of all processes are added up
     embedding, head         by vocabulary
 
-Source: https://huggingface.co/docs/transformers/perf_infer_gpu_multi
+Expert parallelism, with FSDP2: each process has some of the experts of every layer, whole. It sends the tokens of its
+rows to the processes that have their experts, and gets the results back. Everything else is sharded by FSDP2. If there
+are more processes than divide the experts, every group of them has all experts, sharded by FSDP2 between the groups.
+
+Sources: https://huggingface.co/docs/transformers/perf_infer_gpu_multi,
+https://huggingface.co/docs/transformers/expert_parallelism
 """
 
 import copy
@@ -24,11 +29,42 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from common.console import InputError, say
 from common.distributed.launch import Launch
-from common.model.counts import experts_per_token
+from common.model.counts import experts_per_token, number_of_experts
 
 DIVIDES_SINCE = "5.24"  # transformers; tried with this release
 # How a plan may divide the head: its loss is computed from each process's part of the vocabulary.
 HEAD_STYLES = ("colwise_gather_output", "colwise")
+EXPERTS_STYLE = "ep_dispatch_experts"  # of a plan that sends tokens to the processes that have their experts
+
+
+def check_expert_plan(model: PreTrainedModel, expert_parallel: int) -> None:
+    """Refuse a model whose experts cannot be divided among ``expert_parallel`` processes. It may be on the meta device.
+
+    Raises:
+        InputError: with what works.
+    """
+    if expert_parallel == 1:
+        return
+    check_version("expert parallelism")
+    config, name = model.config.get_text_config(), type(model).__name__
+    experts = number_of_experts(config)
+    if not experts:
+        raise InputError(f"expert parallelism: {name} has no experts. Use fsdp2.yaml.")
+    if EXPERTS_STYLE not in (config.base_model_ep_plan or {}).values():
+        raise InputError(
+            f"expert parallelism: transformers has no plan that divides the experts of {name}. Use fsdp2.yaml."
+        )
+    if experts % expert_parallel:
+        raise InputError(
+            f"expert parallelism: {experts} experts of {name} cannot be divided among {expert_parallel} processes. Use "
+            "a parallelism_config_ep_size that divides them, or fsdp2.yaml."
+        )
+
+
+def check_version(what: str) -> None:
+    """Raise InputError if transformers is too old to divide a model while it is loaded."""
+    if version.parse(transformers.__version__) < version.parse(DIVIDES_SINCE):
+        raise InputError(f"{what}: needs transformers {DIVIDES_SINCE}, here is {transformers.__version__}.")
 
 
 def check_plan(model: PreTrainedModel, tensor_parallel: int) -> None:
@@ -39,8 +75,7 @@ def check_plan(model: PreTrainedModel, tensor_parallel: int) -> None:
     """
     if tensor_parallel == 1:
         return
-    if version.parse(transformers.__version__) < version.parse(DIVIDES_SINCE):
-        raise InputError(f"tensor parallelism: needs transformers {DIVIDES_SINCE}, here is {transformers.__version__}.")
+    check_version("tensor parallelism")
     config, name = model.config.get_text_config(), type(model).__name__
     instead = "Use fsdp2.yaml"
     if not config.base_model_tp_plan:
@@ -73,10 +108,11 @@ def place_model(model: PreTrainedModel, launch: Launch, folder: str, seed: int) 
     if launch.building_device is None:
         return model
     torch.manual_seed(seed)
-    if launch.tensor_parallel == 1:
+    if not launch.divided:
         give_memory(model)  # FSDP2 sends out the weights of the first process when training starts
         return model
     check_plan(model, launch.tensor_parallel)
+    check_expert_plan(model, launch.expert_parallel)
     own = None
     if model.device.type != "meta":
         Path(folder).mkdir(parents=True, exist_ok=True)
@@ -117,8 +153,9 @@ def _divided(model: PreTrainedModel, launch: Launch, folder: str) -> PreTrainedM
     # As in model_from_config: the embedding of a padding token would get no gradient.
     config.pad_token_id = config.get_text_config().pad_token_id = None
     sizes = DistributedConfig(
-        tp_size=launch.tensor_parallel, fsdp_size=launch.shards, fsdp_mixed_precision=launch.precision == "bf16"
-    )
+        tp_size=launch.tensor_parallel, fsdp_size=launch.shards, ep_size=launch.expert_parallel,
+        fsdp_mixed_precision=launch.precision == "bf16",
+    )  # fmt: skip
     divided = AutoModelForCausalLM.from_pretrained(
         folder, config=config, dtype=torch.float32, distributed_config=sizes, trust_remote_code=False
     )

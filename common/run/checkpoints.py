@@ -6,6 +6,7 @@ checkpoint that lost a file, or part of one, afterwards is passed over. Why size
 every checkpoint a second time, and the flipped bits that only a hash would find are found by the disk itself.
 """
 
+import copy
 import errno
 import json
 import os
@@ -16,6 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -292,6 +295,37 @@ def in_one_piece(state: dict, placed_like: dict | None = None) -> dict:
         return value.redistribute(placements=pieces if like is None else like.placements)
 
     return tree_map(place, state) if placed_like is None else tree_map(place, state, placed_like)
+
+
+def saved_weights(path: Path) -> dict[str, torch.Tensor]:
+    """Return the tensors of the safetensors files of a model in ``path``, by the names that they were saved under."""
+    files = sorted(path.glob("model*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def renamed_when_saved(model: PreTrainedModel, path: Path) -> bool:
+    """Whether a model in ``path`` was saved under names that ``model`` does not have."""
+    names = set()
+    for file in path.glob("model*.safetensors"):
+        with safe_open(file, "pt") as opened:
+            names |= set(opened.keys())
+    return not names <= model.state_dict().keys()
+
+
+def named_as_in(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Return saved ``weights`` under the names that ``model`` has for them.
+
+    transformers saves a mixture of experts under the names of the hub, each expert's matrices by themselves, and joins
+    them when it loads a model; ``load_state_dict`` does not. Weights that are not the model's keep their names.
+    """
+    if weights.keys() <= model.state_dict().keys():
+        return weights
+    config = copy.deepcopy(model.config)
+    settings = dict(dtype=torch.float32, ignore_mismatched_sizes=True, output_loading_info=True)
+    loaded, found = type(model).from_pretrained(None, config=config, state_dict=dict(weights), **settings)
+    wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
+    joined = {name: tensor for name, tensor in loaded.state_dict().items() if name not in wrong}
+    return joined | {name: weights[name] for name in found["unexpected_keys"] if name in weights}
 
 
 def gathered_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -1,9 +1,9 @@
 """--init_from: continue from a checkpoint under another strategy, or under DeepSpeed with other processes.
 
 A plain relaunch continues exactly, with optimizer and schedule, in these cases: a checkpoint of one process or DDP, of
-FSDP2, or of tensor parallelism, on any number of processes; a checkpoint of DeepSpeed on the same number. In all other
-cases --init_from takes over the weights, in fp32, and the place in the order of rows; optimizer and schedule start
-anew.
+FSDP2, or of tensor or expert parallelism, on any number of processes; a checkpoint of DeepSpeed on the same number. In
+all other cases --init_from takes over the weights, in fp32, and the place in the order of rows; optimizer and schedule
+start anew.
 """
 
 import contextlib
@@ -12,14 +12,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
-from common.run.checkpoints import SHARDS, problem_of
+from common.run.checkpoints import SHARDS, named_as_in, problem_of, saved_weights
 from common.run.folder import RUN_FILE
 from common.run.identity import DECIDING_ROWS
 
@@ -45,7 +44,7 @@ def check_resumable(checkpoint: str, launch: Launch) -> None:
     kind, processes = writer_of(checkpoint)
     if launch.strategy.is_deepspeed:
         now = "zero"
-    elif launch.tensor_parallel > 1:
+    elif launch.divided:
         now = "divided"
     elif launch.strategy.is_fsdp:
         now = "fsdp2"
@@ -54,7 +53,7 @@ def check_resumable(checkpoint: str, launch: Launch) -> None:
     if kind == now and processes in (None, launch.processes):
         return
     wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}
-    wrote = (wrote | {"divided": "tensor parallelism"})[kind]
+    wrote = (wrote | {"divided": "tensor or expert parallelism"})[kind]
     raise InputError(
         f"{checkpoint} was written under {wrote}; {launch.strategy} on {launch.processes} processes cannot read its "
         f"optimizer's states. Launch as before, or continue from its weights: --init_from {checkpoint} --output_dir NEW"
@@ -81,11 +80,10 @@ def weights_of(folder: str) -> dict[str, torch.Tensor]:
 
         with contextlib.redirect_stdout(None):  # the library prints a line for each of its steps
             return get_fp32_state_dict_from_zero_checkpoint(folder)
-    files = sorted(path.glob("model*.safetensors"))
-    if not files:
+    if not list(path.glob("model*.safetensors")):
         raise InputError(f"--init_from {folder}: no model*.safetensors there. Give a checkpoint-N or an output folder.")
     try:
-        return {name: tensor for file in files for name, tensor in load_file(file).items()}
+        return saved_weights(path)
     except (OSError, SafetensorError) as error:  # cut off, or pruned meanwhile by the run it belongs to
         raise InputError(f"--init_from {folder}: its weights cannot be read ({error}).") from None
 
@@ -98,7 +96,7 @@ def load_start(model: PreTrainedModel, folder: str) -> None:
     """
     if model.device.type == "meta":
         return  # another process has the weights, and checks them
-    weights = weights_of(folder)
+    weights = named_as_in(model, weights_of(folder))
     own = model.state_dict()
     shared = {name for name, tensor in own.items() if name not in weights and _is_tied(tensor, own, weights)}
     missing = own.keys() - weights.keys() - shared

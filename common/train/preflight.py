@@ -17,7 +17,7 @@ from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.memory import optimizer_name, predict
-from common.model.placement import check_plan
+from common.model.placement import check_expert_plan, check_plan
 from common.model.presets import ModelSize, PretrainedSize
 from common.run.branch import check_branch
 from common.run.folder import check_disk_space, check_folder, check_path
@@ -76,6 +76,7 @@ def preflight(
     check_parallelism(launch, shared.context_length, shared.packing == "isolated")
     if model is not None:
         check_plan(model, launch.tensor_parallel)
+        check_expert_plan(model, launch.expert_parallel)
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
     derive_micro_batch(model, launch, training, shared)
     launch = replace(launch, rows_per_step=set_batch(launch, training, shared.tokens_per_step, shared.context_length))

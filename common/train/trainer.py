@@ -34,8 +34,11 @@ from common.run.checkpoints import (
     gathered_weights,
     load_states,
     load_weights,
+    named_as_in,
     reading,
+    renamed_when_saved,
     save_shards,
+    saved_weights,
     unfinished,
 )
 from common.run.folder import Run
@@ -194,10 +197,16 @@ class PretrainingTrainer(Trainer):
             self.guard.losses.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Replaces: the libraries' own texts where a file was replaced; a divided model's whole weights everywhere."""
+        """Replaces: the libraries' own texts where a file was replaced; a divided model's whole weights everywhere;
+        experts that are not loaded, because they were saved under other names.
+        """
+        path = Path(resume_from_checkpoint)
         with reading(resume_from_checkpoint, "the weights"):
-            if self.launch.tensor_parallel > 1:
-                load_weights(self.model, Path(resume_from_checkpoint))
+            if self.launch.divided:
+                load_weights(self.model, path)
+            elif not self.is_fsdp_enabled and renamed_when_saved(self.model, path):
+                weights = named_as_in(self.model, saved_weights(path))
+                self._issue_warnings_after_load(self.model.load_state_dict(weights, strict=False))
             else:
                 super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -222,7 +231,7 @@ class PretrainingTrainer(Trainer):
                 f"{checkpoint}: {problem}. Remove this checkpoint: the same command then continues from the one before."
             )
         with reading(checkpoint, "the states of optimizer and schedule"):
-            if self.launch.tensor_parallel > 1:
+            if self.launch.divided:
                 load_states(self.model, self.optimizer, Path(checkpoint))
                 self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
             else:
@@ -424,7 +433,7 @@ class PretrainingTrainer(Trainer):
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         """Replaces: only one process's part of the states of a model that is divided while it is loaded."""
-        if self.launch.tensor_parallel == 1:
+        if not self.launch.divided:
             return super()._save_optimizer_and_scheduler(output_dir)
         save_shards(self.model, self.optimizer, Path(output_dir))
         if self.args.should_save:
@@ -432,7 +441,7 @@ class PretrainingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         """Replaces: a shared matrix written twice; the whole weights of a divided model in every process."""
-        divided = self.launch.tensor_parallel > 1
+        divided = self.launch.divided
         if divided:
             state_dict = gathered_weights(self.model)
         if state_dict is not None:

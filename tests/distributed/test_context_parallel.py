@@ -60,6 +60,12 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
         (dict(tp=2), 4, 512, False, "1 x 1 x 2 processes .dp_replicate x dp_shard x tp., .* Use .*dp_shard_size 2"),
         (dict(tp=2, cp=2), 4, 512, False, "tp_size 2 with context parallelism: not tried"),
         (dict(tp=2, dp_replicate=2), 4, 512, False, "tp_size 2 with dp_replicate_size above 1"),
+        (dict(ep=2, dp_shard=2, tp=2), 4, 512, False, "ep_size 2 with tensor parallelism: not tried"),
+        (dict(ep=2, dp_shard=2, dp_replicate=2), 4, 512, False, "ep_size 2 with dp_replicate_size above 1"),
+        (dict(ep=2, dp_shard=2, cp=2), 4, 512, False, "ep_size 2 with context parallelism: not tried"),
+        (dict(ep=2), 2, 512, False, "ep_size 2 does not divide the 1 processes of parallelism_config_dp_shard_size"),
+        (dict(ep=3, dp_shard=4), 4, 512, False, "ep_size 3 does not divide the 4 .*PARALLELISM_CONFIG_EP_SIZE"),
+        (dict(ep=2, dp_shard=2), 8, 512, False, "these are 8. Use --parallelism_config_dp_shard_size 8"),
         (dict(sp=2), 2, 512, False, "DeepSpeed's sequence parallelism"),
         (dict(cp=2), 8, 512, False, "1 x 1 x 2 processes .* these are 8. Use --parallelism_config_dp_shard_size 4"),
         (dict(cp=2, dp_shard=2), 3, 512, False, "or --num_processes 4"),
@@ -81,20 +87,31 @@ def test_the_yaml_and_two_machines_of_it_pass(monkeypatch):
     check_parallelism(launch, 511, isolated=True)
 
 
-def test_what_was_not_tried_with_tensor_parallelism_is_refused():
+def test_what_was_not_tried_with_tensor_or_expert_parallelism_is_refused():
     for wrong, words in (
         (dict(precision="fp16"), "fp16: .*--mixed_precision bf16"),
         (dict(compiler="inductor"), "torch.compile: .*--dynamo_backend no"),
-        (dict(offload_parameters=True), "main memory: .*--fsdp_offload_params false"),
+        (dict(offload_parameters=True), "parameters in main memory: .*--fsdp_offload_params false"),
     ):
-        with pytest.raises(InputError, match=words):
+        with pytest.raises(InputError, match=f"parallelism_config_tp_size 2 with {words}"):
             check_parallelism(Launch(processes=2, tensor_parallel=2, **wrong), 512, False)
+        with pytest.raises(InputError, match=f"parallelism_config_ep_size 2 with .*{words}"):
+            check_parallelism(Launch(processes=2, shards=2, expert_parallel=2, **wrong), 512, False)
 
 
 def test_groups_of_tensor_parallelism_are_neighbours_and_read_the_same_rows(monkeypatch):
     launches = [asked(monkeypatch, processes=4, process=process, dp_shard=2, tp=2) for process in range(4)]
     assert [launch.reads_rows for launch in launches] == [True, False, True, False] and launches[0].row_readers == 2
     assert launches[0].dimensions == "2 shards x 2 tensor parallel" and Launch().dimensions == ""
+
+
+def test_processes_that_divide_experts_read_rows_of_their_own(monkeypatch):
+    launches = [asked(monkeypatch, processes=4, process=process, dp_shard=4, ep=2) for process in range(4)]
+    assert all(launch.reads_rows and launch.row_readers == 4 for launch in launches)
+    assert launches[0].dimensions == "4 shards, experts divided among 2"
+    check_parallelism(launches[0], 511, isolated=True)
+    with pytest.raises(InputError, match="parallelism_config_ep_size two: not a number"):
+        asked(monkeypatch, processes=4, dp_shard=4, ep="two")
 
 
 TINY = dict(

@@ -54,7 +54,7 @@ def launched(config: dict, folder, *flags: str):
 def test_there_are_configs():
     one = "cpu single_gpu fp16 fp8"
     several = "cpu_2proc cpu_fsdp2 ddp multi_node fsdp2_context_parallel zero1 zero2 zero3"
-    divided = "hsdp tensor_parallel fsdp2_tensor_parallel"
+    divided = "hsdp tensor_parallel fsdp2_tensor_parallel expert_parallel"
     saving = "fsdp2 fsdp2_recompute fsdp2_offload zero2_recompute zero3_offload"
     assert {path.stem for path in CONFIGS} == {*f"{one} {several} {divided} {saving}".split()}
     assert {path.stem for path in JSONS} == {"zero2_recompute", "zero3_offload"}
@@ -67,6 +67,8 @@ def changed(value):
     return value + 1 if isinstance(value, int) else f"{value}x"
 
 
+# What the launcher does not hand on, and who reads it instead: workarounds.expert_parallel_size.
+READ_BY_US = {"parallelism_config_ep_size"}
 # What the launcher reads by ways of its own.
 STRATEGIES = {"DEEPSPEED": "use_deepspeed", "FSDP": "use_fsdp", "MULTI_GPU": "multi_gpu"}
 SECTIONS = ("deepspeed_config", "fsdp_config", "fp8_config", "dynamo_config", "parallelism_config")
@@ -91,7 +93,7 @@ def test_the_launcher_reads_every_key(path, tmp_path):
             other = launched(config | {name: changed(value)}, tmp_path)
             assert getattr(other, name) == changed(value), f"{name} is dropped"
     several = {"cpu_2proc": 2, "cpu_fsdp2": 2, "fsdp2_context_parallel": 2, "multi_node": 16}
-    several |= {"hsdp": 4, "tensor_parallel": 2, "fsdp2_tensor_parallel": 4}
+    several |= {"hsdp": 4, "tensor_parallel": 2, "fsdp2_tensor_parallel": 4, "expert_parallel": 2}
     assert config["num_processes"] == several.get(path.stem, 1)
 
 
@@ -104,7 +106,8 @@ def test_dropped_keys_would_be_found(tmp_path):
     assert "dynamo_misspelt" not in known
     for path in CONFIGS:
         for section in SECTIONS:
-            assert set(read(path).get(section, {})) <= known
+            assert set(read(path).get(section, {})) - READ_BY_US <= known
+            assert not known & READ_BY_US, "the launcher knows it now: expert_parallel_size can go"
 
 
 @pytest.mark.parametrize("path", JSONS, ids=lambda path: path.stem)
@@ -152,7 +155,7 @@ def environment_by(monkeypatch, path) -> dict[str, str]:
 
 STRATEGY_OF_OTHERS = {"cpu": "single", "single_gpu": "single", "fp16": "single", "fp8": "single"}
 STRATEGY_OF_OTHERS |= {"cpu_2proc": "ddp", "ddp": "ddp", "multi_node": "ddp", "cpu_fsdp2": "fsdp2", "hsdp": "fsdp2"}
-STRATEGY_OF_OTHERS |= {"tensor_parallel": "fsdp2"}
+STRATEGY_OF_OTHERS |= {"tensor_parallel": "fsdp2", "expert_parallel": "fsdp2"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -177,7 +180,10 @@ def test_a_launch_is_what_its_yaml_says(path, monkeypatch):
     assert launch.offloads == path.stem.endswith("offload")
     assert launch.context_parallel == 4096 // planned.context_length
     assert launch.tensor_parallel == (2 if "tensor" in path.stem else 1)
-    assert (launch.building_device is not None) == (path.stem == "hsdp" or "tensor" in path.stem)
+    assert launch.expert_parallel == (2 if path.stem == "expert_parallel" else 1)
+    assert (launch.building_device is not None) == (
+        path.stem == "hsdp" or path.stem.endswith(("tensor_parallel", "expert_parallel"))
+    )
     assert launch.row_readers == processes // launch.context_parallel // launch.tensor_parallel
 
 

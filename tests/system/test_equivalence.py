@@ -82,6 +82,22 @@ def test_copies_and_divided_matrices_are_the_run_of_one_process(alone, cache_dir
 
 
 @pytest.mark.heavy
+def test_experts_divided_by_the_yaml_are_the_run_of_one_process(wiki, cache_dir, tmp_path):
+    """The launcher drops the size that the YAML gives; the recipe finds it all the same."""
+    shape = dict(model_type="mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2)
+    shape |= dict(num_attention_heads=4, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2)
+    shape |= dict(output_router_logits=True, router_aux_loss_coef=0.05)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(shape))
+    flags = ["--model", str(tmp_path / "model"), "--max_steps", "6"]
+    wiki.main(small_run(cache_dir, tmp_path / "alone", *flags))
+    rows = ["--per_device_train_batch_size", "2"]
+    done = launched("expert_parallel.yaml", tmp_path / "two", cache_dir, *flags, *rows)
+    assert "strategy: fsdp2, 2 shards, experts divided among 2" in done.stdout
+    assert_same_run(tmp_path / "two", tmp_path / "alone")
+
+
+@pytest.mark.heavy
 def test_fsdp2_with_recompute_is_the_run_of_one_process(alone, cache_dir, tmp_path):
     done = launched(
         "cpu_fsdp2.yaml", tmp_path, cache_dir, *RUN, "--per_device_train_batch_size", "2",
