@@ -39,6 +39,7 @@ from torch.nn.utils.rnn import pad_sequence
 from trainers import trainer_on
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from common.accelerator import synchronize
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.rows import build_rows
@@ -61,7 +62,6 @@ from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.batch import derive_micro_batch, set_batch
 from common.train.combinations import choose_optimizer
-from common.train.metrics import synchronize
 
 CONTEXT_LENGTH = 512
 TUTORIAL_STEP = 131_072  # tokens

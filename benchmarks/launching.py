@@ -13,7 +13,8 @@ from pathlib import Path
 import psutil
 import torch
 
-from common.run.record import PACKAGES, device_name, git_commit, installed
+from common.accelerator import device_name
+from common.run.record import PACKAGES, git_commit, installed
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS_TRACEBACK = r'Traceback \(most recent call last\):\n  File "[^"\n]*runpy'

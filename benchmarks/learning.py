@@ -33,6 +33,7 @@ from launching import ROOT, circumstances, compact, error_in, launcher, load_rec
 from trainers import trainer_on
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from common.accelerator import synchronize
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
@@ -47,7 +48,6 @@ from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.batch import derive_micro_batch, set_batch
 from common.train.combinations import choose_optimizer
-from common.train.metrics import synchronize
 
 CONTEXT_LENGTH = 512
 POINTS = 8  # evaluations a run

@@ -40,6 +40,7 @@ from transformers import (
     set_seed,
 )
 
+from common.accelerator import memory_gib
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows
@@ -51,7 +52,7 @@ from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.presets import PRESETS
-from common.system import GIB, memory_gib
+from common.system import GIB
 from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer

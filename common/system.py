@@ -1,4 +1,4 @@
-"""This machine: the cores that this process may use, and the memory in use."""
+"""This machine: the cores that this process may use, and the main memory in use."""
 
 import os
 import sys
@@ -45,15 +45,10 @@ def take_cores(local_processes: int) -> int:
     return torch.get_num_threads()
 
 
-def memory_gib(device: torch.device) -> dict[str, float]:
-    """Return the memory in use and its peak so far, in GiB: of the accelerator, or of this process on a CPU."""
-    if device.type == "cpu":
-        usage = psutil.Process().memory_info()
-        return {"memory_allocated_gib": usage.rss / GIB, "memory_peak_gib": _peak_bytes(usage) / GIB}
-    return {
-        "memory_allocated_gib": torch.accelerator.memory_allocated(device) / GIB,
-        "memory_peak_gib": torch.accelerator.max_memory_allocated(device) / GIB,
-    }
+def process_memory_bytes() -> tuple[int, int]:
+    """Return the main memory that this process uses now, and its peak so far."""
+    usage = psutil.Process().memory_info()
+    return usage.rss, _peak_bytes(usage)
 
 
 def _peak_bytes(usage) -> int:

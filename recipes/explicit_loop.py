@@ -17,6 +17,7 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
+from common.accelerator import RandomState, pins_memory
 from common.arguments import parse_flags
 from common.console import InputError, say
 from common.corpus.download import download
@@ -199,7 +200,7 @@ def main(argv: list[str] | None = None) -> None:
         eval_rows = training.per_device_eval_batch_size * accelerator.num_processes
         eval_targets = len(rows.held_out.targets())
         eval_order = [*range(len(rows.held_out)), *[IGNORED_ROW] * (-len(rows.held_out) % eval_rows)]
-        loading = dict(collate_fn=collate_rows, pin_memory=accelerator.device.type == "cuda")
+        loading = dict(collate_fn=collate_rows, pin_memory=pins_memory(accelerator.device))
         loading["generator"] = torch.Generator()  # its own: a loader draws a number whenever it starts
         train_batches = DataLoader(rows.train, training.per_device_train_batch_size, sampler=order, **loading)
         eval_batches = DataLoader(rows.held_out, training.per_device_eval_batch_size, sampler=eval_order, **loading)
@@ -218,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
         prepared = accelerator.prepare(model, optimizer, train_batches, eval_batches)
         model, optimizer, train_batches, eval_batches = prepared
         accelerator.register_for_checkpointing(schedule)  # prepared, it would step once for every process
+        if accelerator.device.type in ("mps", "npu"):  # whose random numbers Accelerate does not save
+            accelerator.register_for_checkpointing(RandomState(accelerator.device))
         settings = settings_of(optimizer)
         if checkpoint is not None:
             accelerator.load_state(checkpoint)

@@ -8,8 +8,15 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
+from common.accelerator import computes_in_bf16, device_name
 from common.console import InputError
 from common.distributed.strategy import DDP, SINGLE, Strategy
+
+WHERE_TRITON = {
+    "cuda": "which comes with torch on Linux (on Windows: pip install triton-windows)",
+    "npu": "as Huawei builds it (pip install triton-ascend)",
+    "xpu": "which comes with torch for Intel's GPUs",
+}
 
 
 def check_compiler(backend: str, device: torch.device) -> None:
@@ -17,16 +24,28 @@ def check_compiler(backend: str, device: torch.device) -> None:
     if backend.lower() != "inductor":
         return
     compilers = ("g++", "clang++", "c++", "cl")
-    if device.type == "cpu" and not any(map(shutil.which, compilers)):
-        missing = f"a C++ compiler ({', '.join(compilers)})"
-    elif device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        missing = "Triton, which comes with torch on Linux (on Windows: pip install triton-windows)"
+    if device.type == "mps":
+        problem = "torch's compiler for Apple's GPUs is an early prototype (torch 2.13). Train uncompiled"
+    elif device.type == "cpu" and not any(map(shutil.which, compilers)):
+        problem = f"that needs a C++ compiler ({', '.join(compilers)}). Install it, or train uncompiled"
+    elif device.type != "cpu" and importlib.util.find_spec("triton") is None:
+        problem = f"that needs Triton, {WHERE_TRITON.get(device.type, '')}. Install it, or train uncompiled"
     else:
         return
     raise InputError(
-        f"the YAML's dynamo_config compiles the model, and that needs {missing}. Install it, or train uncompiled:\n"
+        f"the YAML's dynamo_config compiles the model, and {problem}:\n"
         "  accelerate launch --config_file YAML --dynamo_backend no RECIPE"
     )
+
+
+def check_bf16(device: torch.device, precision: str) -> None:
+    """Refuse bf16 on an accelerator that only emulates it, other than NVIDIA's: see ``check_cuda_device``."""
+    knows = device.type != "cuda" and hasattr(torch.get_device_module(device), "is_bf16_supported")
+    if precision == "bf16" and knows and not computes_in_bf16(device):
+        raise InputError(
+            f"{device_name(device)} has no bf16, only a slow emulation. Use fp16:\n"
+            "  accelerate launch --config_file YAML --mixed_precision fp16 RECIPE"
+        )
 
 
 def check_cuda_device(name: str, capability: tuple[int, int], architectures: list[str], precision: str) -> None:

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from common.accelerator import VISIBLE_DEVICES
 from common.console import InputError, launched, say
-from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
+from common.distributed.hardware import check_bf16, check_compiler, check_cuda_device, check_fp8
 from common.distributed.strategy import DDP, SINGLE, Strategy
 from common.distributed.workarounds import (
     RECOMPUTE_TAKEN_OVER,
@@ -259,8 +260,14 @@ def check_devices(local_processes: int) -> None:
     if 0 < visible < local_processes:
         raise InputError(
             f"{local_processes} processes were started on this machine, and {visible} devices are visible. Use "
-            f"--num_processes {visible} (times the number of machines), or make all visible: CUDA_VISIBLE_DEVICES."
+            f"--num_processes {visible} (times the number of machines), or make all visible: {visibility()}."
         )
+
+
+def visibility() -> str:
+    """Return the variable that chooses which devices a process may see."""
+    accelerator = torch.accelerator.current_accelerator()
+    return VISIBLE_DEVICES.get("cuda" if accelerator is None else accelerator.type, "the device's own variable")
 
 
 def check_launch(launch: Launch, training: TrainingArguments) -> None:
@@ -281,7 +288,7 @@ def check_launch(launch: Launch, training: TrainingArguments) -> None:
         raise InputError(
             f"one process sees {training.n_gpu} GPUs: Trainer would fall back to the slow nn.DataParallel. Use all:\n"
             f"  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes {training.n_gpu} RECIPE\n"
-            f"or one: CUDA_VISIBLE_DEVICES=0 in front of the same command."
+            f"or one: {visibility()}=0 in front of the same command."
         )
     check_precision(launch, training)
     check_compiler(launch.compiler, training.device)
@@ -307,6 +314,7 @@ def check_precision(launch: Launch, training: TrainingArguments) -> None:
         check_cuda_device(
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
         )
+    check_bf16(training.device, asked)
 
 
 # What gloo, NCCL and torch say when a process at the other end is gone.

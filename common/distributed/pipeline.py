@@ -23,6 +23,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from common.accelerator import random_state, set_random_state
 from common.console import InputError, is_main_process, say
 from common.distributed.launch import Launch
 from common.distributed.strategy import DDP
@@ -256,16 +257,16 @@ class Stopwatch:
         self.spans[-1] = (self.spans[-1][0], self._now())
 
     def _now(self):
-        if self.device.type != "cuda":
+        if self.device.type == "cpu":
             return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
+        event = torch.Event(self.device, enable_timing=True)
         event.record()
         return event
 
     def seconds(self) -> float:
         """Return the sum since the last call, and start again at 0."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
             total = sum(begin.elapsed_time(end) for begin, end in self.spans) / 1000
         else:
             total = sum(end - begin for begin, end in self.spans)
@@ -307,8 +308,8 @@ def save_stages(
     """
     folder.mkdir(parents=True, exist_ok=True)
     random = {"cpu": torch.get_rng_state()}
-    if grid.device.type == "cuda":
-        random["cuda"] = torch.cuda.get_rng_state(grid.device)
+    if grid.device.type != "cpu":
+        random[grid.device.type] = random_state(grid.device)
     torch.save(random, folder / f"random-{grid.position}-{grid.replica}.pt")
     if grid.replica == 0:
         states = {"optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
@@ -327,8 +328,8 @@ def load_stages(folder: Path, grid: Grid, parts: Iterable[PreTrainedModel], opti
     schedule.load_state_dict(states["schedule"])
     random = torch.load(folder / f"random-{grid.position}-{grid.replica}.pt", weights_only=True)
     torch.set_rng_state(random["cpu"])
-    if grid.device.type == "cuda":
-        torch.cuda.set_rng_state(random["cuda"], grid.device)
+    if grid.device.type != "cpu":
+        set_random_state(grid.device, random[grid.device.type])
 
 
 def write_model(folder: str, grid: Grid, parts: Sequence[PreTrainedModel], tokenizer: PreTrainedTokenizerBase) -> None:

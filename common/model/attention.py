@@ -27,6 +27,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from common.accelerator import computes_in_bf16, torch_random_states_kept
 from common.console import InputError, say
 from common.dataset.packing import document_positions
 from common.model.counts import head_size
@@ -91,10 +92,10 @@ def logits_moved(model: PreTrainedModel, ids: torch.Tensor, changed: torch.Tenso
     """
     vocabulary = model.config.get_text_config().vocab_size
     others = torch.where(changed, (ids + ids.numel()) % vocabulary, ids)
-    was_training, cuda = model.training, [model.device] if model.device.type == "cuda" else []
+    was_training = model.training
     model.eval()
     try:
-        with torch.random.fork_rng(cuda):
+        with torch_random_states_kept(model.device):
             one, other = (model(input_ids=row, use_cache=False, **inputs).logits.float() for row in (ids, others))
     except (RuntimeError, ValueError, IndexError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -288,10 +289,13 @@ def sdpa_kernel_name(model: PreTrainedModel, device: torch.device, grouped: bool
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = (getattr(config, "num_key_value_heads", None) or heads) if grouped else heads
-    dtype = torch.bfloat16 if device.type != "cuda" or torch.cuda.is_bf16_supported(False) else torch.float16
+    dtype = torch.bfloat16 if device.type == "cpu" or computes_in_bf16(device) else torch.float16
     query, key = (
         torch.empty(1, n, 128, head_size(model), dtype=dtype, device=device, requires_grad=True)
         for n in (heads, key_heads)
     )
-    choice = torch._fused_sdp_choice(query, key, key, None, 0.0, True, enable_gqa=key_heads != heads)
+    try:
+        choice = torch._fused_sdp_choice(query, key, key, None, 0.0, True, enable_gqa=key_heads != heads)
+    except NotImplementedError:  # on Apple's GPUs torch has no such question before pytorch #186528
+        return "math"
     return SDPBackend(choice).name.split("_")[0].lower()

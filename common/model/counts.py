@@ -5,19 +5,29 @@ import re
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
+from common.accelerator import device_name
+
 # What the configs of mixtures of experts call the number of experts of a layer, and of those that a token is sent to.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts")
 # Parts of the names of parameters that choose experts. A shared expert may have a gate, too.
 ROUTERS = {"gate", "router", "shared_expert_gate"}
 
-# Dense 16-bit tensor-core peak in TFLOP/s, from the vendors' data sheets. The first entry that is among the words of
-# the device's name counts. V100 and T4 have fp16 only. A device that is not listed gets no MFU, not a guessed one.
+# Dense 16-bit peak of the matrix units in TFLOP/s, from the vendors' data sheets. The first entry that is among the
+# words of the device's name counts. V100 and T4 have fp16 only. A device that is not listed gets no MFU, not a guessed
+# one. AMD: https://www.amd.com/en/products/accelerators/instinct.html; half of an MI250X is a device of its own.
+# Ascend: matrix cores x a product of 16 x 16 x 16 a cycle x their clock, all from CANN's data/platform_config/*.ini.
 PEAK_TFLOPS = {
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H800": 989, "H200": 989, "GH200": 989, "H20": 148,
     "B200": 2250, "B300": 2250, "A100": 312, "A800": 312, "A40": 149.7, "A30": 165, "A10G": 70, "A10": 125,
     "L40S": 362, "L40": 181, "L4": 121, "RTX 4090": 165.2, "RTX 3090": 71, "V100": 125, "T4": 65,
+    "MI300X": 1307.4, "MI325X": 1307.4, "MI250X": 191.5,
+    "Ascend910B2": 353.9, "Ascend910B2C": 353.9, "Ascend910B3": 294.9, "Ascend910B4": 245.8,
 }  # fmt: skip
+# Of one core of Apple's GPUs, by generation: 128 multiply-adds a cycle, as fast in 16 bit as in 32. Apple gives M1 and
+# M2 whole (8 cores: 2.6; 10 cores: 3.6), M3 and M4 follow from their clocks of 1.398 and 1.578 GHz.
+# Source: https://www.apple.com/newsroom, https://github.com/philipturner/metal-benchmarks
+APPLE_TFLOPS_A_CORE = {"M1": 0.325, "M2": 0.36, "M3": 0.358, "M4": 0.404}
 
 
 def flops_per_token(model: PreTrainedModel, context_length: int) -> int:
@@ -47,10 +57,14 @@ def head_size(model: PreTrainedModel) -> int:
 
 def peak_tflops(device: torch.device, half_precision: bool) -> float | None:
     """Return the device's peak in TFLOP/s; None if it is not known, or if the run is not in 16 bit."""
-    if device.type != "cuda" or not half_precision:
+    if device.type == "cpu" or not half_precision:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAK_TFLOPS.items() if re.search(rf"\b{known}\b", name)), None)
+    peaks = PEAK_TFLOPS
+    if device.type == "mps":
+        cores = torch.backends.mps.get_core_count()
+        peaks = {generation: cores * peak for generation, peak in APPLE_TFLOPS_A_CORE.items()}
+    name = device_name(device)
+    return next((peak for known, peak in peaks.items() if re.search(rf"\b{known}\b", name)), None)
 
 
 def parameter_report(model: PreTrainedModel) -> dict[str, int]:

@@ -14,6 +14,7 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
+from common.accelerator import card_bytes
 from common.console import InputError
 from common.model.counts import experts_per_token
 from common.model.experts import has_grouped_experts, use_grouped_experts
@@ -183,11 +184,6 @@ def device_to_build_on(config: PretrainedConfig, training: TrainingArguments) ->
     there = card_bytes(training.device) or 0
     fits = gather_object([size <= BUILT_SHARE * there])
     return training.device if all(fits) else torch.device("cpu")
-
-
-def card_bytes(device: torch.device) -> int | None:
-    """Return the bytes of memory of a card; None for a device that is no card."""
-    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
 def build_whole() -> None:

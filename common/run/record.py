@@ -19,9 +19,9 @@ from pathlib import Path
 
 import numpy as np
 import psutil
-import torch
 from transformers import TrainingArguments
 
+from common.accelerator import device_name
 from common.arguments import SharedArguments
 from common.console import say
 from common.io import append_lines, read_lines
@@ -131,11 +131,6 @@ def names_secret(flag: str) -> bool:
     """Whether the value of ``flag`` is a secret: true for --hub_token, false for --tokenizer and --tokens_per_step."""
     name = flag.lstrip("-").replace("-", "_")
     return flag.startswith("-") and name != NO_SECRET and any(word in SECRET for word in name.upper().split("_"))
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of ``device``, such as "NVIDIA H100 80GB HBM3"."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type}, {platform.machine()}"
 
 
 def installed(package: str) -> str | None:

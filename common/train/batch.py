@@ -6,10 +6,10 @@ from dataclasses import replace
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.accelerator import card_bytes
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
-from common.model.from_config import card_bytes
 from common.model.memory import Setting
 from common.system import GIB
 from common.train.plan import rows_that_fit, setting_of_run

@@ -10,6 +10,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainingArguments
 
+from common.accelerator import torch_random_states_kept
 from common.arguments import SharedArguments
 from common.console import no_bars_while_training, say
 from common.distributed.strategy import Strategy
@@ -199,12 +200,8 @@ def generate_samples(
     """
     was_training = model.training
     model.eval()
-    accelerators = [] if device.type == "cpu" else [device]
     try:
-        with (
-            generating(model),
-            torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"),
-        ):
+        with generating(model), torch_random_states_kept(device):
             torch.manual_seed(seed)
             return [continuation(model, tokenizer, prompt, device, synchronized) for prompt in prompts]
     finally:

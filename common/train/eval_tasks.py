@@ -23,6 +23,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
+from common.accelerator import torch_random_states_kept
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
@@ -298,8 +299,7 @@ def scores_of(name: str, results: dict, chances: dict[str, float | None], step: 
 def random_states_kept(device: torch.device) -> Iterator[None]:
     """Leave the random states of Python, NumPy and torch as they were."""
     python, numpy = random.getstate(), np.random.get_state()
-    accelerators = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(accelerators, device_type=device.type if accelerators else "cuda"):
+    with torch_random_states_kept(device):
         try:
             yield
         finally:

@@ -16,6 +16,7 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
+from common.accelerator import pins_memory
 from common.console import InputError, is_main_process, say, what_follows
 from common.run.folder import Run
 from common.train.step_guard import BAD_STEPS_FILE, StepGuard
@@ -76,8 +77,9 @@ class Interruption(TrainerCallback):
         return [float(self.received == name) for name in (*NAMES, ORPHANED)] + [float(bool(due))]
 
     def wishes_on(self, device: torch.device) -> torch.Tensor:
-        """Return ``wishes`` on a device. The copy waits for nothing there."""
-        return torch.tensor(self.wishes(), pin_memory=device.type == "cuda").to(device, non_blocking=True)
+        """Return ``wishes`` on a device. Where memory can be pinned, the copy waits for nothing there."""
+        pinned = pins_memory(device)
+        return torch.tensor(self.wishes(), pin_memory=pinned).to(device, non_blocking=pinned)
 
     def check_evaluation(self, device: torch.device, processes: int) -> None:
         """Raise EvaluationStopped, on all processes, if one of them was asked to end."""

@@ -82,7 +82,8 @@ def check_bitsandbytes(flag: str, instead: str, device: torch.device) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise InputError(f"{flag} needs a package: pip install 'bitsandbytes>=0.50,<0.51'. {without}")
     if device.type not in ("cuda", "xpu"):
-        raise InputError(f"{flag}: bitsandbytes needs a GPU, and this runs on {device.type}. {without}")
+        needed = "a GPU, one of NVIDIA, AMD or Intel"
+        raise InputError(f"{flag}: bitsandbytes needs {needed}, and this runs on {device.type}. {without}")
     if device.type == "cuda" and torch.version.hip is None:
         major, minor = torch.cuda.get_device_capability(device)
         if major < OLDEST_GPU:

@@ -4,13 +4,12 @@ import math
 import time
 from contextlib import contextmanager
 
-import torch
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
+from common.accelerator import memory_gib, reset_peak_memory, synchronize
 from common.console import say
 from common.dataset.mixture import TrainingOrder
 from common.model.counts import flops_per_token, parameter_report, peak_tflops
-from common.system import memory_gib
 
 
 class RunClock(TrainerCallback):
@@ -41,8 +40,7 @@ class RunClock(TrainerCallback):
         self.seen_at_last_log = self.tokens_seen(state.global_step)
         self.interval.lap()
         self.first_step_seconds, self.began = None, time.perf_counter()
-        if args.device.type != "cpu":  # the peak of training, not of loading, when the model was whole
-            torch.accelerator.reset_peak_memory_stats(args.device)
+        reset_peak_memory(args.device)  # the peak of training, not of loading, when the model was whole
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.first_step_seconds is None:
@@ -94,12 +92,6 @@ class Stopwatch:
         began = time.perf_counter()
         yield
         self.paused_seconds += time.perf_counter() - began
-
-
-def synchronize() -> None:
-    """Wait for the accelerator, if there is one."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
 
 
 def held_out_metrics(batches: list[tuple[float, int]], target_bytes: float, prefix: str) -> dict[str, float]:

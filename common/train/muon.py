@@ -26,6 +26,7 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.accelerator import computes_in_bf16
 from common.console import InputError
 from common.distributed.strategy import local
 from common.model.counts import layer_matrices
@@ -252,7 +253,7 @@ def orthogonalized(matrices: torch.Tensor) -> torch.Tensor:
     the result are between 0.7 and 1.2. In bf16 if the device computes in it, else in fp32.
     """
     a, b, c = COEFFICIENTS
-    fast = matrices.is_cuda and torch.cuda.get_device_capability(matrices.device) >= (8, 0)
+    fast = computes_in_bf16(matrices.device)
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = (matrices.mT if tall else matrices).to(torch.bfloat16 if fast else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
 
+from common.accelerator import card_bytes, memory_gib, synchronize
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.dataset.ledger import Ledger
@@ -24,10 +25,9 @@ from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
 from common.model.memory import CONTEXT_BYTES, Setting, main_memory_bytes, optimizer_name, predict, state_bits
 from common.model.scaling import LossLaw
-from common.system import GIB, memory_gib
+from common.system import GIB
 from common.train.combinations import check_combinations, choose_optimizer
 from common.train.cuda_graph import LARGEST, lacking
-from common.train.metrics import synchronize
 
 
 def print_plan(
@@ -46,8 +46,9 @@ def print_plan(
     processes, limit = shared.plan_processes, shared.plan_memory_gib
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
     check_combinations(launch, training, method or "full")
-    if limit is None and torch.cuda.is_available():
-        limit = torch.cuda.get_device_properties(0).total_memory / GIB
+    if limit is None and torch.accelerator.is_available():
+        size = card_bytes(torch.device(torch.accelerator.current_accelerator().type, 0))
+        limit = None if size is None else size / GIB
     setting = setting_of_run(model, launch, training, shared.context_length, own_optimizer)
     setting = replace(setting, method=method)
     if shared.plan_config is not None:
@@ -291,14 +292,14 @@ def setting_of_trainer(trainer) -> Setting:
     return setting_of_run(model, trainer.launch, trainer.args, length, trainer.optimizer_cls_and_kwargs)
 
 
-def out_of_memory(trainer, error: torch.OutOfMemoryError) -> str:
+def out_of_memory(trainer, error: RuntimeError) -> str:
     """Return what ran out in the run of a PretrainingTrainer, and what would make it fit."""
     device, model = trainer.args.device, trainer.accelerator.unwrap_model(trainer.model)
-    total = torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else 0.0
+    size = card_bytes(device)
     setting = setting_of_trainer(trainer)
     need = predict(model, setting).total / GIB
     # What does not fit although it was predicted to is memory in pieces, or somebody else's: leave more room.
-    limit = 0.9 * min(total, need)
+    limit = 0.9 * (need if size is None else min(size / GIB, need))
     return (
         f"out of memory: {str(error).splitlines()[0]}\nPredicted: {need:.1f} GiB for {described(setting)}. "
         f"{advised(model, setting, limit)}\nCheckpoints are kept: the same command with such a switch continues."

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
+from common.accelerator import device_name
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.context_parallel import check_parallelism
@@ -114,8 +115,7 @@ def precision(training: TrainingArguments) -> str:
     """Return what is computed in, and on which device."""
     asked = precision_of(training)
     kind = {"no": "fp32", "fp8": "fp8 in the layers, bf16 elsewhere,"}.get(asked, asked)
-    device = torch.get_device_module(training.device)
-    where = device.get_device_name() if hasattr(device, "get_device_name") else training.device.type.upper()
+    where = "CPU" if training.device.type == "cpu" else device_name(training.device)
     scaled = ", with a loss scaler" if training.fp16 else ""
     return f"{kind} on {where}{scaled} (the YAML's mixed_precision)"
 

@@ -10,6 +10,7 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, SCHEDULER_NAME  # the first is another one in a notebook
 
+from common.accelerator import pins_memory, ran_out_of_memory, random_state, set_random_state
 from common.arguments import SharedArguments
 from common.console import InputError, is_main_process, say
 from common.dataset.loader import check_shared_memory, keep_apart
@@ -66,6 +67,7 @@ from common.train.step_guard import (
     weights_not_finite,
 )
 
+STATES_LEFT_OUT = ("mps", "xpu")  # devices whose random states Trainer does not save
 EVALUATED_BETWEEN_SIGNALS = 8  # batches; asking whether a signal came makes all processes wait for each other
 
 
@@ -123,6 +125,7 @@ class PretrainingTrainer(Trainer):
         self.sent_tokens: torch.Tensor | None = None  # to each expert since the last log, (layers, experts)
         training.remove_unused_columns = False  # Trainer would take shift_labels for a column that the model lacks
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
+        training.dataloader_pin_memory &= pins_memory(training.device)
         training.accelerator_config.non_blocking = training.dataloader_pin_memory
         if training.ddp_find_unused_parameters is None:  # Trainer would have DDP look for them in every step
             training.ddp_find_unused_parameters = False
@@ -172,9 +175,9 @@ class PretrainingTrainer(Trainer):
                 if self.guard.stop is None:  # whatever --save_strategy says: there would be no use for such a model
                     self.guard.stop = self.guard.not_saved = weights_not_finite(self.model)
                 return output
-            except torch.OutOfMemoryError as error:
-                raise InputError(out_of_memory(self, error)) from None
             except RuntimeError as error:
+                if ran_out_of_memory(error):
+                    raise InputError(out_of_memory(self, error)) from None
                 message = lost_process(error, self.launch)
                 if message is None:
                     raise
@@ -238,10 +241,21 @@ class PretrainingTrainer(Trainer):
                 super()._load_optimizer_and_scheduler(checkpoint)
             keep_settings(self.optimizer, self.lr_scheduler, self.settings_of_flags)
 
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Replaces: leaving out the random states of Intel's and Apple's GPUs (seen with transformers 5.24)."""
+        super()._save_rng_state(output_dir)
+        if self.args.device.type in STATES_LEFT_OUT:
+            torch.save(random_state(self.args.device), self._random_file(output_dir))
+
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Replaces: the libraries' own texts where a file was replaced."""
+        """Replaces: the libraries' own texts where a file was replaced; as above."""
         with reading(checkpoint, "the random state"):
             super()._load_rng_state(checkpoint)
+            if checkpoint is not None and self._random_file(checkpoint).is_file():
+                set_random_state(self.args.device, torch.load(self._random_file(checkpoint), weights_only=True))
+
+    def _random_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"random_{self.args.device.type}_{self.args.process_index}.pt"
 
     def get_batch_samples(self, *args) -> tuple[list, torch.Tensor]:
         """Return a step's batches. Replaces: fetching them when the device has nothing left to do."""

@@ -13,7 +13,7 @@ from transformers.training_args import OptimizerNames
 import common.distributed.hardware as hardware
 import common.distributed.launch as launch
 from common.console import InputError
-from common.distributed.hardware import check_compiler, check_cuda_device, check_fp8
+from common.distributed.hardware import check_bf16, check_compiler, check_cuda_device, check_fp8
 from common.distributed.launch import Launch, check_launch, lost_process, precision_of, read_launch
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3
 from common.distributed.workarounds import compile_settings, launcher_flags, take_over_compile
@@ -93,6 +93,26 @@ def test_compiling_without_a_compiler_is_refused_with_the_flag_that_works(monkey
     check_compiler("no", torch.device(device))
     with pytest.raises(InputError, match=f"needs (a )?{missing}.*\n.*--dynamo_backend no"):
         check_compiler("INDUCTOR", torch.device(device))
+
+
+def test_compiling_for_other_devices_needs_their_triton_and_is_a_prototype_on_apples(monkeypatch):
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install triton-ascend.*\n.*--dynamo_backend no"):
+        check_compiler("inductor", SimpleNamespace(type="npu"))
+    with pytest.raises(InputError, match="early prototype.*\n.*--dynamo_backend no"):
+        check_compiler("inductor", torch.device("mps"))
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: "found")
+    check_compiler("inductor", SimpleNamespace(type="npu"))
+    check_compiler("inductor", torch.device("xpu"))
+
+
+def test_bf16_that_an_accelerator_only_emulates_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.xpu, "is_bf16_supported", lambda including_emulation: including_emulation)
+    monkeypatch.setattr(torch.xpu, "get_device_name", lambda device: "Intel(R) Iris(R) Xe")
+    with pytest.raises(InputError, match="Iris.* has no bf16.*\n.*--mixed_precision fp16"):
+        check_bf16(torch.device("xpu"), "bf16")
+    check_bf16(torch.device("xpu"), "fp16")
+    check_bf16(torch.device("mps"), "bf16")
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16", "fp16"])

@@ -55,6 +55,18 @@ def test_heads_are_repeated_where_no_fused_kernel_has_grouped_heads(monkeypatch,
     assert AttentionInterface()["causal"] is causal_attention  # as many heads of each
 
 
+def test_a_device_without_a_choice_of_kernels_trains_with_the_plain_one(monkeypatch, capsys):
+    """As on Apple's GPUs, where torch does not answer the question."""
+
+    def no_answer(*inputs, enable_gqa):
+        raise NotImplementedError("Could not run 'aten::_fused_sdp_choice' with arguments from the 'MPS' backend.")
+
+    monkeypatch.setattr(torch, "_fused_sdp_choice", no_answer)
+    set_attention(model_of(QWEN2), "auto", False, torch.device("cpu"))
+    assert "attention: causal, by torch's math kernel\n" in capsys.readouterr().out
+    assert AttentionInterface()["causal"] is causal_attention
+
+
 def test_positions_begin_at_0_in_every_document():
     starts = np.array([False, False, True, True, False, True])
     assert document_positions(starts).tolist() == [0, 1, 0, 0, 1, 0]

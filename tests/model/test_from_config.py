@@ -103,7 +103,8 @@ def test_the_peak_of_a_device_is_known_or_none(monkeypatch):
         "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756, "NVIDIA H200": 989, "NVIDIA H20": 148,
         "NVIDIA A100-SXM4-80GB": 312, "NVIDIA A10": 125, "NVIDIA A10G": 70, "NVIDIA L4": 121, "NVIDIA L40S": 362,
         "Tesla T4": 65, "Tesla V100-SXM2-16GB": 125, "Some new card": None,
-        "NVIDIA RTX A4000": None, "NVIDIA RTX A1000": None,
+        "NVIDIA RTX A4000": None, "NVIDIA RTX A1000": None, "AMD Instinct MI300X": 1307.4, "AMD Instinct MI210": None,
+        "AMD Instinct MI250X/MI250": 191.5,
     }  # fmt: skip
     for name, peak in names.items():
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)

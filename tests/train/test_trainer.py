@@ -53,6 +53,21 @@ def test_samples_leave_the_training_as_it_was():
     assert first != generate_samples(model, tokenizer, ["地球", "太阳"], 2, torch.device("cpu"))
 
 
+def test_random_numbers_of_a_device_that_trainer_leaves_out_are_continued(wiki, cache_dir, tmp_path, monkeypatch):
+    """The CPU stands for an Apple or Intel GPU."""
+    monkeypatch.setattr(trainer, "STATES_LEFT_OUT", ("cpu",))
+    monkeypatch.setattr(trainer, "random_state", lambda device: torch.tensor([41]))
+    continued = []
+    monkeypatch.setattr(
+        trainer, "set_random_state", lambda device, state: continued.append((device.type, state.item()))
+    )
+    wiki.main(small_run(cache_dir, tmp_path, "--max_steps", "3"))
+    assert (tmp_path / "checkpoint-3" / "random_cpu_0.pt").is_file() and continued == []
+    monkeypatch.setattr(trainer, "random_state", lambda device: torch.tensor([42]))
+    wiki.main(small_run(cache_dir, tmp_path))
+    assert continued == [("cpu", 41)]
+
+
 def test_sampling_that_fails_is_said_once_and_the_run_goes_on(wiki, cache_dir, tmp_path, monkeypatch, capsys):
     def fail(self, *args, **kwargs):
         raise RuntimeError("no cache for this layer")
