@@ -1,4 +1,4 @@
-"""Write docs/families.md: the real shapes of published models, planned. Nothing is fetched, no GPU is needed.
+"""Write docs/families.md and its Chinese page: the real shapes of published models, planned. Nothing is fetched.
 
     python docs/families.py        # takes a minute
 
@@ -18,12 +18,12 @@ from transformers import PreTrainedModel
 
 from common.model.counts import experts_per_token, parameter_report
 from common.model.from_config import planned_model
-from common.model.memory import Setting, predict
+from common.model.memory import NF4_BYTES, Setting, predict
 from common.model.presets import PRESETS
 from common.system import GIB
 from common.train.plan import beside_adapters
 
-PAGE = Path(__file__).resolve().parent / "families.md"
+FOLDER = Path(__file__).resolve().parent
 CONTEXT_LENGTH = 2048
 CARDS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 CARD_GIB = 80
@@ -77,8 +77,7 @@ DEEPSEEK_V3 = dense(
     n_routed_experts=256, n_shared_experts=1, num_experts_per_tok=8, first_k_dense_replace=3, n_group=8, topk_group=4,
     norm_topk_prob=True, routed_scaling_factor=2.5,
 )  # fmt: skip
-CONVERTED = "convert first: `python data/convert_weights.py FOLDER OUT`"
-IN_FP8 = "published in FP8: write them in bf16 first (`inference/fp8_cast_bf16.py` of DeepSeek-V3's repository)"
+CONVERTED, IN_FP8 = "converted", "in FP8"  # what NOTES explains
 
 MODELS = [
     Published("LLaMA 1", "huggyllama/llama-7b", 6_738_415_616, dense("llama", 4096, 11_008, 32, 32, 32, 32_000)),
@@ -284,19 +283,9 @@ MODELS = [
     ),
 ]
 
-NOT_HERE = [
-    (
-        "Baichuan 13B, Baichuan 2 13B",
-        "they have ALiBi instead of rotary embeddings; transformers has no family with ALiBi, RMSNorm and a gated MLP",
-    ),
-    (
-        "ChatGLM 1 (6B)",
-        "it reads a prompt in both directions and counts positions in two dimensions; no family of transformers does",
-    ),
-    ("Yuan 2", "a filter over neighbouring tokens stands before each attention; no family of transformers has one"),
-]
-
 HEAD = """# Families
+
+[中文](families.zh-CN.md)
 
 Which published models these recipes train, what that takes, and the command. `python docs/families.py` writes this page
 without network and GPU; a test compares the two.
@@ -347,12 +336,78 @@ originals, in fp64, and the tokenizers with tiktoken and with ids by hand. Real 
 
 | family | why |
 |---|---|
+| Baichuan 13B, Baichuan 2 13B | ALiBi; no family of transformers has ALiBi, RMSNorm and a gated MLP |
+| ChatGLM 1 (6B) | reads a prompt in both directions, counts positions twice; no family of transformers does |
+| Yuan 2 | a filter over neighbouring tokens stands before each attention; no family of transformers has one |
 """
+NOTES = {
+    CONVERTED: "convert first: `python data/convert_weights.py FOLDER OUT`",
+    IN_FP8: "published in FP8: write them in bf16 first (`inference/fp8_cast_bf16.py` of DeepSeek-V3's repository)",
+}
+HEAD_ZH = """# 模型家族
+
+[English](families.md)
+
+这些配方能训练哪些已发布的模型，需要什么，用什么命令。本页由 `python docs/families.py` 生成，不需要网络和 GPU；
+测试会核对两者一致。
+
+- **transformers 里的任何因果语言模型都能训练，没有注意力的除外。** 下表是 PaddleNLP 列出的家族和现在常用的家族。
+  `tests/model/test_families.py` 对“transformers 中的名字”一列里的每个名字都搭建、训练、保存并加载一个小模型。
+  真实尺寸的模型在这里只做规划；实际跑过的见 [benchmarks/README.md](../benchmarks/README.md)。
+- **80 GiB 的卡**：用 AdamW 训练全部参数最少要几张卡，每张卡用多少 GiB。每行 {context_length:,} 个 token，一次一行，
+  配置是 `single_gpu.yaml`、`fsdp2.yaml` 或 `fsdp2_recompute.yaml`。超过 8 张卡时，在每台机器上执行同一条命令，
+  并加上 `--num_machines`、`--machine_rank` 和 `--main_process_ip`（[scaling.md](scaling.md)，英文）。
+- **内存**：一台机器上的各进程以 fp32 加载权重时共需多少 GiB。超过 {main_memory} GiB 时，命令让第一个进程
+  替所有进程加载。
+- **一张 {small} GiB 的卡**：`recipes/low_memory_16gb.py` 的 `--method full`、`lora`、`qlora` 中第一个放得下的
+  （行长同上），以及它用多少 GiB。“-”：都放不下，或者是混合专家模型（没有在那里试过）。
+- 表中的命令在你的文本上继续训练已有权重。`recipes/wiki_zh_scratch.py --model ID` 用随机权重训练同样的结构。
+  `--plan` 可以按你自己的行长和卡数规划。
+- 有些模型要先同意许可证：`hf auth login`。有些模型在 ModelScope 上属于另一个账号。
+- 权重必须是 safetensors。仓库里只有 `.bin` 文件时，先转存一次，并复制分词器的文件：
+  `python -c "from transformers import AutoModelForCausalLM as M; M.from_pretrained('ID').save_pretrained('OUT')"`
+
+| 家族 | 模型 | transformers 中的名字 | 参数量（激活） | 80 GiB 的卡 | 内存 | 一张 {small} GiB 的卡 | 命令 |
+|---|---|---|---|---|---|---|---|
+"""
+AFTER_ZH = """
+## 自带代码的权重
+
+这里从不执行模型目录里的代码。Qwen 1、百川 7B、百川 2 7B、ChatGLM 2 和 ChatGLM 3 的结构在 transformers 里另有名字，
+只是权重的排列不同。转换一次即可：
+
+```
+python data/convert_weights.py Qwen-7B outputs/qwen-7b
+accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/low_memory_16gb.py --method qlora \\
+    --model outputs/qwen-7b --data my.jsonl
+```
+
+`tests/recipes/test_convert_weights.py` 用小的随机权重核对：转换后的 logits 与原模型的公式（用 fp64 写出）一致，
+分词器与 tiktoken 和手工算出的 id 一致。真实的权重没有在这里转换过。
+
+- Qwen 1 在生成的文本超过训练长度后会改变注意力，转换后的模型不会。
+- 百川 2 每一步都把输出层的每一行除以它的长度。转换时只除一次，之后训练中各行不受限制。
+- ChatGLM 在每段文本前放 `[gMASK]` 和 `sop`。需要的话，自己加到文本里。
+
+## 不能训练的
+
+| 家族 | 原因 |
+|---|---|
+| 百川 13B、百川 2 13B | 用 ALiBi；transformers 里没有同时用 ALiBi、RMSNorm 和门控 MLP 的家族 |
+| ChatGLM 1（6B） | 提示部分双向可见，位置编码是两维的；transformers 里没有这样的家族 |
+| Yuan 2（源 2.0） | 每个注意力之前有一个作用于相邻 token 的滤波器；transformers 里没有这样的家族 |
+"""
+NOTES_ZH = {
+    CONVERTED: "先转换：`python data/convert_weights.py FOLDER OUT`",
+    IN_FP8: "发布的权重是 FP8：先转成 bf16（DeepSeek-V3 仓库里的 `inference/fp8_cast_bf16.py`）",
+}
 
 
 def smallest_plan(model: PreTrainedModel) -> tuple[int, str, float]:
     """Return the fewest 80 GiB cards that train ``model``, the YAML, and the GiB that each card needs."""
     for cards in CARDS:
+        if 16 * model.num_parameters() > cards * USED_SHARE * CARD_GIB * GIB:  # fp32 weights, gradients, two averages
+            continue
         setting = Setting(rows=1, context_length=CONTEXT_LENGTH, processes=cards)
         yamls = {"single_gpu": setting}
         if cards > 1:
@@ -372,14 +427,18 @@ def smallest_method(model: PreTrainedModel) -> str:
     """
     if experts_per_token(model.config):
         return "-"
-    setting = Setting(rows=1, context_length=CONTEXT_LENGTH, recompute=True)
-    methods = {"full": "rounding_8bit", "lora": "adamw_8bit", "qlora": "adamw_8bit"}
-    model.to(torch.bfloat16)
-    for method, optimizer in methods.items():
-        tried = replace(setting, method=method, optimizer=optimizer)
-        need = predict(beside_adapters(model, tried), tried).total / GIB
-        if need <= USED_SHARE * SMALL_CARD_GIB:
-            return f"{method} {need:.1f}"
+    limit = USED_SHARE * SMALL_CARD_GIB * GIB
+    if NF4_BYTES * model.num_parameters() > limit:  # before the adapters are built, which takes long for large models
+        return "-"
+    setting = Setting(rows=1, context_length=CONTEXT_LENGTH, recompute=True, optimizer="adamw_8bit")
+    whole = predict(model.to(torch.bfloat16), replace(setting, method="full", optimizer="rounding_8bit")).total
+    if whole <= limit:
+        return f"full {whole / GIB:.1f}"
+    adapted = beside_adapters(model, replace(setting, method="lora"))
+    for method in ("lora", "qlora"):
+        need = predict(adapted, replace(setting, method=method)).total
+        if need <= limit:
+            return f"{method} {need / GIB:.1f}"
     return "-"
 
 
@@ -398,7 +457,7 @@ def command(published: Published, cards: int, yaml: str, one_loads: bool) -> str
 
 
 def planned_row(published: Published) -> str:
-    """Return the line of the table for a model."""
+    """Return the cells of the table for a model, without what closes the line: a note may follow."""
     model = planned_model(published.shape, published.shape.get("vocab_size", GPT2_VOCABULARY), CONTEXT_LENGTH)
     counts = parameter_report(model)
     cards, yaml, need = smallest_plan(model)
@@ -411,16 +470,27 @@ def planned_row(published: Published) -> str:
     done = command(published, cards, yaml, one_loads)
     cells = [published.family, published.model, f"`{published.shape['model_type']}`", size, f"{cards} x {need:.1f}"]
     cells += [f"{loading if one_loads else together:,.0f}", smallest_method(model), done]
-    return f"| {' | '.join(cells)}{f'; {published.note}' if published.note else ''} |"
+    return f"| {' | '.join(cells)}"
 
 
-def page() -> str:
-    """Return the text of docs/families.md."""
+def page(rows: list[str], head: str, notes: dict[str, str], after: str) -> str:
+    """Return the text of a page: ``rows`` of the table, each with its note, and what stands around them."""
     figures = dict(context_length=CONTEXT_LENGTH, main_memory=MAIN_MEMORY_GIB, small=SMALL_CARD_GIB)
-    rows = [planned_row(published) for published in MODELS]
-    reasons = [f"| {family} | {reason} |" for family, reason in NOT_HERE]
-    return HEAD.format(**figures) + "\n".join(rows) + "\n" + AFTER + "\n".join(reasons) + "\n"
+    lines = []
+    for row, published in zip(rows, MODELS, strict=True):
+        note = f"; {notes[published.note]}" if published.note else ""
+        lines.append(f"{row}{note} |\n")
+    return head.format(**figures) + "".join(lines) + after
+
+
+def pages(rows: list[str]) -> dict[str, str]:
+    """Return file name -> text, in both languages."""
+    return {
+        "families.md": page(rows, HEAD, NOTES, AFTER),
+        "families.zh-CN.md": page(rows, HEAD_ZH, NOTES_ZH, AFTER_ZH),
+    }
 
 
 if __name__ == "__main__":
-    PAGE.write_text(page(), encoding="utf-8")
+    for name, text in pages([planned_row(published) for published in MODELS]).items():
+        (FOLDER / name).write_text(text, encoding="utf-8")

@@ -20,6 +20,19 @@ def test_the_samples(name, articles, size):
     assert f"{len(documents)} articles" in readme and f"{len(content):,} bytes" in readme
 
 
+def test_the_dialogues():
+    """A question and an answer, once or more, in the form that TRL reads; two thirds in Chinese."""
+    content = (ROOT / "data" / "dialogues" / "train.jsonl").read_bytes()
+    dialogues = [json.loads(line)["messages"] for line in content.splitlines()]
+    chinese = sum(any("\u4e00" <= letter <= "\u9fff" for letter in dialogue[0]["content"]) for dialogue in dialogues)
+    assert (len(dialogues), chinese) == (24, 16)
+    for dialogue in dialogues:
+        assert [message["role"] for message in dialogue] == ["user", "assistant"] * (len(dialogue) // 2)
+        assert dialogue and all(message["content"].strip() for message in dialogue)
+    readme = (ROOT / "data" / "README.md").read_text(encoding="utf-8")
+    assert "24 short dialogues, 16 in Chinese and 8 in English" in readme and f"{len(content):,} bytes" in readme
+
+
 @pytest.mark.parametrize("language", ["zh", "en"])
 def test_the_minimal_pairs(language):
     """100 pairs, 20 of each kind, no pair twice; the two sentences differ, and the task reads this file."""
