@@ -395,11 +395,11 @@ accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/low_m
 |---|---|
 | 百川 13B、百川 2 13B | 用 ALiBi；transformers 里没有同时用 ALiBi、RMSNorm 和门控 MLP 的家族 |
 | ChatGLM 1（6B） | 提示部分双向可见，位置编码是两维的；transformers 里没有这样的家族 |
-| Yuan 2（源 2.0） | 每个注意力之前有一个作用于相邻 token 的滤波器；transformers 里没有这样的家族 |
+| Yuan 2（源） | 每个注意力之前有一个作用于相邻 token 的滤波器；transformers 里没有这样的家族 |
 """
 NOTES_ZH = {
     CONVERTED: "先转换：`python data/convert_weights.py FOLDER OUT`",
-    IN_FP8: "发布的权重是 FP8：先转成 bf16（DeepSeek-V3 仓库里的 `inference/fp8_cast_bf16.py`）",
+    IN_FP8: "发布的权重是 FP8：先转成 bf16（`inference/fp8_cast_bf16.py`，在 DeepSeek-V3 的仓库里）",
 }
 
 

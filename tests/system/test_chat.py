@@ -66,6 +66,7 @@ def answer_by_hand(folder: Path, question: str) -> str:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 def test_a_checkpoint_becomes_a_chat(weights, tmp_path):
     train, serve, chat = commands_of_the_page()
     environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path / "datasets"), "HF_HUB_OFFLINE": "1"}
@@ -86,9 +87,11 @@ def test_a_checkpoint_becomes_a_chat(weights, tmp_path):
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
     serve = [places.get(word, word) for word in serve] + ["--port", str(port), "--device", "cpu"]
-    server = subprocess.Popen(serve, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "server.log"
+    with log.open("w") as file:
+        server = subprocess.Popen(serve, env=environment, stdout=file, stderr=subprocess.STDOUT)
     try:
-        wait_for_health(port, server)
+        wait_for_health(port, server, log)
         question = "What is the capital of France?"
         chat = [places.get(word, word) for word in chat] + [f"http://localhost:{port}"]
         chat += ["max_new_tokens=80", "do_sample=False"]
@@ -102,13 +105,13 @@ def test_a_checkpoint_becomes_a_chat(weights, tmp_path):
     assert expected and " ".join(expected.split()) in " ".join(said.stdout.split()), said.stdout + said.stderr
 
 
-def wait_for_health(port: int, server: subprocess.Popen) -> None:
+def wait_for_health(port: int, server: subprocess.Popen, log: Path) -> None:
     for _ in range(240):
-        assert server.poll() is None, "the server ended"
+        assert server.poll() is None, log.read_text()
         try:
             with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5) as answer:
                 if answer.status == 200:
                     return
         except OSError:
             time.sleep(1)
-    raise AssertionError("the server does not answer")
+    raise AssertionError(f"the server does not answer: {log.read_text()}")
