@@ -32,6 +32,13 @@ LATENT = dict(  # DeepSeek's attention
 FAMILIES = {
     "llama-2": dict(model_type="llama", **GATED | dict(num_key_value_heads=4)),
     "llama-3": dict(model_type="llama", rope_theta=500_000.0, **GATED),
+    "llama-3.1": dict(
+        model_type="llama", **GATED,
+        rope_parameters=dict(
+            rope_type="llama3", rope_theta=500_000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+            original_max_position_embeddings=8,
+        ),
+    ),
     "mistral": dict(model_type="mistral", sliding_window=8, **GATED),
     "qwen2": dict(model_type="qwen2", tie_word_embeddings=True, **GATED),
     "qwen3": dict(model_type="qwen3", head_dim=8, **GATED),
