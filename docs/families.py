@@ -318,7 +318,7 @@ Code in a model's folder is never run here. Qwen 1, Baichuan 7B, Baichuan 2 7B, 
 transformers under another name, with their weights arranged differently. Convert them once:
 
 ```
-modelscope download --model Qwen/Qwen-7B --local_dir Qwen-7B
+modelscope download Qwen/Qwen-7B --local-dir Qwen-7B
 python data/convert_weights.py Qwen-7B outputs/qwen-7b
 accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/low_memory_16gb.py --method qlora \\
     --model outputs/qwen-7b --data my.jsonl
@@ -378,7 +378,7 @@ AFTER_ZH = """
 只是权重的排列不同。转换一次即可：
 
 ```
-modelscope download --model Qwen/Qwen-7B --local_dir Qwen-7B
+modelscope download Qwen/Qwen-7B --local-dir Qwen-7B
 python data/convert_weights.py Qwen-7B outputs/qwen-7b
 accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/low_memory_16gb.py --method qlora \\
     --model outputs/qwen-7b --data my.jsonl
