@@ -270,6 +270,12 @@ BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
 JSON_FIELDS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 
+# transformers 5.23 gave new names to these fields, and warns at the old ones. Both are taken here, in every version.
+NEW_NAMES = {
+    "gradient_checkpointing": "activation_checkpointing",
+    "gradient_checkpointing_kwargs": "activation_checkpointing_kwargs",
+}
+
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
@@ -355,6 +361,9 @@ def parse_flags(
             values[name] = replaced.get(name, values[name].value)
     check_numbers(values)
     check_fields(values)
+    for old, new in NEW_NAMES.items():
+        if new in values and values[new] is None:
+            values[new], values[old] = values[old], None  # TrainingArguments give the old name the value of the new one
     return _made(own_flags, values), _made(SharedArguments, values), _made(TrainingArguments, values)
 
 

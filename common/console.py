@@ -59,6 +59,11 @@ def what_follows() -> str:
     return text if launched() else ""
 
 
+def after_ctrl_c() -> str:
+    """Return what to add to the last message after Ctrl-C, at which a launcher prints a traceback, too."""
+    return " (a traceback here is the launcher's own)" if launched() else ""
+
+
 def say(message: str) -> None:
     """Print on the main process only, above a bar if there is one; the message may hold any characters."""
     if is_main_process():
@@ -117,8 +122,8 @@ def one_line_for_ctrl_c() -> None:
         if not issubclass(kind, KeyboardInterrupt):
             before(kind, error, traceback)
         elif is_main_process():
-            stopped = "stopped by Ctrl-C. What was finished is saved; the same command continues"
-            print(f"{stopped}{what_follows()}", file=sys.stderr)
+            stopped = "stopped by Ctrl-C: what was finished is saved, and the same command continues"
+            print(f"{stopped}{after_ctrl_c()}", file=sys.stderr)
 
     sys.excepthook = hook
 

@@ -227,7 +227,7 @@ def main(argv: list[str] | None = None) -> None:
         parameters = sum(parameter.numel() for parameter in trained)
         weight_bytes = trained[0].itemsize
         run.check_disk_space(parameters, launch.strategy, training, weight_bytes, state_bytes, merged_bytes)
-        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)

@@ -211,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
         if shared.probe:
             return probe(trainer, rows.ledgers, law)
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
-        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS))
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)

@@ -1,6 +1,7 @@
 """Flags: the recipe's dicts are defaults, a flag may swap other defaults in, and what is typed always wins."""
 
 import re
+import warnings
 from dataclasses import dataclass, field, fields
 
 import pytest
@@ -69,6 +70,19 @@ def test_a_replacement_may_depend_on_the_flags_value():
 
     assert parse("--prompts", "one", "two", "three", prompts=others)[2].max_steps == 30
     assert parse("--prompts", "one", "two", "--max_steps", "3", prompts=others)[2].max_steps == 3
+
+
+@pytest.mark.parametrize("name", ["gradient_checkpointing", "activation_checkpointing"])
+def test_a_flag_that_we_teach_gives_no_warning(name):
+    """transformers 5.23 warns at the first name, and earlier versions do not know the second."""
+    if name not in TrainingArguments.__dataclass_fields__:
+        pytest.skip("not in this version of transformers")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, _, training = parse(f"--{name}", "true", f"--{name}_kwargs", '{"every_n_layers": 2}', "--use_cpu", "true")
+    assert training.gradient_checkpointing is True and training.gradient_checkpointing_kwargs == {"every_n_layers": 2}
+    assert getattr(training, "activation_checkpointing", True) is True
+    assert parse("--use_cpu", "true")[2].gradient_checkpointing is False
 
 
 def test_of_two_replacements_the_later_wins():

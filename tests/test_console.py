@@ -105,6 +105,8 @@ def test_an_error_says_that_the_launchers_traceback_says_no_more(launcher):
 
 def test_ctrl_c_outside_training_is_one_line():
     done = said_at_the_end("import common\nraise KeyboardInterrupt")
-    assert done.stderr == "stopped by Ctrl-C. What was finished is saved; the same command continues\n"
-    assert done.returncode == -signal.SIGINT
+    sentence = "stopped by Ctrl-C: what was finished is saved, and the same command continues"
+    assert done.stderr == f"{sentence}\n" and done.returncode == -signal.SIGINT
+    done = said_at_the_end("import common\nraise KeyboardInterrupt", ACCELERATE_MIXED_PRECISION="no")
+    assert done.stderr == f"{sentence} (a traceback here is the launcher's own)\n"
     assert "Traceback" in said_at_the_end("import common\nraise ValueError").stderr

@@ -15,14 +15,14 @@ from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
-from common.console import InputError, is_main_process, printable, say
+from common.console import InputError, say
 from common.corpus.corpora import CORPORA, Corpus
 from common.corpus.formats import ARCHIVES, DAMAGE, open_decompressed
 from common.corpus.hub_dataset import find_files
 from common.corpus.transfer import FileChanged, HubFile, RemoteFile
 from common.hub import DATA_SET_ID
+from common.progress import Progress
 
 
 def download(name: str, folder: Path, verify: bool = True) -> list[Path]:
@@ -319,9 +319,7 @@ def copy(source, out, what: str, target: Path, total_bytes: int, digest=None):
     """
     if digest is None:
         digest = hashlib.sha256()
-    with tqdm(total=total_bytes, unit="B", unit_scale=True, disable=not is_main_process()) as bar:
-        bar.set_description(printable(f"{what} {target.name}"))
-        bar.update(source.tell() if out is not None else 0)
+    with Progress(f"{what} {target.name}", total_bytes, "B", source.tell() if out is not None else 0) as bar:
         while chunk := source.read(CHUNK_BYTES):
             if out is not None:
                 out.write(chunk)

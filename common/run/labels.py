@@ -101,7 +101,7 @@ CHINESE = {
     "eval_tasks.jsonl has {parts} scores of parts, too.": "eval_tasks.jsonl 里还有 {parts} 个子任务得分。",
     # Samples.
     "prompt and continuation": "提示词和续写",
-    "{shown} of {all} evaluations; samples.jsonl has all of them.": "{all} 次里的 {shown} 次；samples.jsonl 有全部。",
+    "texts of {shown} steps out of {all}; samples.jsonl has all of them.": "{all} 步中的 {shown} 步；见 samples.jsonl",
     # Environment, and how to repeat it.
     "device": "设备",
     "python": "Python",

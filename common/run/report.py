@@ -329,7 +329,7 @@ def _samples(samples: list[dict], label: Label) -> str:
         for (step, prompt), text in latest.items()
         if step in shown
     )
-    text = label("{shown} of {all} evaluations; samples.jsonl has all of them.")
+    text = label("texts of {shown} steps out of {all}; samples.jsonl has all of them.")
     note = f"<p class=dim>{text.format(shown=len(shown), all=len(steps))}</p>"
     head = f"<tr><th>{label('step')}</th><th>{label('prompt and continuation')}</th></tr>"
     return f"<table>{head}{rows}</table>{note}"

@@ -1,16 +1,21 @@
 """SwanLab and other trackers. None of them asks a question, waits for the network, or stops a training run.
 
-SwanLab is online if you are logged in, and offline otherwise. ``tracking.json`` in the output folder names the SwanLab
-run, so a continued run continues its curves. ``--report_to`` adds other trackers, which get the same names: train/loss,
-eval/bits_per_byte and so on.
+SwanLab and wandb are online if you are logged in, and offline otherwise. ``tracking.json`` in the output folder names
+the SwanLab run, so a continued run continues its curves. ``--report_to`` adds other trackers, which get the same names:
+train/loss, eval/bits_per_byte and so on.
 """
 
 import json
+import netrc
+import os
 import secrets
 import sys
+from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from urllib.parse import urlsplit
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
 from common.console import InputError, is_main_process, say
@@ -18,6 +23,42 @@ from common.io import write_json
 from common.run.record import git_commit, read_samples
 
 TRACKING_FILE = "tracking.json"
+
+
+def prepare_trackers(training: TrainingArguments, swanlab_mode: str) -> None:
+    """Refuse trackers that cannot work, before anything is read, and keep the others from asking questions.
+
+    Args:
+        swanlab_mode: auto, online, local, offline or off.
+
+    Raises:
+        InputError: with the command that installs what is missing.
+    """
+    check_trackers(training.report_to)
+    if swanlab_mode not in ("auto", "off") and find_spec("swanlab") is None:
+        raise InputError(
+            f"--swanlab {swanlab_mode}: its package is not installed. Install it (pip install swanlab), or leave the "
+            "flag out: report.html in the output folder has all curves."
+        )
+    if training.report_to and training.run_name is None:
+        training.run_name = Path(training.output_dir).name  # trackio would give each launch a name of its own
+    if "wandb" in training.report_to and "WANDB_MODE" not in os.environ and not has_wandb_login():
+        os.environ["WANDB_MODE"] = "offline"  # it would ask, and wait for an answer
+        say("wandb: there is no login, so offline. Later, wandb sync wandb/offline-run-* uploads the run")
+
+
+def has_wandb_login() -> bool:
+    """Whether wandb finds a key without asking: in the environment, or in the file that ``wandb login`` writes."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    host = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai")).hostname
+    given = os.environ.get("NETRC")
+    files = [Path(given)] if given else [Path.home() / ".netrc", Path.home() / "_netrc"]  # the second on Windows
+    for file in files:
+        with suppress(OSError, netrc.NetrcParseError):
+            if netrc.netrc(file).authenticators(host):
+                return True
+    return False
 
 
 def check_trackers(names: list[str]) -> None:
@@ -56,9 +97,13 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
     """
     if mode == "off" or not is_main_process():
         return []
+    if find_spec("swanlab") is None:  # with auto: prepare_trackers refuses the other modes
+        say("note: SwanLab is not installed, and keeps nothing of this run (pip install swanlab)")
+        return []
     import swanlab
     from swanlab.integration.transformers import SwanLabCallback
 
+    print_paths_whole()
     log_dir = Path(output_dir) / "swanlog"
     log_dir.mkdir(parents=True, exist_ok=True)
     # It would record the remote of git, which may have a password in it (swanlab 0.10).
@@ -86,6 +131,18 @@ def swanlab_callbacks(mode: str, project: str, output_dir: str) -> list[TrainerC
         say(f"SwanLab: {attempt}, in {log_dir}")
         return [SwanLabCallback(), TextCallback()]
     return []
+
+
+def print_paths_whole() -> None:
+    """Have SwanLab print a path or a command in one piece, to be copied.
+
+    Its console breaks lines at the terminal's width, or at 80 letters of a file, in the middle of a path (seen with
+    swanlab 0.10.3, which has no setting for it). It can go when it does not.
+    """
+    with suppress(ImportError, AttributeError):  # a later version may have it elsewhere
+        from swanlab.sdk.internal.pkg import console
+
+        console.c.soft_wrap = True
 
 
 def swanlab_identity(output_dir: str, project: str) -> dict[str, str]:
@@ -157,7 +214,12 @@ class TextCallback(TrainerCallback):
 
 
 def finish_tracking(results: dict, step: int) -> None:
-    """Log the ledger and the final figures as tables and close the SwanLab run; do nothing if there is none."""
+    """Close what trackers have open, so that a notebook's next run is not added to this one.
+
+    SwanLab first gets the ledger and the final figures as tables.
+    """
+    if is_main_process():
+        _finish_others()
     swanlab = sys.modules.get("swanlab")  # None with --swanlab off, which never imports it
     if swanlab is None or not (is_main_process() and swanlab.has_run()):
         return
@@ -171,3 +233,17 @@ def finish_tracking(results: dict, step: int) -> None:
     except Exception as error:  # such as a full disk
         reason = f"{type(error).__name__}: {error}"
         say(f"note: the SwanLab run could not be closed ({reason}). The files of the run are complete.")
+
+
+def _finish_others() -> None:
+    """Close the runs of wandb and trackio. Trainer leaves them open: the last evaluation comes after training."""
+    wandb, trackio = sys.modules.get("wandb"), sys.modules.get("trackio")  # None if nobody uses them
+    try:
+        if wandb is not None and getattr(wandb, "run", None) is not None:
+            wandb.finish()
+        if trackio is not None and trackio.context_vars.current_run.get() is not None:
+            trackio.finish()
+    except Exception as error:  # of any kind: a tracker must not stop a training run
+        say(
+            f"note: a tracker could not be closed ({type(error).__name__}: {error}). The files of the run are complete."
+        )

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from filelock import FileLock
-from tqdm import tqdm
 
-from common.console import InputError, is_main_process
+from common.console import InputError
 from common.io import DISK_FULL, write_json
+from common.progress import Progress
 from common.tokens.megatron import COLUMNS, LEGACY_PAIR, PAIR, SIDECAR, TokenPair, read_column, write_index, write_row
 from common.tokens.store import CHUNK_TOKENS, TokenStore, joined_sidecar
 
@@ -126,9 +126,7 @@ def _joined_marks(pairs: list[TokenPair]) -> np.ndarray:
 
 def _copy_tokens(inputs: list[TokenStore], dtype: np.dtype, file, total: int) -> None:
     """Write the tokens of ``inputs``, ``total`` in all, to the open ``file`` as ``dtype``."""
-    with tqdm(
-        desc="merging", total=total, unit=" tokens", unit_scale=True, mininterval=1, disable=not is_main_process()
-    ) as progress:
+    with Progress("merging", total, " tokens") as progress:
         for store in inputs:
             for start in range(0, len(store.tokens), CHUNK_TOKENS):
                 chunk = store.tokens.read(start, start + CHUNK_TOKENS)

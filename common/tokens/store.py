@@ -21,11 +21,11 @@ from pathlib import Path
 from uuid import uuid4
 
 import numpy as np
-from tqdm import tqdm
 
-from common.console import InputError, is_main_process, say
+from common.console import InputError, say
 from common.corpus.sources import mark_as_cache
 from common.corpus.splits import content_hash, repeated
+from common.progress import Progress
 from common.tokens.megatron import (
     COLUMNS,
     HASHES,
@@ -175,24 +175,26 @@ class TokenStore:
         """Return the largest token; raise InputError if a token is not an id from 0 to ``vocabulary_size`` - 1."""
         largest = -1
         firsts = range(0, len(self.tokens), CHUNK_TOKENS)
-        for first in tqdm(firsts, "checking token ids", delay=2, mininterval=1, disable=not is_main_process()):
-            chunk = self.tokens.read(first, first + CHUNK_TOKENS)
-            is_id = (chunk >= 0) & (chunk < vocabulary_size)
-            if chunk.dtype.kind == "f":
-                is_id &= chunk == np.trunc(chunk)
-            if is_id.all():
-                largest = max(largest, int(chunk.max()))
-                continue
-            wrong = int(is_id.argmin())
-            document = int(np.searchsorted(self.document_starts, first + wrong, side="right")) - 1
-            if "fingerprint" in self.sidecar.get("tokenizer", {}) and "unknown_in" not in self.sidecar["tokenizer"]:
-                reason = "its sidecar names this tokenizer, so it is damaged. Fetch it, or tokenize the text again."
-            else:
-                reason = "it was probably made with another tokenizer. Give that one by --tokenizer."
-            raise InputError(
-                f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the given tokenizer has ids "
-                f"0 to {vocabulary_size - 1:,}: {reason}"
-            )
+        with Progress("checking token ids", len(self.tokens), " tokens") as progress:
+            for first in firsts:
+                progress.reach(first)
+                chunk = self.tokens.read(first, first + CHUNK_TOKENS)
+                is_id = (chunk >= 0) & (chunk < vocabulary_size)
+                if chunk.dtype.kind == "f":
+                    is_id &= chunk == np.trunc(chunk)
+                if is_id.all():
+                    largest = max(largest, int(chunk.max()))
+                    continue
+                wrong = int(is_id.argmin())
+                document = int(np.searchsorted(self.document_starts, first + wrong, side="right")) - 1
+                if "fingerprint" in self.sidecar.get("tokenizer", {}) and "unknown_in" not in self.sidecar["tokenizer"]:
+                    reason = "its sidecar names this tokenizer, so it is damaged. Fetch it, or tokenize the text again."
+                else:
+                    reason = "it was probably made with another tokenizer. Give that one by --tokenizer."
+                raise InputError(
+                    f"{self.prefix}: document {document:,} holds token {chunk[wrong]:,}, but the given tokenizer has "
+                    f"ids 0 to {vocabulary_size - 1:,}: {reason}"
+                )
         return largest
 
 
@@ -339,15 +341,7 @@ def hash_documents(tokens: JoinedTokens, starts: np.ndarray, end_token_id: int |
     ``end_token_id`` are left out.
     """
     hashes = np.empty(len(starts) - 1, dtype=np.uint64)
-    with tqdm(
-        desc="hashing",
-        total=len(hashes),
-        unit=" documents",
-        unit_scale=True,
-        delay=2,
-        mininterval=1,
-        disable=not is_main_process(),
-    ) as progress:
+    with Progress("hashing", len(hashes), " documents") as progress:
         for first, last in whole_documents(starts):
             begin, end = int(starts[first]), int(starts[last])
             if end - begin > CHUNK_TOKENS:

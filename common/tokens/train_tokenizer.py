@@ -19,26 +19,17 @@ from common.corpus.documents import CorpusCounts, read_documents
 from common.corpus.hub_dataset import with_cached_files
 from common.corpus.sources import Source, mark_as_cache
 from common.corpus.splits import content_hash, held_out_below, training_documents
+from common.progress import Progress
+from common.tokens.bpe import END_TOKEN, LEAST_OCCURRENCES, train_bpe, train_bpe_aside
 from common.tokens.encoding import encoder_of
 from common.tokens.tokenizer import load_tokenizer, padded_vocabulary, vocabulary_size
 
-END_TOKEN = "<|endoftext|>"  # Qwen's and GPT-2's end-of-document token
-# Qwen2's pre-tokenisation: each digit alone, letters of any script together, white space separate.
-# Source: pre_tokenizer of https://huggingface.co/Qwen/Qwen2-0.5B/blob/main/tokenizer.json
-QWEN2_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 # Training keeps every distinct word and its pairs in memory. In Chinese a whole clause is one word, and few clauses
 # come twice. Measured with 32,000 tokens: 1 MB of text takes 91 MB of memory for Chinese verse, 73 for Chinese prose, 6
 # for English. This size therefore takes at most 3 GB. On held-out verse, half of it gave 0.5% fewer bytes a token, and
 # an eighth 2% fewer.
 SAMPLE_BYTES = 32_000_000
-# A pair of tokens is merged only if it occurs so often in the sample, so a small text gives a small vocabulary: a token
-# that a model hardly meets is not learnt. 5 is word2vec's limit for words (-min-count).
-# Source: https://code.google.com/archive/p/word2vec/. Gowda and May would rather have 95% of the tokens 100 times:
-# https://aclanthology.org/2020.findings-emnlp.352/
-LEAST_OCCURRENCES = 5
+SMALL_BYTES = 1_000_000  # a smaller sample takes seconds, and no process of its own
 LARGEST_SHARE = 100  # no document gives more than 1/100 of the sample, so that one long book does not dominate
 
 
@@ -96,13 +87,14 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
         InputError: no document is left to train on.
     """
     counts = [CorpusCounts() for _ in sources]
-    texts = (
+    documents = (
         text
         for source, count in zip(sources, counts, strict=True)
         for text in _certainly_within(
             arguments.max_data_tokens, read_documents(source, arguments.text_field, arguments.skip_malformed, count)
         )
     )
+    texts = _watched(documents, counts, sum(source.size_bytes for source in sources))
     if arguments.split is None:
         only, texts = only_document(texts)
         if only is not None:
@@ -119,6 +111,14 @@ def training_sample(sources: list[Source], arguments: SharedArguments) -> list[s
 
     sample, _ = sample_of(texts, may_be_used=trains)
     return sample
+
+
+def _watched(texts: Iterable[str], counts: list[CorpusCounts], total_bytes: int) -> Iterator[str]:
+    """Yield ``texts`` and show how much of their files is read; ``counts`` are what their readers count."""
+    with Progress("reading text for the tokenizer", total_bytes, "B") as progress:
+        for text in texts:
+            progress.reach(sum(count.file_bytes for count in counts))
+            yield text
 
 
 def _certainly_within(max_tokens: int | None, texts: Iterator[str]) -> Iterator[str]:
@@ -291,30 +291,14 @@ def train_tokenizer(texts: Iterable[str], vocabulary_size: int) -> PreTrainedTok
     Raises:
         InputError: ``vocabulary_size`` is below 257.
     """
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-
     if vocabulary_size < 257:
         raise InputError(
             f"--vocabulary_size {vocabulary_size}: a byte-level tokenizer needs at least 257, for the 256 bytes and "
             "the end-of-document token."
         )
-    backend = Tokenizer(models.BPE())
-    backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(QWEN2_PATTERN), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.post_processor = processors.ByteLevel(trim_offsets=False)
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary_size,
-        min_frequency=LEAST_OCCURRENCES,
-        special_tokens=[END_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-    )
-    backend.train_from_iterator(texts, trainer=trainer)
+    texts = list(texts)
+    train = train_bpe if sum(len(text.encode()) for text in texts) < SMALL_BYTES else train_bpe_aside
+    backend = train(texts, vocabulary_size)
     if backend.get_vocab_size() < vocabulary_size:
         say(
             f"note: the vocabulary has {backend.get_vocab_size():,} tokens, not {vocabulary_size:,}: no other pair of "

@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from common.arguments import SharedArguments
@@ -24,6 +23,7 @@ from common.corpus.hub_dataset import with_cached_files
 from common.corpus.sources import Source, mark_as_cache
 from common.corpus.splits import SeenHashes, content_hash
 from common.io import DISK_FULL, write_json
+from common.progress import Progress
 from common.system import usable_cores
 from common.tokens.encoding import Encoder, encoder_of
 from common.tokens.megatron import (
@@ -388,14 +388,12 @@ def _write_tokens(
     """
     seen = SeenHashes()
     found = dict(duplicates=0, duplicate_tokens=0, unknown_tokens=0, tried_documents=0, changed_documents=0)
-    total = size_bytes if size_bytes > 0 else None
     with ExitStack() as files:
         bin_file = files.enter_context(open(f"{partial}.bin", "wb"))
         work_files = [files.enter_context(open(f"{partial}{suffix}", "wb")) for suffix in WORK_FILES]
-        progress = files.enter_context(tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, mininterval=1))
+        progress = files.enter_context(Progress("tokenizing", size_bytes, "B"))
         for batch in encoded:
-            done_bytes = counts.text_bytes if total is None else counts.file_bytes
-            progress.update(done_bytes - progress.n)
+            progress.reach(counts.file_bytes if size_bytes > 0 else counts.text_bytes)
             kept = seen.add(batch.columns[ID_HASHES]) if drop_duplicates else np.ones(len(batch.sizes), bool)
             found["duplicates"] += int((~kept).sum())
             found["duplicate_tokens"] += int(batch.sizes[~kept].sum())

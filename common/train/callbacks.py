@@ -1,7 +1,6 @@
 """What a run shows and writes while it goes on: one readable line a log, status.json, samples at every evaluation."""
 
-import os
-import sys
+import math
 import time
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -16,11 +15,17 @@ from common.console import no_bars_while_training, say
 from common.distributed.strategy import Strategy
 from common.io import append_lines
 from common.model.attention import generating
+from common.progress import NARROW, in_notebook, shows_bars, terminal_columns
 from common.run.folder import Run
 from common.run.record import LAUNCHES_FILE, describe_launch, record_launch
+from common.train.metrics import Stopwatch
 from common.train.step_guard import StepGuard
 
 SAMPLES_FILE, SAMPLE_TOKENS = "samples.jsonl", 60
+EARLY_SAMPLES = (1 / 8, 1 / 4, 1 / 2)  # of the steps before the first evaluation
+TRAINING_BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+NARROW_TRAINING_BAR = "{n_fmt}/{total_fmt}, {remaining} left{postfix}"
+SHORTEST_BAR = 10
 
 
 class RunCallback(TrainerCallback):
@@ -61,7 +66,7 @@ class RunCallback(TrainerCallback):
 
 
 class ScreenCallback(ProgressCallback):
-    """In a terminal one bar with the newest figures, elsewhere (a file, a notebook's cell) one line a log."""
+    """In a terminal or a notebook one bar with the newest figures, elsewhere (a file, a pipe) one line a log."""
 
     def __init__(self, compiler: str = "no"):
         """``compiler``: torch.compile's backend, or "no"."""
@@ -70,20 +75,38 @@ class ScreenCallback(ProgressCallback):
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.began, self.first_step = time.time(), state.global_step
-        self.bar = in_terminal() and not args.disable_tqdm
+        self.bar = shows_bars() and not args.disable_tqdm
         self.bits_per_byte = float("nan")
         no_bars_while_training()
         if self.compiler != "no":
             say(f"compiling the layers at the first step ({self.compiler}): about 15 s on a GPU, longer the first time")
         if self.bar:
             super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:  # of a continued run, the time left is not that of steps made before
+            self.current_step = self.training_bar.initial = self.training_bar.n = state.global_step
+            self._lay_out({})
+
+    def _lay_out(self, logs: dict) -> None:
+        """Show ``logs`` after the bar, as many of them as the terminal has room for; without room, no bar either."""
+        bar = self.training_bar
+        room: float = terminal_columns() - 2 * len(str(bar.total)) - len("/, 00:00:00 left, ")
+        if in_notebook():  # which has a layout of its own
+            room = math.inf
+        elif terminal_columns() < NARROW:
+            bar.bar_format = NARROW_TRAINING_BAR
+        else:
+            bar.bar_format = TRAINING_BAR
+            room -= len("100%|") + SHORTEST_BAR + len("| ")
+        if logs:
+            bar.set_postfix_str(bar_text(logs, self.bits_per_byte, room), refresh=False)
+        bar.refresh()
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
     def on_prediction_step(self, args, state, control, **kwargs):
-        if in_terminal() and not args.disable_tqdm:
+        if shows_bars() and not args.disable_tqdm:
             super().on_prediction_step(args, state, control, **kwargs)
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -100,26 +123,27 @@ class ScreenCallback(ProgressCallback):
                 f"{logs['eval_perplexity']:,.1f}  bits per byte {self.bits_per_byte:.4f}"
             )
         elif "loss" in logs and self.training_bar is not None:
-            self.training_bar.set_postfix_str(bar_text(logs, self.bits_per_byte))
+            self._lay_out(logs)
         elif "loss" in logs:
             steps = state.global_step - self.first_step
             left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
             print(step_line(logs, state.global_step, state.max_steps, left), flush=True)
 
 
-def in_terminal() -> bool:
-    """Whether a bar can be seen: stderr is a terminal, and one that has a width."""
-    return sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
+def bar_text(logs: dict, bits_per_byte: float, room: float = math.inf) -> str:
+    """Return the text after the bar, of at most ``room`` letters if these are enough for the loss, which comes first.
 
-
-def bar_text(logs: dict, bits_per_byte: float) -> str:
-    """Return the text after the bar. The bar itself has the step, the share done and the time left."""
+    The bar itself has the step, the share done and the time left.
+    """
     parts = [f"loss {logs['loss']:.3f}"]
     parts += [f"{bits_per_byte:.3f} bits/byte"] if bits_per_byte == bits_per_byte else []
     parts += [f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device"]
     parts += [f"{logs['mfu']:.0%} MFU"] if "mfu" in logs else []
     parts += [f"experts {expert_shares(logs)}"] if "busiest_expert" in logs else []
-    return ", ".join([*parts, f"{logs['memory_peak_gib']:.1f} GiB"])
+    parts += [f"{logs['memory_peak_gib']:.1f} GiB"]
+    while len(parts) > 1 and len(", ".join(parts)) > room:
+        parts.pop()
+    return ", ".join(parts)
 
 
 def expert_shares(logs: dict) -> str:
@@ -146,23 +170,51 @@ def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str
 
 
 class SampleCallback(TrainerCallback):
-    """Continue each prompt at every evaluation; print the texts and keep them in ``samples.jsonl``.
+    """Continue each prompt at every evaluation, and the first prompt early; keep the texts in ``samples.jsonl``.
 
     All processes generate, because a sharded model needs all of them; the main one writes. The random state of the
     training is left as it was, so that sampling does not change the run, nor end it.
     """
 
-    def __init__(self, run: Run, strategy: Strategy, tokenizer: PreTrainedTokenizerBase, prompts: list[str]):
-        self.run, self.strategy, self.tokenizer, self.prompts = run, strategy, tokenizer, prompts
+    def __init__(
+        self,
+        run: Run,
+        strategy: Strategy,
+        tokenizer: PreTrainedTokenizerBase,
+        prompts: list[str],
+        interval: Stopwatch | None = None,
+    ):
+        """``interval``: is paused while the early texts are generated, so that they do not count as training.
+
+        Without it, there are no early texts.
+        """
+        self.run, self.strategy, self.tokenizer, self.prompts, self.interval = (
+            run,
+            strategy,
+            tokenizer,
+            prompts,
+            interval,
+        )
         self.failed = False  # said once
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
-        if "eval_loss" not in metrics:  # another set, right after the held-out documents: the same texts again
+        if "eval_loss" in metrics:  # not another set, right after the held-out documents: the same texts again
+            self._sample(args, state, model, self.prompts)
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if self.interval is None or args.eval_strategy != "steps" or control.should_training_stop:
             return
+        first_evaluation = min(state.eval_steps, state.max_steps)
+        if state.global_step in {int(share * first_evaluation) for share in EARLY_SAMPLES}:
+            with self.interval.paused():
+                self._sample(args, state, model, self.prompts[:1])
+
+    def _sample(self, args, state, model, prompts: list[str]) -> None:
+        """Print how ``model`` continues ``prompts``, and add it to the file."""
         synchronized = self.strategy.is_fsdp and torch.distributed.is_initialized()
         try:
             with computing(args):
-                texts = generate_samples(model, self.tokenizer, self.prompts, args.seed, args.device, synchronized)
+                texts = generate_samples(model, self.tokenizer, prompts, args.seed, args.device, synchronized)
         except Exception as error:  # a model may fail to generate in its own way; it trains all the same
             if not self.failed:
                 say(f"note: no samples, training continues: {type(error).__name__}: {error}".splitlines()[0])
@@ -170,11 +222,11 @@ class SampleCallback(TrainerCallback):
             return
         if not state.is_world_process_zero:
             return
-        for prompt, text in zip(self.prompts, texts, strict=True):
-            tqdm.write(f"  sample   {prompt}|{text!r}")
+        for prompt, text in zip(prompts, texts, strict=True):
+            tqdm.write(f"sample     step {state.global_step}  {prompt}|{text!r}")
         entries = [
             {"step": state.global_step, "prompt": prompt, "text": text}
-            for prompt, text in zip(self.prompts, texts, strict=True)
+            for prompt, text in zip(prompts, texts, strict=True)
         ]
         with self.run.writing(SAMPLES_FILE):
             append_lines(Path(args.output_dir) / SAMPLES_FILE, entries)

@@ -17,11 +17,12 @@ import torch
 from transformers import TrainerCallback
 
 from common.accelerator import pins_memory
-from common.console import InputError, is_main_process, say, what_follows
+from common.console import InputError, after_ctrl_c, is_main_process, say, what_follows
 from common.run.folder import Run
 from common.train.step_guard import BAD_STEPS_FILE, StepGuard
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1")  # Slurm's --signal sends the last; Windows lacks it
+SHOWN = {"SIGINT": "Ctrl-C"}  # what people call it
 ORPHANED = "its launcher died"
 # A terminal and a launcher both pass Ctrl-C on: signals so soon after the first are the same request.
 ECHO_SECONDS = 2
@@ -107,7 +108,7 @@ class Interruption(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.agreed is not None:
-            say(f"{self.agreed}: saving step {state.global_step} and ending")
+            say(f"{SHOWN.get(self.agreed, self.agreed)}: saving step {state.global_step} and ending")
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False  # whoever sent the signal may not wait that long
         control.should_save |= self.save_due
@@ -136,7 +137,8 @@ def session(run: Run, interruption: Interruption, guard: StepGuard) -> Iterator[
         run.write_status("interrupted", interruption.agreed)
         interruption.release()
         saved = "saved; the same command continues" if run.saved_step() == run.step else f"not saved; {run.way_back()}"
-        say(f"{interruption.agreed}: step {run.step} is {saved}{what_follows()}")
+        after = after_ctrl_c() if interruption.agreed == "SIGINT" else what_follows()
+        say(f"{SHOWN.get(interruption.agreed, interruption.agreed)}: step {run.step} is {saved}{after}")
         raise SystemExit(interruption.exit_status)
     if guard.stop is not None:
         run.write_status("failed", guard.stop)

@@ -23,7 +23,7 @@ from common.model.presets import ModelSize, PretrainedSize
 from common.run.branch import check_branch
 from common.run.folder import check_disk_space, check_folder, check_path
 from common.run.lock import lock_folder
-from common.run.tracking import check_trackers
+from common.run.tracking import prepare_trackers
 from common.system import GIB, take_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
 from common.train.combinations import check_combinations, check_optimizer, choose_optimizer
@@ -54,7 +54,7 @@ def preflight(
         InputError: with what works.
     """
     check_path(training.output_dir)
-    check_trackers(training.report_to)
+    prepare_trackers(training, shared.swanlab)
     check_launch(launch, training)
     take_over_recompute(launch, training)
     shard_on_cpus(launch, training)

@@ -1,20 +1,31 @@
 """What a run shows while it goes on: a bar in a terminal, plain lines elsewhere."""
 
+import json
 import math
 import os
+import re
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, small_run
+from terminal import said_in_terminal
+from transformers import TrainerControl
 
-from common.train.callbacks import bar_text
+from common.train import callbacks
+from common.train.callbacks import SampleCallback, bar_text
+from common.train.metrics import Stopwatch
 
 LOGS = {"loss": 3.14159, "tokens_per_second_per_device": 451_000.0, "memory_peak_gib": 11.04, "mfu": 0.355}
 
 
 def test_what_stands_behind_the_bar():
     assert bar_text(LOGS, 1.9114) == "loss 3.142, 1.911 bits/byte, 451,000 tokens/s/device, 36% MFU, 11.0 GiB"
+    whole = bar_text(LOGS, 1.9114)
+    for room, kept in ((71, 71), (70, 61), (60, 52), (40, 27), (12, 10), (5, 10)):  # whole parts, and always the loss
+        assert bar_text(LOGS, 1.9114, room) == whole[:kept]
     without = {name: value for name, value in LOGS.items() if name != "mfu"}
     assert bar_text(without, math.nan) == "loss 3.142, 451,000 tokens/s/device, 11.0 GiB"
 
@@ -28,26 +39,7 @@ def shown(cache_dir, tmp_path, columns: int | None) -> str:
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
-    import fcntl
-    import pty
-    import struct
-    import termios
-
-    leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(command, stdout=follower, stderr=follower, stdin=follower, env=environment)
-    os.close(follower)
-    output = b""
-    while True:
-        try:
-            chunk = os.read(leader, 65536)
-        except OSError:  # Linux says so at the end
-            break
-        if not chunk:
-            break
-        output += chunk
-    assert process.wait() == 0, output.decode(errors="replace")
-    return output.decode(errors="replace")
+    return said_in_terminal(command, columns, environment)
 
 
 def test_a_pipe_gets_plain_lines_and_no_bars_of_training(cache_dir, tmp_path):
@@ -57,8 +49,51 @@ def test_a_pipe_gets_plain_lines_and_no_bars_of_training(cache_dir, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-def test_a_terminal_gets_one_bar_with_the_figures(cache_dir, tmp_path):
-    text = shown(cache_dir, tmp_path, 160)
+@pytest.mark.parametrize("columns", [160, 50])
+def test_a_terminal_gets_one_bar_with_the_figures_that_fit(cache_dir, tmp_path, columns):
+    text = shown(cache_dir, tmp_path, columns)
     assert "]the first step took" not in text, "messages stand above the bar"
-    assert "6/6" in text and "bits/byte" in text and "tokens/s/device" in text
+    bars = [part for part in re.split(r"[\r\n]", text.replace("\x1b[A", "")) if re.search(r"\d/6, [\d:?]+ left", part)]
+    assert all(len(part) <= columns and ("|" in part) == (columns == 160) for part in bars), bars
+    assert any("6/6" in part and "loss" in part for part in bars)
+    assert ("GiB" in bars[-1]) == (columns == 160) and "bits/byte" in bars[-1]
     assert "\nstep " not in text and "Writing model shards" not in text and "held out   step 3" in text
+
+
+def early_steps(eval_steps: int, max_steps: int, monkeypatch, **changes) -> tuple[list[int], Stopwatch]:
+    """Return the steps of a run after which a text is generated, before any evaluation; each takes 10 ms."""
+    interval, sampled = Stopwatch(), []
+    callback = SampleCallback(None, None, None, ["first", "second"], interval)
+
+    def sample(_, args, state, model, prompts):
+        time.sleep(0.01)
+        sampled.append(state.global_step)
+        assert prompts == ["first"]
+
+    monkeypatch.setattr(SampleCallback, "_sample", sample)
+    args = SimpleNamespace(eval_strategy="steps", **changes)
+    for step in range(1, max_steps + 1):
+        state = SimpleNamespace(global_step=step, eval_steps=eval_steps, max_steps=max_steps)
+        callback.on_step_end(args, state, TrainerControl())
+    return sampled, interval
+
+
+def test_the_first_texts_come_early_and_do_not_count_as_training(monkeypatch):
+    steps, interval = early_steps(200, 300, monkeypatch)
+    assert steps == [25, 50, 100] and 0.03 <= interval.paused_seconds < 3
+    assert early_steps(3, 6, monkeypatch)[0] == [1]
+    assert early_steps(500, 40, monkeypatch)[0] == [5, 10, 20], "the only evaluation is at the end"
+    assert early_steps(1, 6, monkeypatch)[0] == []
+
+
+def test_early_texts_are_kept_and_change_no_loss(wiki, cache_dir, tmp_path, monkeypatch):
+    wiki.main(small_run(cache_dir, tmp_path / "with"))
+    monkeypatch.setattr(callbacks, "EARLY_SAMPLES", ())
+    wiki.main(small_run(cache_dir, tmp_path / "without"))
+    steps, losses = [], []
+    for name in ("with", "without"):
+        lines = (tmp_path / name / "samples.jsonl").read_text(encoding="utf-8").splitlines()
+        steps.append([json.loads(line)["step"] for line in lines])
+        history = json.loads((tmp_path / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+        losses.append([entry.get("loss", entry.get("eval_loss")) for entry in history])
+    assert steps == [[1, 3, 3, 3, 6, 6, 6], [3, 3, 3, 6, 6, 6]] and losses[0] == losses[1]
