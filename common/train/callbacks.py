@@ -188,13 +188,8 @@ class SampleCallback(TrainerCallback):
 
         Without it, there are no early texts.
         """
-        self.run, self.strategy, self.tokenizer, self.prompts, self.interval = (
-            run,
-            strategy,
-            tokenizer,
-            prompts,
-            interval,
-        )
+        self.run, self.strategy, self.tokenizer, self.prompts = run, strategy, tokenizer, prompts
+        self.interval = interval
         self.failed = False  # said once
 
     def on_evaluate(self, args, state, control, model=None, metrics=None, **kwargs):
