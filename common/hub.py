@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from common.console import InputError, say
-from common.model_folder import refuse_pointers
+from common.model_folder import custom_code, refuse_pointers
 
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 DATA_SET_ID = re.compile(rf"({HUB_ID.pattern})(?::(.+))?")  # owner/name, owner/name:subset or owner/name:file
@@ -124,7 +124,11 @@ def lack_of(folder: Path, needs: list[list[str]]) -> str:
     the index of the weights names.
     """
     if not any(all(any(folder.glob(glob)) for glob in files) for files in needs):
-        return "does not have " + " or ".join(" + ".join(files) for files in needs)
+        missing = "does not have " + " or ".join(" + ".join(files) for files in needs)
+        if not set(WEIGHT_FILES) & set(needs[0]) or not (folder / "config.json").exists():
+            return missing
+        code = custom_code(folder)
+        return f"{missing}; docs/families.md says what to do with .bin files" if code is None else f"{missing}; {code}"
     if not set(WEIGHT_FILES) & set(needs[0]) or (folder / "model.safetensors").exists():
         return ""
     index = folder / "model.safetensors.index.json"

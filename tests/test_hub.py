@@ -202,6 +202,16 @@ def test_what_weights_lack(tmp_path, names, lack):
     assert re.match(lack, found) if lack else found == ""
 
 
+def test_weights_in_other_files_say_what_to_do(tmp_path):
+    """Only safetensors are fetched; a repository of .bin files, or of a family to convert, is no dead end."""
+    (tmp_path / "config.json").write_text('{"model_type": "opt"}')
+    assert "docs/families.md" in lack_of(tmp_path, [["config.json", "*.safetensors"]])
+    own = {"model_type": "baichuan", "auto_map": {"AutoConfig": "configuration_baichuan.BaichuanConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(own))
+    assert "data/convert_weights.py" in lack_of(tmp_path, [["config.json", "*.safetensors"]])
+    assert lack_of(tmp_path, [["config.json"]]) == ""
+
+
 @pytest.mark.parametrize(
     ("names", "loads"),
     [("vocab.json", False), ("merges.txt", False), ("vocab.json merges.txt", True), ("a.model", True), ("", False)],

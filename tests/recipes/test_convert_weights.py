@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import import_protobuf
 
 from common.console import InputError
+from common.model.pretrained import pretrained_model
 from common.tokens.tokenizer import load_tokenizer
 
 spec = importlib.util.spec_from_file_location("convert_weights", ROOT / "data" / "convert_weights.py")
@@ -248,6 +249,8 @@ def test_a_sentencepiece_tokenizer_merges_by_score_and_falls_back_to_bytes(tmp_p
     assert tokenizer("d")["input_ids"] == [ids["<0x64>"]]
     assert tokenizer.eos_token_id == 2 and tokenizer.bos_token_id == 1
     assert tokenizer.convert_tokens_to_ids(["[MASK]", "[gMASK]", "sop"]) == [len(pieces) + n for n in (0, 1, 3)]
+    model = pretrained_model(str(tmp_path / "mine"), tokenizer, LENGTH)  # as a recipe loads it
+    assert model.config.model_type == "glm" and model.config.eos_token_id == 2
 
 
 @pytest.mark.parametrize(
