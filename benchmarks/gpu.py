@@ -2,12 +2,14 @@
 
     python benchmarks/gpu.py                                        # every variant, about 10 minutes on an H100
     python benchmarks/gpu.py --variants '123M*' --profile           # some variants, and where their time goes
+    python benchmarks/gpu.py --variants '*, recompute*' '*, kept'   # --recompute: its choices, and without it
 
 Each variant is launched in a process of its own with accelerate_configs/single_gpu.yaml or fp8.yaml. It trains on
 random tokens, so its losses mean nothing. Tokens a second are the median over intervals of two steps, after the fourth
 step. The seconds to the first step include compiling. The compiler cache starts empty, so it has nothing for the first
 compiled variant of a job. MFU is model FLOPs (attention in full, recompute not counted) over the card's dense bf16
-peak. FP8 has no MFU, because its products have another peak. The ratio is to the job's variant "tutorial".
+peak. FP8 has no MFU, because its products have another peak. The ratio is to the job's variant "tutorial". The planned
+memory is that of --plan, without the CUDA context that the peak does not count either.
 """
 
 import argparse
@@ -35,8 +37,12 @@ from common.model.attention import set_attention
 from common.model.counts import flops_per_token, peak_tflops
 from common.model.from_config import keep_residual_in_bf16
 from common.model.fused_loss import use_fused_loss
+from common.model.memory import CONTEXT_BYTES, predict
+from common.model.recompute import choose_recompute
+from common.system import GIB
 from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
+from common.train.plan import setting_of_run
 
 WARM_STEPS, INTERVAL = 4, 2
 
@@ -71,6 +77,14 @@ def variant(job: str, rows: int, loop: str = "recipe", compiled: bool = True, **
     return {**JOBS[job], "job": job, "rows": rows, "loop": loop, "compiled": compiled, **changes}
 
 
+def recomputing(job: str, rows: int, **changes) -> dict[str, dict]:
+    """Describe the choices of --recompute, and the same job without it."""
+    found = {f"{job} recipe, {rows} rows, kept": variant(job, rows, **changes)}
+    for choice in ("keep_products", "2", "keep_attention", "all"):
+        found[f"{job} recipe, {rows} rows, recompute {choice}"] = variant(job, rows, recompute=choice, **changes)
+    return found
+
+
 # SwanLab's wiki tutorial does not pad the vocabulary: it has the tokenizer's 151,646 entries.
 TUTORIAL_123M = {**JOBS["123M"]["shape"], "vocab_size": 151_646}
 VARIANTS = {
@@ -88,11 +102,14 @@ VARIANTS = {
     "0.5B recipe, isolated": variant("0.5B", 8, isolated=True),
     "0.5B recipe, 16 rows, FP8": variant("0.5B", 16, yaml="fp8.yaml"),
     "0.5B bare loop": variant("0.5B", 8, "bare"),
-    "7B tutorial": variant("7B", 4, "tutorial", compiled=False, recompute=True),
+    "7B tutorial": variant("7B", 4, "tutorial", compiled=False, recompute="all"),
     "7B recipe": variant("7B", 1),
     "7B recipe, isolated": variant("7B", 1, isolated=True),
-    "7B recipe, recompute": variant("7B", 4, recompute=True),
+    "7B recipe, recompute": variant("7B", 4, recompute="all"),
     "7B recipe, FP8": variant("7B", 1, yaml="fp8.yaml"),
+    **recomputing("0.5B", 16),
+    **recomputing("0.5B", 1, context_length=32_768, tokens_per_step=65_536, steps=10),  # attention is most of the work
+    **recomputing("7B", 1),
 }
 
 
@@ -181,9 +198,9 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         output_dir=folder, max_steps=described["steps"], per_device_train_batch_size=rows,
         gradient_accumulation_steps=rows_per_step // rows, optim=described.get("optim", "adamw_torch_fused"),
         learning_rate=1e-4, weight_decay=0.1, logging_steps=10, logging_nan_inf_filter=False, report_to="none",
-        save_strategy="no", disable_tqdm=True, gradient_checkpointing=described.get("recompute", False),
-        **launch.defaults(),
+        save_strategy="no", disable_tqdm=True, **launch.defaults(),
     )  # fmt: skip
+    launch = choose_recompute(described.get("recompute"), launch, training)
     training.mixed_precision = launch.precision  # also FP8, which has no flag
     assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     shape = {**described["shape"], "max_position_embeddings": described["context_length"]}
@@ -195,6 +212,7 @@ def work(described: dict, profile: bool, folder: str) -> dict:
     data = random_rows(described, folder)
     clock = Clock(profile)
     model.config.use_cache = False  # as Trainer does; a cache of keys and values costs a bare loop 4 GiB
+    planned = None  # the prediction is for the recipe's loss
     if loop == "tutorial":
         train_tutorial(model, training, data, clock)
     else:
@@ -202,6 +220,8 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         use_fused_loss(model)
         keep_residual_in_bf16(model)
         launch = replace(launch, rows_per_step=rows_per_step, optimizer=described.get("optimizer", "adamw"))
+        setting = setting_of_run(model, launch, training, described["context_length"])
+        planned = (predict(model, setting).total - CONTEXT_BYTES) / GIB
         train = train_bare if loop == "bare" else train_recipe
         train(model, training, data, launch, clock)
     rate = INTERVAL * described["tokens_per_step"] / statistics.median(clock.intervals)
@@ -210,7 +230,8 @@ def work(described: dict, profile: bool, folder: str) -> dict:
         "parameters": parameters,
         "tokens_per_second": rate,
         "mfu": None if peak is None else rate * flops / 1e12 / peak,
-        "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        "planned_gib": planned,
         "first_step_seconds": clock.first_step_seconds,
         "kernels": clock.kernels,
         "device": torch.cuda.get_device_name(),
@@ -308,7 +329,7 @@ def main(argv: list[str] | None = None) -> None:
 def table(found: dict[str, dict | str]) -> str:
     """Return ``found`` as Markdown tables: the speed and, if profiled, where the time goes."""
     lines = [
-        "| variant | rows at once | tokens/s | MFU | peak GiB | s to first step | ratio |",
+        "| variant | rows at once | tokens/s | MFU | peak GiB (planned) | s to first step | ratio |",
         "|---|---|---|---|---|---|---|",
     ]
     for name, row in found.items():
@@ -318,8 +339,9 @@ def table(found: dict[str, dict | str]) -> str:
             continue
         mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
         ratio = f"{row['tokens_per_second'] / baseline['tokens_per_second']:.2f}" if isinstance(baseline, dict) else "-"
+        planned = "" if row["planned_gib"] is None else f" ({row['planned_gib']:.1f})"
         lines.append(
-            f"| {name} | {rows} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_gib']:.1f} "
+            f"| {name} | {rows} | {row['tokens_per_second']:,.0f} | {mfu} | {row['peak_gib']:.1f}{planned} "
             f"| {row['first_step_seconds']:.1f} | {ratio} |"
         )
     profiled = {name: row["kernels"] for name, row in found.items() if isinstance(row, dict) and row["kernels"]}

@@ -116,6 +116,14 @@ class SharedArguments:
             "choices": ["auto", "yes", "no"],
         },
     )
+    recompute: str | None = field(
+        default=None,
+        metadata={
+            "help": "What backward computes again instead of keeping it. all: every layer. 2 (3, 4 ...): every second "
+            "layer. keep_products: all but attention and matrix products. keep_attention: all but attention. Left out: "
+            "what the YAML says."
+        },
+    )
     init_from: str | None = field(
         default=None,
         metadata={

@@ -39,6 +39,7 @@ class Launch:
         precision: no, fp16, bf16 or fp8; None without a launcher: then the recipe's flags decide.
         compiler: torch.compile's backend, or "no".
         recompute: the key of the configuration that switches recompute on, or None.
+        recomputed: what of it: a value of --recompute; decided by preflight.
         recompute_settings: what else the configuration says of recompute.
         offload_optimizer, offload_parameters: kept in main memory.
         loaded_by_one: FSDP2 sends out the weights of the first process, the only one that builds or loads the model.
@@ -59,6 +60,7 @@ class Launch:
     precision: str | None = None
     compiler: str = "no"
     recompute: str | None = None
+    recomputed: str = "all"
     recompute_settings: tuple[str, ...] = ()
     offload_optimizer: bool = False
     offload_parameters: bool = False

@@ -55,6 +55,7 @@ class Setting:
     precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
     recompute: bool = False
+    recomputed: str = "all"  # what of it: a value of --recompute
     fused_loss: bool = True
     optimizer: str = "adamw"  # adamw, muon, adamw_8bit (Trainer's); rounding_32bit, rounding_8bit (LowMemoryAdamW)
     in_backward: bool = False  # the optimizer steps inside backward
@@ -124,7 +125,9 @@ def predict(model: PreTrainedModel, setting: Setting) -> Need:
     kept = replace(setting, recompute=False)
     one_layer = activation_bytes(model, kept, residual_bytes, number_bytes, autocast) / _layers(model)
     # With recompute, backward makes the activations of one layer again, when the logits are gone.
-    layer = one_layer if setting.recompute else 0.0
+    layer = 0.0
+    if setting.recompute:
+        layer = one_layer - setting.rows * setting.context_length * kept_bytes(model, setting, number_bytes)
     if setting.graphs:  # they keep their memory: an evaluation has its own, and Muon the directions of its updates
         framework += logits + one_layer
         if setting.optimizer == "muon":
@@ -258,7 +261,7 @@ def optimizer_bytes(model: PreTrainedModel, optimizer: str) -> float:
 def activation_bytes(
     model: PreTrainedModel, setting: Setting, residual_bytes: int, number_bytes: int, autocast: bool
 ) -> float:
-    """Return the bytes of the activations of all layers, or of the layers' inputs alone if they are recomputed.
+    """Return the bytes of the activations of all layers, or of their inputs and what recompute keeps beside.
 
     Saved of each token in each layer: its input, the sum after attention, the results of two norms, queries, keys and
     values, the result of attention, and two tensors as wide as the MLP, or three if it is gated. In FP8, compiled, the
@@ -271,7 +274,12 @@ def activation_bytes(
     """
     config, tokens = model.config.get_text_config(), setting.rows * setting.context_length
     if setting.recompute:
-        return residual_bytes * config.hidden_size * tokens * _layers(model)
+        kept = residual_bytes * config.hidden_size + kept_bytes(model, setting, number_bytes)
+        again = len(range(0, _layers(model), every_layers(setting)))
+        others = (_layers(model) - again) / _layers(model)
+        if others:
+            others *= activation_bytes(model, replace(setting, recompute=False), residual_bytes, number_bytes, autocast)
+        return kept * tokens * again + others
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
     queries, keys = heads * head_size(model), key_heads * head_size(model)
@@ -282,6 +290,31 @@ def activation_bytes(
     if not setting.compiled:  # norms in fp32, activation functions, copies: so many bytes for each of hidden_size
         a_token += (27 if residual_bytes == 4 else 23 if autocast else 17) * config.hidden_size
     return a_token * tokens * _layers(model)
+
+
+def every_layers(setting: Setting) -> int:
+    """Return 2 if every second layer is recomputed, 1 if all are."""
+    return int(setting.recomputed) if setting.recomputed.isdecimal() else 1
+
+
+def kept_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int) -> float:
+    """Return the bytes of a token in a recomputed layer that are kept beside the layer's input.
+
+    Of the results of attention, which come with a sum in fp32 a head; and of matrix products: queries, keys and values,
+    the output of attention, and the first of an MLP (two if it is gated). Not compiled, also that of the MLP's last
+    product, which nobody needs again.
+    """
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
+    attention = number_bytes * heads * head_size(model) + 4 * heads
+    if setting.recomputed == "keep_attention":
+        return attention
+    if setting.recomputed != "keep_products":
+        return 0.0
+    width, tensors = mlp_width(model)
+    numbers = (heads + 2 * key_heads) * head_size(model) + config.hidden_size + width * (tensors - 1)
+    return attention + number_bytes * (numbers + (0 if setting.compiled else config.hidden_size))
 
 
 def copy_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int) -> float:

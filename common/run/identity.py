@@ -38,6 +38,7 @@ SHARED_NOT_DECIDING = {
     "plan_memory_gib": "a plan trains nothing",
     "plan_processes": "a plan trains nothing",
     "probe": "a probe keeps nothing",
+    "recompute": "the same numbers, computed twice",
     "save_minutes": "when to save",
     "skip_malformed": "run.json has the documents",
     "swanlab": "what is logged where",

@@ -24,6 +24,7 @@ from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
 from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
 from common.model.memory import CONTEXT_BYTES, Setting, main_memory_bytes, optimizer_name, predict, state_bits
+from common.model.recompute import choose_recompute
 from common.model.scaling import LossLaw
 from common.system import GIB
 from common.train.combinations import check_combinations, choose_optimizer
@@ -45,6 +46,7 @@ def print_plan(
     """
     processes, limit = shared.plan_processes, shared.plan_memory_gib
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
+    launch = choose_recompute(shared.recompute, launch, training)
     check_combinations(launch, training, method or "full")
     if limit is None and torch.accelerator.is_available():
         size = card_bytes(torch.device(torch.accelerator.current_accelerator().type, 0))
@@ -267,6 +269,7 @@ def setting_of_run(
         precision=precision_of(training),
         compiled=launch.compiled,
         recompute=training.gradient_checkpointing or launch.recompute is not None,
+        recomputed=launch.recomputed,
         fused_loss=isinstance(head, DeferringHead) or head.weight.device.type == "meta",
         optimizer=optimizer,
         offload_optimizer=launch.offload_optimizer,
@@ -311,9 +314,9 @@ BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halvi
 
 def described(setting: Setting) -> str:
     """Return a setting in words."""
-    extras = [
-        word for word in ("compiled", "recompute", "offload_optimizer", "offload_parameters") if getattr(setting, word)
-    ]
+    extras = [word for word in ("compiled", "offload_optimizer", "offload_parameters") if getattr(setting, word)]
+    if setting.recompute:
+        extras.append("recompute" if setting.recomputed == "all" else f"recompute {setting.recomputed}")
     return (
         f"{setting.strategy} on {setting.processes} card(s), {setting.rows} rows of {setting.context_length} tokens at "
         f"once on each, {setting.optimizer}, mixed precision {setting.precision}, {', '.join(extras) or 'not compiled'}"
@@ -351,7 +354,12 @@ def switches(setting: Setting) -> list[tuple[str, Setting]]:
     while now.rows > 1:
         switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
     if not now.recompute:
-        switch("--gradient_checkpointing true: activations are computed twice", recompute=True)
+        if now.compiled:
+            changes = dict(recompute=True, recomputed="keep_products")
+            switch("--recompute keep_products: what costs little is computed twice", **changes)
+        switch("--recompute 2: every second layer is computed twice", recompute=True, recomputed="2")
+    if not now.recompute or now.recomputed != "all":
+        switch("--recompute all: activations are computed twice", recompute=True, recomputed="all")
     if state_bits(now.optimizer) == 32 and not now.strategy.shards_states:
         optimizer = "rounding_8bit" if now.optimizer.startswith("rounding") else "adamw_8bit"
         switch("--optimizer adamw --optim adamw_8bit", optimizer=optimizer)

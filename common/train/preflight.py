@@ -20,6 +20,7 @@ from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.memory import optimizer_name, predict
 from common.model.placement import check_expert_plan, check_plan
 from common.model.presets import ModelSize, PretrainedSize
+from common.model.recompute import choose_recompute
 from common.run.branch import check_branch
 from common.run.folder import check_disk_space, check_folder, check_path
 from common.run.lock import lock_folder
@@ -58,8 +59,7 @@ def preflight(
     check_launch(launch, training)
     take_over_recompute(launch, training)
     shard_on_cpus(launch, training)
-    if launch.recompute is None and training.gradient_checkpointing:
-        launch = replace(launch, recompute="--gradient_checkpointing")
+    launch = choose_recompute(shared.recompute, launch, training)
     model = None if size is None else size.planned(shared.context_length)
     check_checkpoints(launch, training)
     check_deepspeed(training)

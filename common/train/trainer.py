@@ -30,6 +30,7 @@ from common.io import write_json
 from common.model.attention import DOCUMENTS, block_mask
 from common.model.counts import experts_per_token
 from common.model.experts import busiest_and_idlest
+from common.model.recompute import keep_results
 from common.run.checkpoints import (
     each_once,
     gathered_weights,
@@ -103,7 +104,7 @@ class PretrainingTrainer(Trainer):
             kwargs: transformers.Trainer's own.
 
         Raises:
-            InputError: --on_loss_spike skip under DeepSpeed.
+            InputError: --on_loss_spike skip under DeepSpeed; what --recompute is to keep cannot be kept.
         """
         if launch.strategy.is_deepspeed and shared.on_loss_spike == "skip":
             raise InputError(
@@ -132,6 +133,7 @@ class PretrainingTrainer(Trainer):
         training.ignore_data_skip = True  # the order seeks; Trainer would read every batch up to the checkpoint
         if launch.offloads:
             model.cpu()
+        keep_results(model, launch.recomputed, launch.compiled)
         add_up_in_fp32(launch, training)
         gather_layers_whole(training.deepspeed_plugin, model, launch.compiled)
         with divided_by_transformers(launch, training):

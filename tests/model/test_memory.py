@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.model.memory import CONTEXT_BYTES, Setting, optimizer_bytes, predict
+from common.model.memory import CONTEXT_BYTES, Setting, activation_bytes, optimizer_bytes, predict
 from common.system import GIB
 
 QWEN2 = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)
@@ -164,3 +164,32 @@ def test_a_mixture_of_experts_counts_the_experts_that_a_token_meets():
             model = AutoModelForCausalLM.from_config(config)
         activations[experts] = predict(model, Setting(1, 128)).activations
     assert activations[2] - activations[1] == 2 * 128 * 2 * 3 * 128  # layers, tokens, bytes, gated, width
+
+
+# By hand, of a token in a layer of Qwen2.5-0.5B, in bf16: 896 wide, 14 heads of 64 and 2 of keys and values, MLP 4864.
+EVERYTHING = 2 * (4 * 896 + 2 * 896 + 2 * 128 + 3 * 4864)  # residual twice, two norms, q and attention, k and v, MLP
+RESULT = 2 * 896 + 4 * 14  # of attention, and a sum in fp32 a head
+RECOMPUTED = {  # with the layer's input
+    "all": 2 * 896,
+    "2": (2 * 896 + EVERYTHING) / 2,
+    "3": (8 * 2 * 896 + 16 * EVERYTHING) / 24,
+    "keep_attention": 2 * 896 + RESULT,
+    "keep_products": 2 * 896 + RESULT + 2 * (896 + 2 * 128 + 896 + 2 * 4864),  # q, k, v, output, and two of the MLP
+}
+
+
+@pytest.mark.parametrize("recomputed", RECOMPUTED)
+def test_what_recompute_keeps_by_hand(models, recomputed):
+    tokens = 16 * 2048
+    found = activation_bytes(models["0.5B"], Setting(16, 2048, recompute=True, recomputed=recomputed), 2, 2, False)
+    assert found == pytest.approx(24 * tokens * RECOMPUTED[recomputed])
+    whole = activation_bytes(models["0.5B"], Setting(16, 2048), 2, 2, False)
+    assert whole == 24 * tokens * EVERYTHING > found
+
+
+def test_each_choice_of_recompute_needs_less_than_the_one_before(models):
+    settings = [Setting(16, 2048)]
+    choices = ("keep_products", "2", "keep_attention", "all")
+    settings += [Setting(16, 2048, recompute=True, recomputed=choice) for choice in choices]
+    needs = [predict(models["0.5B"], setting).total for setting in settings]
+    assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)

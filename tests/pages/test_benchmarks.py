@@ -271,6 +271,7 @@ def test_7b_has_yamls_that_fit():
 
 def test_the_table_has_ratios_and_names_failures():
     row = dict(tokens_per_second=100_000.0, mfu=0.1, peak_gib=30.0, first_step_seconds=2.0, kernels=None)
+    row["planned_gib"] = None
     table = gpu.table(
         {
             "123M tutorial": row,

@@ -62,8 +62,8 @@ YAMLS, ROWS = "accelerate_configs/", "--per_device_train_batch_size "
         ("0.5B", 1, 40, [ROWS + "8"]),  # half of 41.7 GiB that are activations and 9.5 that stay
         ("7B", 8, 60, [ROWS + "4", YAMLS + "zero2.yaml"]),
         ("7B", 8, 30, [YAMLS + "fsdp2.yaml", ROWS + "2"]),
-        ("7B", 1, 80, [ROWS + "1", "--gradient_checkpointing true: activations are computed twice"]),
-        ("7B", 1, 50, [ROWS + "1", "--gradient_checkpointing true", "--optimizer adamw --optim adamw_8bit"]),
+        ("7B", 1, 80, [ROWS + "1", "--recompute all: activations are computed twice"]),
+        ("7B", 1, 50, [ROWS + "1", "--recompute all", "--optimizer adamw --optim adamw_8bit"]),
     ],
 )
 def test_the_advice_is_the_cheapest_that_fits(name, processes, limit, expected):
@@ -154,7 +154,7 @@ IN_BACKWARD = "--step_in_backward --max_grad_norm 0 --tokens_per_step 2048"
         ("3B", "", 5, ["--method qlora"]),
         ("3B", "--plan_processes 2", 15.5, ["--method lora"]),
         ("3B", "--gradient_checkpointing false --optim adamw_torch", 15.5, [
-            "--gradient_checkpointing true", "--optimizer adamw --optim adamw_8bit", IN_BACKWARD]),
+            "--recompute all", "--optimizer adamw --optim adamw_8bit", IN_BACKWARD]),
         ("7B", "--method lora", 15.5, ["--method qlora"]),
         ("7B", "--method qlora", 15.5, []),
     ],
@@ -263,6 +263,24 @@ def test_rows_left_open_are_those_that_fit_the_planned_card(wiki, capsys):
     for memory, rows in (("24", 128), ("16", 64)):
         wiki.main(["--plan", "--plan_config", str(CONFIGS / "single_gpu.yaml"), "--plan_memory_gib", memory])
         assert f" {rows} rows of 512 tokens at once" in capsys.readouterr().out
+
+
+def test_a_plan_knows_what_is_recomputed(wiki, capsys):
+    """Under a YAML that switches recompute on, and under one that does not."""
+    needs = {}
+    for config in ("single_gpu", "fsdp2_recompute"):
+        for choice in ("", "--recompute keep_products", "--recompute 2", "--recompute all"):
+            wiki.main(["--plan", "--plan_config", str(CONFIGS / f"{config}.yaml"), *choice.split()])
+            printed = capsys.readouterr().out
+            needs[config, choice] = json.loads(printed.splitlines()[-1])["activations_gib"]
+            kind = choice.removeprefix("--recompute ").removesuffix("all")
+            expected = f"recompute {kind}".strip() if choice or config == "fsdp2_recompute" else "compiled."
+            assert f"{expected}. Each card" in printed or expected == "compiled."
+    for config in ("single_gpu", "fsdp2_recompute"):
+        some = [needs[config, f"--recompute {choice}"] for choice in ("keep_products", "2", "all")]
+        assert some == sorted(some, reverse=True) and len(set(some)) == 3
+    assert needs["single_gpu", ""] > needs["single_gpu", "--recompute keep_products"]
+    assert needs["fsdp2_recompute", ""] == needs["fsdp2_recompute", "--recompute all"]
 
 
 def test_no_advice_where_nothing_helps():
