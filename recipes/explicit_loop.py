@@ -111,7 +111,7 @@ SAMPLE = dict(
 )
 
 NOT_READ = {"swanlab", "plan", "probe", "init_from", "branch_from", "save_minutes", "on_save_error", "max_bad_steps"}
-NOT_READ |= {"on_loss_spike", "eval_tasks", "eval_tasks_every", "language", "recompute"}
+NOT_READ |= {"on_loss_spike", "eval_tasks", "eval_tasks_every", "language", "recompute", "cuda_graph"}
 NOT_READ |= set(TrainingArguments.__dataclass_fields__) - {*TRAINING, "disable_tqdm"}
 
 

@@ -109,7 +109,7 @@ SAMPLE = dict(
 )
 
 NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}
-NOT_READ |= {"branch_from", "eval_tasks", "eval_tasks_every", "language", "recompute"}
+NOT_READ |= {"branch_from", "eval_tasks", "eval_tasks_every", "language", "recompute", "cuda_graph"}
 NOT_READ |= {*TrainingArguments.__dataclass_fields__} - {*TRAINING, "disable_tqdm"}
 
 
