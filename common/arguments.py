@@ -8,10 +8,13 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import NoReturn, TypeVar
 
-from transformers import HfArgumentParser, TrainingArguments
-
 from common.console import InputError
-from common.trainer_fields import check_fields
+from common.late_compile import compiling_late
+
+with compiling_late():
+    from transformers import HfArgumentParser, TrainingArguments
+
+    from common.trainer_fields import check_fields
 
 Own = TypeVar("Own")
 Replacement = dict | Callable[[str], dict]

@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 
 import torch
 from accelerate.utils import parse_flag_from_env
@@ -36,6 +37,19 @@ def check_compiler(backend: str, device: torch.device) -> None:
         f"the YAML's dynamo_config compiles the model, and {problem}:\n"
         "  accelerate launch --config_file YAML --dynamo_backend no RECIPE"
     )
+
+
+def compiled_code_folder(compiler: str, machines: int, cache_dir: str) -> str | None:
+    """Return where torch keeps what inductor compiles, from run to run; None under another ``compiler``.
+
+    Sets it to ``cache_dir``/compiled, unless the environment names a folder. torch would take one in /tmp, which a
+    restart of the machine or its container empties. Several machines keep that: each has its own disk there.
+    """
+    if compiler.lower() != "inductor":
+        return None
+    if machines == 1:
+        os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(Path(cache_dir).absolute() / "compiled"))
+    return os.environ.get("TORCHINDUCTOR_CACHE_DIR", "torch's own folder")
 
 
 def check_bf16(device: torch.device, precision: str) -> None:

@@ -21,6 +21,7 @@ from common.distributed.strategy import DDP, SINGLE, Strategy
 from common.distributed.workarounds import (
     RECOMPUTE_TAKEN_OVER,
     expert_parallel_size,
+    leave_deepspeed_out,
     remove_dead_locks,
     take_over_compile,
 )
@@ -151,6 +152,7 @@ def read_launch() -> Launch:
     path, deepspeed = deepspeed_file()
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     strategy = _strategy(deepspeed, processes)
+    leave_deepspeed_out(strategy)
     offload_optimizer, offload_parameters = _offloading(deepspeed, strategy)
     return Launch(
         launched=launched(),

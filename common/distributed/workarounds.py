@@ -11,16 +11,19 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import accelerate.utils.other
 import psutil
 import torch
 import torch._functorch.config
 from accelerate import Accelerator, DeepSpeedPlugin, DistributedType
 from accelerate.commands.config import default_config_file, load_config_from_file
 from accelerate.commands.launch import launch_command_parser
+from accelerate.utils import is_deepspeed_available
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.console import InputError, say
+from common.distributed.strategy import Strategy
 
 FOREIGN_SECONDS = 180  # if nothing in a folder has changed for so long, no other machine compiles there either
 COMPILE_SETTINGS = "backend", "mode", "use_fullgraph", "use_dynamic", "use_regional_compilation"
@@ -79,6 +82,15 @@ def last_change(folder: Path) -> float:
         except FileNotFoundError:  # ninja's own files come and go
             continue
     return max(times)
+
+
+def leave_deepspeed_out(strategy: Strategy) -> None:
+    """Have accelerate import DeepSpeed in DeepSpeed's runs only.
+
+    Accelerate (1.15) imports it in every run to ask whether the model is DeepSpeed's engine: ``unwrap_model``, in
+    accelerate/utils/other.py. It can go when accelerate asks under DeepSpeed only.
+    """
+    accelerate.utils.other.is_deepspeed_available = is_deepspeed_available if strategy.is_deepspeed else lambda: False
 
 
 def take_over_compile() -> None:

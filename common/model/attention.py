@@ -30,6 +30,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from common.accelerator import computes_in_bf16, torch_random_states_kept
 from common.console import InputError, say
 from common.dataset.packing import document_positions
+from common.late_compile import compiled_late
 from common.model.counts import head_size
 
 # Our own attention implementations, registered with transformers beside its own.
@@ -255,7 +256,7 @@ def document_attention(module, query, key, value, attention_mask=None, *, docume
     return flex_attention_forward(module, query, key, value, document_mask, **kwargs)
 
 
-@torch.compile(dynamic=False)
+@compiled_late(dynamic=False)
 def block_mask(positions: torch.Tensor) -> BlockMask:
     """Return the mask of causal attention within documents.
 

@@ -14,6 +14,7 @@ from common.accelerator import device_name
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.context_parallel import check_parallelism
+from common.distributed.hardware import compiled_code_folder
 from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
@@ -73,7 +74,9 @@ def preflight(
         name = type(model).__name__
         raise InputError(f"recompute ({launch.recompute}): transformers has none for {name}. Leave it out.")
     recompute = f"yes ({launch.recompute})" if launch.recompute else "no"
-    say(f"compile: {launch.compiler} (the YAML's dynamo_config); recompute: {recompute}")
+    folder = compiled_code_folder(launch.compiler, launch.machines, shared.cache_dir)
+    kept = "" if folder is None else f", compiled code in {folder}"
+    say(f"compile: {launch.compiler} (the YAML's dynamo_config){kept}; recompute: {recompute}")
     check_parallelism(launch, shared.context_length, shared.packing == "isolated")
     if model is not None:
         check_plan(model, launch.tensor_parallel)

@@ -7,13 +7,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate.utils.dataclasses import FP8BackendType
+from torch._inductor.runtime.cache_dir_utils import cache_dir as torch_cache_dir
 from transformers import Trainer, TrainingArguments
 from transformers.training_args import OptimizerNames
 
 import common.distributed.hardware as hardware
 import common.distributed.launch as launch
 from common.console import InputError
-from common.distributed.hardware import check_bf16, check_compiler, check_cuda_device, check_fp8
+from common.distributed.hardware import check_bf16, check_compiler, check_cuda_device, check_fp8, compiled_code_folder
 from common.distributed.launch import Launch, check_launch, lost_process, precision_of, read_launch
 from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, ZERO3
 from common.distributed.workarounds import compile_settings, launcher_flags, take_over_compile
@@ -104,6 +105,19 @@ def test_compiling_for_other_devices_needs_their_triton_and_is_a_prototype_on_ap
     monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: "found")
     check_compiler("inductor", SimpleNamespace(type="npu"))
     check_compiler("inductor", torch.device("xpu"))
+
+
+def test_compiled_code_is_kept_beside_the_tokens_unless_the_user_says_where(monkeypatch, tmp_path):
+    """What is set is what torch asks for."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.chdir(tmp_path)
+    assert compiled_code_folder("no", 1, "cache") is None and compiled_code_folder("aot_eager", 1, "cache") is None
+    assert compiled_code_folder("inductor", 2, "cache") == "torch's own folder"
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert compiled_code_folder("INDUCTOR", 1, "cache") == str(tmp_path / "cache" / "compiled") == torch_cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "/elsewhere")
+    assert compiled_code_folder("inductor", 1, "cache") == "/elsewhere" == torch_cache_dir()
 
 
 def test_bf16_that_an_accelerator_only_emulates_is_refused(monkeypatch):

@@ -4,10 +4,13 @@ import os
 import re
 import time
 
+import accelerate.utils.other as other
 import pytest
+from accelerate.utils import is_deepspeed_available
 
 import common.distributed.workarounds as dead_locks
-from common.distributed.workarounds import remove_dead_locks
+from common.distributed.strategy import SINGLE, ZERO2
+from common.distributed.workarounds import leave_deepspeed_out, remove_dead_locks
 
 
 @pytest.fixture
@@ -70,3 +73,11 @@ def test_one_that_is_dated_tomorrow_is_not_waited_for_until_then(lock, monkeypat
     remove_dead_locks()
     assert not lock.exists() and time.monotonic() - began < 10
     assert re.search("waiting up to [12] s", capsys.readouterr().out)
+
+
+def test_accelerate_imports_deepspeed_in_deepspeeds_runs_only(monkeypatch):
+    monkeypatch.setattr(other, "is_deepspeed_available", None)  # given back at the end
+    leave_deepspeed_out(SINGLE)
+    assert other.is_deepspeed_available() is False
+    leave_deepspeed_out(ZERO2)
+    assert other.is_deepspeed_available is is_deepspeed_available

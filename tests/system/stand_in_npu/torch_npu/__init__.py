@@ -60,6 +60,15 @@ class npu(types.ModuleType):
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.float16, torch.bfloat16]
 
+    def memory_allocated(self, device=None) -> int:
+        return torch.accelerator.memory_allocated()
+
+    def max_memory_allocated(self, device=None) -> int:
+        return torch.accelerator.max_memory_allocated()
+
+    def reset_peak_memory_stats(self, device=None) -> None:
+        torch.accelerator.reset_peak_memory_stats()
+
     def synchronize(self, device=None) -> None:
         pass
 
