@@ -28,6 +28,7 @@ demo: .venv/ready
 	@echo "Next:"
 	@echo "  look      outputs/wiki_zh_sample/report.html"
 	@echo "  generate  $(BIN)/python -c \"from transformers import pipeline; print(pipeline('text-generation', 'outputs/wiki_zh_sample')('地球是')[0]['generated_text'])\""
+	@echo "  compare   $(BIN)/python -m common.run.compare outputs/wiki_zh_sample ANOTHER --output compare.html"
 	@echo "  a GPU     $(BIN)/accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/wiki_zh_scratch.py"
 	@echo "  your own  cp recipes/wiki_zh_scratch.py recipes/mine.py, then edit its three dicts"
 
