@@ -47,7 +47,7 @@ from common.train.trainer import PretrainingTrainer
 
 BASELINE = "single_gpu"
 ONE_GPU = (BASELINE, "fp16", "fp8")
-NOT_HERE = ("cpu", "cpu_2proc", "cpu_fsdp2", "multi_node", "fsdp2_context_parallel", "hsdp")
+NOT_HERE = ("cpu", "cpu_2proc", "cpu_fsdp2", "multi_node", "fsdp2_context_parallel", "fsdp2_ulysses", "hsdp")
 NOT_HERE += ("tensor_parallel", "fsdp2_tensor_parallel", "expert_parallel")
 WARM_STEPS = 5
 HISTORY_FILE, KEPT_FILE = "history.jsonl", "kept.json"

@@ -127,7 +127,7 @@ def main(argv: list[str] | None = None) -> None:
     launch = read_launch()
     defaults = DATA | TRAINING | launch.defaults()
     own, shared, training = parse_flags(RecipeArguments, argv, defaults, NOT_READ, sample=SAMPLE)
-    if launch.context_parallel > 1 or launch.building_device is not None:
+    if launch.row_pieces > 1 or launch.building_device is not None:
         raise InputError(f"{launch.dimensions}: rows and weights are not divided here. Use wiki_zh_scratch.py.")
     launch = preflight(RECIPE, launch, None, shared, training, LEARNING_RATES)
     set_seed(training.seed)

@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> None:
     say(f"parameters: {parameters_in_words(model)}")
     start = {"weights": weights_fingerprint(model), "from_scratch": own.from_scratch}
     isolated = shared.packing == "isolated"
-    set_attention(model, shared.attn_implementation, isolated, training.device, launch.context_parallel > 1)
+    set_attention(model, shared.attn_implementation, isolated, training.device, launch=launch)
     use_fused_loss(model)  # the logits of a micro-batch, its largest tensor, are never held
     keep_residual_in_bf16(model)  # what layers pass on to each other; autocast would keep it in fp32
 

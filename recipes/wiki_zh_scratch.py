@@ -192,7 +192,7 @@ def main(argv: list[str] | None = None) -> None:
         training.num_train_epochs = passes_for(model.num_parameters(), rows.train.stream_tokens)
     say(f"parameters: {parameters_in_words(model)}")
     isolated = shared.packing == "isolated"
-    set_attention(model, shared.attn_implementation, isolated, training.device, launch.context_parallel > 1)
+    set_attention(model, shared.attn_implementation, isolated, training.device, launch=launch)
     use_fused_loss(model)  # never holds all logits, which would be the largest tensor
     keep_residual_in_bf16(model)  # the sum that layers add to; autocast would keep it in fp32
 

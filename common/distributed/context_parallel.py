@@ -21,33 +21,54 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
     Raises:
         InputError: with what works.
     """
-    if launch.sequence_parallel > 1:
-        raise InputError(
-            f"parallelism_config_sp_size {launch.sequence_parallel}: DeepSpeed's sequence parallelism is not supported "
-            "by these recipes. For long rows use fsdp2_context_parallel.yaml."
-        )
     check_divided(launch)
-    sharing = launch.context_parallel * launch.tensor_parallel
+    check_sequence_parallelism(launch)
+    sharing = launch.row_pieces * launch.tensor_parallel
     asked = launch.replicas * launch.shards * sharing
     shards, rest = divmod(launch.processes, sharing * launch.replicas)
+    dimension = "tp" if launch.tensor_parallel > 1 else "sp" if launch.sequence_parallel > 1 else "cp"
     if (sharing * launch.replicas > 1 or launch.divided) and (rest or shards != launch.shards):
         raise InputError(
             f"parallelism_config asks for {launch.replicas} x {launch.shards} x {sharing} processes (dp_replicate x "
-            f"dp_shard x {'tp' if launch.tensor_parallel > 1 else 'cp'}), and these are {launch.processes}. Use "
+            f"dp_shard x {dimension}), and these are {launch.processes}. Use "
             f"--parallelism_config_dp_shard_size {max(1, shards)} before the recipe, or --num_processes {asked}."
         )
-    sharing = launch.context_parallel
-    if sharing == 1:
+    if launch.row_pieces == 1:
         return
-    if isolated:
+    if isolated and launch.context_parallel > 1:
         raise InputError(
-            "--packing isolated under context parallelism: its attention ignores where documents begin. Use cross."
+            "--packing isolated under context parallelism: its attention ignores where documents begin. Use cross, or "
+            "fsdp2_ulysses.yaml, which keeps documents apart."
         )
-    if context_length % (2 * sharing):
+    pieces = 2 * launch.context_parallel if launch.context_parallel > 1 else launch.sequence_parallel
+    if context_length % pieces:
         raise InputError(
-            f"--context_length {context_length}: {sharing} cards share each row as {2 * sharing} equal pieces. Use "
-            f"{max(1, round(context_length / (2 * sharing))) * 2 * sharing}."
+            f"--context_length {context_length}: {launch.row_pieces} cards share each row as {pieces} equal pieces. "
+            f"Use {max(1, round(context_length / pieces)) * pieces}."
         )
+
+
+def check_sequence_parallelism(launch: Launch) -> None:
+    """Refuse what was not tried beside Ulysses, and so might train wrongly.
+
+    Raises:
+        InputError: with what works.
+    """
+    if launch.sequence_parallel == 1:
+        return
+    for wrong, what, works in (
+        (not launch.strategy.is_fsdp, f"{launch.strategy}", "--config_file accelerate_configs/fsdp2_ulysses.yaml"),
+        (launch.context_parallel > 1, "context parallelism", "--parallelism_config_cp_size 1"),
+        (launch.replicas > 1, "dp_replicate_size above 1", "--parallelism_config_dp_replicate_size 1"),
+        (launch.precision == "fp16", "fp16", "--mixed_precision bf16"),
+        (launch.compiled, "torch.compile", "--dynamo_backend no"),
+        (launch.offloads, "parameters in main memory", "--fsdp_offload_params false"),
+    ):
+        if wrong:
+            raise InputError(
+                f"parallelism_config_sp_size {launch.sequence_parallel} with {what}: not tried here. Use {works} "
+                "before the recipe."
+            )
 
 
 def check_divided(launch: Launch) -> None:
@@ -69,6 +90,7 @@ def check_divided(launch: Launch) -> None:
     for wrong, what, works in (
         (experts > 1 and launch.tensor_parallel > 1, "tensor parallelism", "--parallelism_config_tp_size 1"),
         (launch.context_parallel > 1, "context parallelism", "--parallelism_config_cp_size 1"),
+        (launch.sequence_parallel > 1, "sequence parallelism", "--parallelism_config_sp_size 1"),
         (launch.replicas > 1, "dp_replicate_size above 1", "--parallelism_config_dp_replicate_size 1"),
         (launch.precision == "fp16", "fp16", "--mixed_precision bf16"),
         (launch.compiled, "torch.compile", "--dynamo_backend no"),

@@ -45,7 +45,7 @@ class Launch:
         offload_optimizer, offload_parameters: kept in main memory.
         loaded_by_one: FSDP2 sends out the weights of the first process, the only one that builds or loads the model.
         replicas, shards: of the model, over all processes (data parallelism).
-        tensor_parallel, context_parallel, sequence_parallel: processes that share the same rows.
+        tensor_parallel, context_parallel, sequence_parallel: processes that share the same rows; the last by Ulysses.
         expert_parallel: processes that divide the experts of each layer, and send each other the tokens for them.
         pipeline_parallel: processes that share the layers, and so the same rows; decided by explicit_pipeline.py.
         optimizer: "muon" or "adamw"; decided by preflight.
@@ -92,13 +92,18 @@ class Launch:
     @property
     def row_readers(self) -> int:
         """How many processes, or groups of processes that share their rows, read rows of their own."""
-        sharing = self.context_parallel * self.tensor_parallel * self.pipeline_parallel
+        sharing = self.row_pieces * self.tensor_parallel * self.pipeline_parallel
         return max(1, self.processes // sharing)
+
+    @property
+    def row_pieces(self) -> int:
+        """Among how many processes the tokens of a row are divided, by context parallelism or by Ulysses."""
+        return self.context_parallel * self.sequence_parallel
 
     @property
     def reads_rows(self) -> bool:
         """Whether this process is the first of those that share its rows."""
-        return self.process % (self.context_parallel * self.tensor_parallel) == 0
+        return self.process % (self.row_pieces * self.tensor_parallel) == 0
 
     @property
     def divided(self) -> bool:
@@ -122,7 +127,7 @@ class Launch:
     def dimensions(self) -> str:
         """How processes share model and rows, in words; empty if the strategy's name says it all."""
         sizes = {"copies": self.replicas, "shards": self.shards, "tensor parallel": self.tensor_parallel}
-        sizes |= {"context parallel": self.context_parallel}
+        sizes |= {"context parallel": self.context_parallel, "sequence parallel": self.sequence_parallel}
         experts = f", experts divided among {self.expert_parallel}" if self.expert_parallel > 1 else ""
         return " x ".join(f"{size} {name}" for name, size in sizes.items() if size > 1) + experts
 

@@ -239,6 +239,26 @@ def divided_by_transformers(launch, training: TrainingArguments) -> Iterator[Non
 
 
 @contextmanager
+def shares_rows(launch) -> Iterator[None]:
+    """Around making a Trainer under Ulysses: have accelerate read the same rows in all processes of a group.
+
+    For accelerate (1.15), sp_size means DeepSpeed's engine. The processes of a row are then told of as those of context
+    parallelism, whose rows and gradients are divided likewise; our Trainer divides rows and attention itself. It can go
+    when accelerate has a dimension without an engine.
+    """
+    if launch.sequence_parallel == 1:
+        yield
+        return
+    names = {"PARALLELISM_CONFIG_CP_SIZE": str(launch.sequence_parallel), "PARALLELISM_CONFIG_SP_SIZE": "1"}
+    given = {name: os.environ.get(name, "1") for name in names}
+    os.environ |= names
+    try:
+        yield
+    finally:
+        os.environ |= given
+
+
+@contextmanager
 def saved_as_given(model: PreTrainedModel) -> Iterator[None]:
     """Around ``model.save_pretrained(state_dict=...)``: save the weights that it is given.
 

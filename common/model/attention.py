@@ -30,12 +30,16 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from common.accelerator import computes_in_bf16, torch_random_states_kept
 from common.console import InputError, say
 from common.dataset.packing import document_positions
+from common.distributed.launch import Launch
+from common.distributed.ulysses import check_heads, group_of_rows, heads_of_rows, pieces_of_heads
 from common.late_compile import compiled_late
 from common.model.counts import head_size
 
 # Our own attention implementations, registered with transformers beside its own.
 CAUSAL = "causal"
 DOCUMENTS = "documents"
+ULYSSES_CAUSAL, ULYSSES_DOCUMENTS = ULYSSES = "ulysses_causal", "ulysses_documents"  # rows divided among processes
+OWN = (CAUSAL, DOCUMENTS, *ULYSSES)
 
 # Tiles of flex attention's kernels, by compute capability and head size. torch's autotuning chose them on an H100 in
 # 48 s; only one number of stages is ours. torch's default tiles are a quarter slower at 512 tokens a row
@@ -111,7 +115,12 @@ def logits_moved(model: PreTrainedModel, ids: torch.Tensor, changed: torch.Tenso
 
 
 def set_attention(
-    model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, context_parallel: bool = False
+    model: PreTrainedModel,
+    wanted: str,
+    isolated: bool,
+    device: torch.device,
+    context_parallel: bool = False,
+    launch: Launch | None = None,
 ) -> None:
     """Decide which attention implementation ``model`` trains with, set it, and print which kernel that is.
 
@@ -124,13 +133,14 @@ def set_attention(
     Args:
         wanted: --attn_implementation: "auto", or a name of transformers.
         isolated: rows are those of --packing isolated.
-        context_parallel: several processes share the tokens of a row.
+        context_parallel: several processes share the tokens of a row, as ``launch`` says, too.
+        launch: it says whether processes share the tokens of a row, and how; None: they do not.
 
     Raises:
         InputError: the model or this machine does not support ``wanted``, or the model sees its targets or, of
             isolated rows, other documents.
     """
-    if wanted in (CAUSAL, DOCUMENTS):
+    if wanted in OWN:
         raise InputError(f"--attn_implementation {wanted}: used automatically where it fits. Leave the flag out.")
     check_targets_hidden(model, isolated)
     if isolated and "flash" in wanted:
@@ -138,6 +148,9 @@ def set_attention(
             f"--attn_implementation {wanted} with --packing isolated: transformers reads the borders of documents "
             "in batches of one row only, and would mix them up here. Leave the flag out."
         )
+    if launch is not None and launch.sequence_parallel > 1:
+        return set_ulysses(model, wanted, isolated, device, launch)
+    context_parallel = context_parallel or (launch is not None and launch.context_parallel > 1)
     no_documents = why_not_documents(model, device)
     if wanted == "auto":
         wanted = fastest_attention(model, isolated, no_documents)
@@ -166,6 +179,39 @@ def set_attention(
         say(f"attention: {wanted}")
 
 
+def set_ulysses(model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, launch: Launch) -> None:
+    """Have ``model`` compute attention over whole rows, for a share of the heads, while it trains: ulysses.py.
+
+    Raises:
+        InputError: the heads cannot be divided, or the attention is not torch's over whole rows.
+    """
+    name, config = type(model).__name__, model.config.get_text_config()
+    default = model.config._attn_implementation if wanted == "auto" else wanted
+    if default != "sdpa" or not sees_whole_rows(model) or not can_change_attention(model):
+        raise InputError(
+            f"parallelism_config_sp_size {launch.sequence_parallel}: for attention by torch's sdpa over whole rows, "
+            f"that transformers can exchange; here {name} has {default} attention. Use fsdp2.yaml."
+        )
+    heads = config.num_attention_heads
+    check_heads(name, heads, getattr(config, "num_key_value_heads", None) or heads, launch)
+    if isolated and device.type == "cuda":
+        reason = why_not_documents(model, device)
+        if reason is not None:
+            raise InputError(f"--packing isolated with parallelism_config_sp_size: {reason}. Use --packing cross.")
+    group = group_of_rows(launch)
+    kind = ULYSSES_DOCUMENTS if isolated else ULYSSES_CAUSAL
+    if not isolated:
+        inner = causal_attention
+    elif device.type == "cuda":
+        inner = partial(document_attention, kernel_options=tiles_of(model, device))
+    else:
+        inner = masked_attention
+    AttentionInterface.register(kind, partial(ulysses_attention, inner, group))
+    model.set_attn_implementation(kind)
+    within = " within documents" if isolated else ""
+    say(f"attention: causal{within}, of {launch.sequence_parallel} processes each for its share of the heads (Ulysses)")
+
+
 def fastest_attention(model: PreTrainedModel, isolated: bool, no_documents: str | None) -> str:
     """Return the name of the attention that --attn_implementation auto stands for: see ``set_attention``.
 
@@ -187,9 +233,13 @@ def register_attention(model: PreTrainedModel, wanted: str, repeats: bool, devic
     AttentionInterface.register(CAUSAL, repeating_attention if repeats else causal_attention)
     documents = document_attention
     if wanted == DOCUMENTS:
-        tiles = TILES.get((torch.cuda.get_device_capability(device), head_size(model)))
-        documents = partial(document_attention, kernel_options=tiles)
+        documents = partial(document_attention, kernel_options=tiles_of(model, device))
     AttentionInterface.register(DOCUMENTS, documents)
+
+
+def tiles_of(model: PreTrainedModel, device: torch.device) -> dict | None:
+    """Return the tiles of flex attention's kernels for this card; None: torch's default."""
+    return TILES.get((torch.cuda.get_device_capability(device), head_size(model)))
 
 
 def can_change_attention(model: PreTrainedModel) -> bool:
@@ -201,7 +251,7 @@ def can_change_attention(model: PreTrainedModel) -> bool:
 def generating(model: PreTrainedModel) -> Iterator[None]:
     """Give ``model`` an attention that understands caches and padding, and that is not compiled for each new length."""
     trained_with = model.config._attn_implementation
-    if trained_with in (CAUSAL, DOCUMENTS):
+    if trained_with in OWN:
         model.set_attn_implementation("sdpa")
     try:
         with torch.compiler.set_stance("force_eager"):
@@ -254,6 +304,37 @@ def document_attention(module, query, key, value, attention_mask=None, *, docume
     if document_mask is None:
         raise InputError("the model does not pass document_mask on to its attention: --attn_implementation sdpa.")
     return flex_attention_forward(module, query, key, value, document_mask, **kwargs)
+
+
+def masked_attention(module, query, key, value, attention_mask=None, *, document_mask=None, **kwargs):
+    """Do the same by transformers' sdpa and a mask of all pairs of tokens, where flex attention does not train."""
+    if document_mask is None:
+        raise InputError("the model does not pass document_mask on to its attention: --packing cross.")
+    return sdpa_attention_forward(module, query, key, value, document_mask, **kwargs)
+
+
+def ulysses_attention(inner, group, module, query, key, value, attention_mask=None, **kwargs):
+    """Attend by ``inner`` over whole rows, for this process's share of the heads.
+
+    Evaluation and samples do not divide rows: every process of a group sees whole ones there.
+    """
+    kwargs.pop("is_causal", None)  # of accelerate's hook for context parallelism
+    if not module.training:
+        return inner(module, query, key, value, **kwargs)
+    query, key, value = (heads_of_rows(part, group) for part in (query, key, value))
+    output, weights = inner(module, query, key, value, **kwargs)
+    return pieces_of_heads(output, group), weights
+
+
+def full_mask(positions: torch.Tensor) -> torch.Tensor:
+    """Return which tokens each token sees, causally within documents: bool, (rows, 1, tokens, tokens).
+
+    Args:
+        positions: as of ``block_mask``.
+    """
+    documents = (positions == 0).cumsum(1)
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril().unsqueeze(1)
 
 
 @compiled_late(dynamic=False)

@@ -105,7 +105,7 @@ def check_kept(model: PreTrainedModel, recomputed: str, compiled: bool) -> None:
             f"--recompute {recomputed}: the attention of {type(model).__name__} here ({kind}) is no single operation "
             f"whose result can be kept. {works}"
         )
-    if kind in ("documents", "flex_attention") and not compiled:
+    if kind in ("documents", "ulysses_documents", "flex_attention") and not compiled:
         raise InputError(
             f"--recompute {recomputed}: flex attention, which keeps documents apart, is compiled by itself here, and "
             f"its result cannot be kept. Use a YAML with dynamo_config. {works}"

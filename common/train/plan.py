@@ -186,6 +186,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
             config, zero = joined_with_json(config, zero["deepspeed_config_file"])
         parallelism = config.get("parallelism_config") or {}
         sharing = int(parallelism.get("parallelism_config_cp_size", 1))
+        sharing *= int(parallelism.get("parallelism_config_sp_size", 1))
         processes = processes or int(config.get("num_processes", 1))
         compiled = str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no"
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
@@ -262,7 +263,7 @@ def setting_of_run(
     head = model.get_output_embeddings()
     setting = Setting(
         rows=training.per_device_train_batch_size,
-        context_length=context_length // launch.context_parallel,
+        context_length=context_length // launch.row_pieces,
         strategy=launch.strategy,
         processes=launch.processes,
         copies=launch.replicas,

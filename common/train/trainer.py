@@ -19,15 +19,17 @@ from common.dataset.packing import IGNORED_ROW, collate_rows
 from common.dataset.rows import Rows
 from common.distributed.context_parallel import divided_rows
 from common.distributed.launch import Launch, lost_process
+from common.distributed.ulysses import pieces_of_rows
 from common.distributed.workarounds import (
     add_up_in_fp32,
     divided_by_transformers,
     gather_layers_whole,
     reduce_in_fp32,
     saved_as_given,
+    shares_rows,
 )
 from common.io import write_json
-from common.model.attention import DOCUMENTS, block_mask
+from common.model.attention import DOCUMENTS, ULYSSES, ULYSSES_DOCUMENTS, block_mask, full_mask
 from common.model.counts import experts_per_token
 from common.model.experts import busiest_and_idlest
 from common.model.recompute import keep_results
@@ -111,10 +113,15 @@ class PretrainingTrainer(Trainer):
                 "--on_loss_spike skip: DeepSpeed makes its step before it can be judged. Use stop, or another YAML."
             )
         self.has_router_loss = bool(getattr(model, "router_coefficient", 0.0))  # set by use_fused_loss
-        if self.has_router_loss and launch.context_parallel > 1:
+        if self.has_router_loss and launch.row_pieces > 1:
             raise InputError(
-                "context parallelism: the router's loss is computed of whole rows. Use fsdp2.yaml, or write "
+                "rows divided among cards: the router's loss is computed of whole rows. Use fsdp2.yaml, or write "
                 '"output_router_logits": false in the model\'s config.'
+            )
+        if launch.sequence_parallel > 1 and model.config._attn_implementation not in ULYSSES:
+            raise InputError(
+                "parallelism_config_sp_size: this recipe does not hand launch.sequence_parallel on to set_attention. "
+                "Use wiki_zh_scratch.py or openwebtext_continue.py."
             )
         self.order, self.launch, self.run, self.cuda_graph = order, launch, run, shared.cuda_graph
         self.guard = StepGuard(shared.on_loss_spike, shared.max_bad_steps, scaled=training.fp16)
@@ -136,7 +143,7 @@ class PretrainingTrainer(Trainer):
         keep_results(model, launch.recomputed, launch.compiled)
         add_up_in_fp32(launch, training)
         gather_layers_whole(training.deepspeed_plugin, model, launch.compiled)
-        with divided_by_transformers(launch, training):
+        with divided_by_transformers(launch, training), shares_rows(launch):
             super().__init__(
                 model,
                 training,
@@ -378,12 +385,19 @@ class PretrainingTrainer(Trainer):
     def _prepare_inputs(self, inputs: dict) -> dict:
         """Add the mask of a batch whose documents are kept apart by flex attention."""
         inputs = super()._prepare_inputs(inputs)
-        if self.model.config._attn_implementation == DOCUMENTS:
-            inputs["document_mask"] = block_mask(inputs["position_ids"])
+        kind = self.model.config._attn_implementation
+        if kind in (DOCUMENTS, ULYSSES_DOCUMENTS) and "document_mask" not in inputs:
+            whole = kind == ULYSSES_DOCUMENTS and self.args.device.type != "cuda"  # flex attention trains on CUDA only
+            inputs["document_mask"] = (full_mask if whole else block_mask)(inputs["position_ids"])
         return inputs
 
     def _prepare_context_parallel_inputs(self, model, inputs: dict) -> tuple:
-        """Replaces: asking for the attention named sdpa, and cutting up ``labels``, which nobody reads."""
+        """Replaces: asking for the attention named sdpa, and cutting up ``labels``, which nobody reads.
+
+        Under Ulysses the mask of documents is made of whole rows, before they are cut: attention sees whole rows.
+        """
+        if self.launch.sequence_parallel > 1:
+            return nullcontext, pieces_of_rows(self.launch, self._prepare_inputs(inputs))
         if self.launch.context_parallel == 1:
             return nullcontext, inputs
         return divided_rows(self.accelerator, inputs), inputs

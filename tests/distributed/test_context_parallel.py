@@ -66,7 +66,7 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
         (dict(ep=2), 2, 512, False, "ep_size 2 does not divide the 1 processes of parallelism_config_dp_shard_size"),
         (dict(ep=3, dp_shard=4), 4, 512, False, "ep_size 3 does not divide the 4 .*PARALLELISM_CONFIG_EP_SIZE"),
         (dict(ep=2, dp_shard=2), 8, 512, False, "these are 8. Use --parallelism_config_dp_shard_size 8"),
-        (dict(sp=2), 2, 512, False, "DeepSpeed's sequence parallelism"),
+        (dict(sp=2), 2, 512, False, "sp_size 2 with ddp: not tried here. Use .*fsdp2_ulysses.yaml"),
         (dict(cp=2), 8, 512, False, "1 x 1 x 2 processes .* these are 8. Use --parallelism_config_dp_shard_size 4"),
         (dict(cp=2, dp_shard=2), 3, 512, False, "or --num_processes 4"),
         (dict(dp_replicate=2, dp_shard=2), 8, 512, False, "--parallelism_config_dp_shard_size 4"),

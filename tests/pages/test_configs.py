@@ -53,7 +53,7 @@ def launched(config: dict, folder, *flags: str):
 
 def test_there_are_configs():
     one = "cpu single_gpu fp16 fp8"
-    several = "cpu_2proc cpu_fsdp2 ddp multi_node fsdp2_context_parallel zero1 zero2 zero3"
+    several = "cpu_2proc cpu_fsdp2 ddp multi_node fsdp2_context_parallel fsdp2_ulysses zero1 zero2 zero3"
     divided = "hsdp tensor_parallel fsdp2_tensor_parallel expert_parallel"
     saving = "fsdp2 fsdp2_recompute fsdp2_offload zero2_recompute zero3_offload"
     assert {path.stem for path in CONFIGS} == {*f"{one} {several} {divided} {saving}".split()}
@@ -93,7 +93,7 @@ def test_the_launcher_reads_every_key(path, tmp_path):
             other = launched(config | {name: changed(value)}, tmp_path)
             assert getattr(other, name) == changed(value), f"{name} is dropped"
     several = {"cpu_2proc": 2, "cpu_fsdp2": 2, "fsdp2_context_parallel": 2, "multi_node": 16}
-    several |= {"hsdp": 4, "tensor_parallel": 2, "fsdp2_tensor_parallel": 4, "expert_parallel": 2}
+    several |= {"fsdp2_ulysses": 2, "hsdp": 4, "tensor_parallel": 2, "fsdp2_tensor_parallel": 4, "expert_parallel": 2}
     assert config["num_processes"] == several.get(path.stem, 1)
 
 
@@ -178,13 +178,14 @@ def test_a_launch_is_what_its_yaml_says(path, monkeypatch):
     recomputes = path.stem.endswith("recompute") or path.stem == "zero3_offload"
     assert (launch.recompute is not None) == planned.recompute == recomputes
     assert launch.offloads == path.stem.endswith("offload")
-    assert launch.context_parallel == 4096 // planned.context_length
+    assert launch.row_pieces == 4096 // planned.context_length
+    assert launch.row_pieces == (2 if path.stem in ("fsdp2_context_parallel", "fsdp2_ulysses") else 1)
     assert launch.tensor_parallel == (2 if "tensor" in path.stem else 1)
     assert launch.expert_parallel == (2 if path.stem == "expert_parallel" else 1)
     assert (launch.building_device is not None) == (
         path.stem == "hsdp" or path.stem.endswith(("tensor_parallel", "expert_parallel"))
     )
-    assert launch.row_readers == processes // launch.context_parallel // launch.tensor_parallel
+    assert launch.row_readers == processes // launch.row_pieces // launch.tensor_parallel
 
 
 def parsed(**flags) -> TrainingArguments:
