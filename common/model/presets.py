@@ -47,6 +47,10 @@ PRESETS = {
         model_type="llama", hidden_size=4096, intermediate_size=11_008, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=32, tie_word_embeddings=False,
     ),
+    "llama-2-13b": dict(
+        model_type="llama", hidden_size=5120, intermediate_size=13_824, num_hidden_layers=40, num_attention_heads=40,
+        num_key_value_heads=40, tie_word_embeddings=False,
+    ),
     # A mixture of experts of our own, in the shape of Qwen3-30B-A3B: with 32,768 tokens 158M parameters, of which a
     # token meets 59M, 17M of them in the embedding. 0.01: https://arxiv.org/abs/2101.03961, section 2.2
     "qwen3-moe-a60m": dict(
