@@ -26,7 +26,7 @@ import psutil
 from launching import ROOT, launcher, run
 
 STEPS, KILLED_AT = 30, 12
-ON_CPUS = "--cpu --mixed_precision no --dynamo_backend no"
+ON_CPUS = "--mixed_precision no --dynamo_backend no"
 SAMPLE = "--sample --context_length 64 --tokens_per_step 1024 --vocabulary_size 1000 --max_eval_rows 4"
 
 
@@ -141,6 +141,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not (arguments.data or arguments.rehearse):
         sys.exit("--data: the text to train on is needed, or --rehearse.")
+    if arguments.rehearse:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     arguments.folder = arguments.folder.resolve()
     arguments.folder.mkdir(parents=True, exist_ok=True)
     commands = {name: multi_gpu(name, wanted, arguments) for name, wanted in runs_of(arguments.cards).items()}
