@@ -27,7 +27,13 @@ from launching import ROOT, launcher, run
 
 STEPS, KILLED_AT = 30, 12
 ON_CPUS = "--mixed_precision no --dynamo_backend no"
-SAMPLE = "--sample --context_length 64 --tokens_per_step 1024 --vocabulary_size 1000 --max_eval_rows 4"
+SAMPLE = "--sample --tokenizer train --context_length 64 --tokens_per_step 1024 --vocabulary_size 999 --max_eval_rows 4"
+    "--sample --tokenizer train --context_length 64 --tokens_per_step 1024 --vocabulary_size 1000 --max_eval_rows 4"
+)
+TINY = dict(
+    model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=True,
+)  # fmt: skip
 
 
 def runs_of(cards: int) -> dict[str, list[str]]:
@@ -70,7 +76,8 @@ def multi_gpu(name: str, wanted: list[str], arguments: argparse.Namespace) -> li
     command += ["--num_processes", str(arguments.cards), "--folder", str(arguments.folder / name.replace(" ", "_"))]
     if arguments.rehearse:
         command = with_more(command, "--launcher", ON_CPUS)
-        return [*with_more(command, "--recipe", SAMPLE), "--rows", "2"]
+        small = f"{SAMPLE} --model {arguments.folder / 'tiny'}"
+        return [*with_more(command, "--recipe", small), "--rows", "2"]
     return [*command, "--data", *arguments.data, *(["--tokenizer", arguments.tokenizer] if arguments.tokenizer else [])]
 
 
@@ -141,10 +148,12 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     if not (arguments.data or arguments.rehearse):
         sys.exit("--data: the text to train on is needed, or --rehearse.")
-    if arguments.rehearse:
-        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     arguments.folder = arguments.folder.resolve()
     arguments.folder.mkdir(parents=True, exist_ok=True)
+    if arguments.rehearse:
+        os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        (arguments.folder / "tiny").mkdir(parents=True, exist_ok=True)
+        (arguments.folder / "tiny" / "config.json").write_text(json.dumps(TINY))
     commands = {name: multi_gpu(name, wanted, arguments) for name, wanted in runs_of(arguments.cards).items()}
     for stages in sorted({2, arguments.cards}):
         flags = f"--pipeline_processes {stages} --output_dir {arguments.folder / f'pipeline_{stages}'}"
