@@ -27,7 +27,7 @@ from launching import ROOT, launcher, run
 
 STEPS, KILLED_AT = 30, 12
 ON_CPUS = "--mixed_precision no --dynamo_backend no"
-SAMPLE = "--sample --tokenizer train --context_length 64 --tokens_per_step 1024 --vocabulary_size 999 --max_eval_rows 4"
+SAMPLE = (
     "--sample --tokenizer train --context_length 64 --tokens_per_step 1024 --vocabulary_size 1000 --max_eval_rows 4"
 )
 TINY = dict(
