@@ -20,8 +20,8 @@ def write_json(path: Path, content, durable: bool = False) -> None:
     Raises:
         OSError: the file cannot be written, for example because the disk is full. ``path`` is as it was before.
     """
-    # The host's name is part of the file's name, because several machines may write at the same time.
-    partial = path.with_name(f"{path.name}.{socket.gethostname()}.partial")
+    # Several machines may write at the same time, and two of them may have the same name.
+    partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.partial")
     try:
         with open(partial, "w", encoding="utf-8") as file:
             file.write(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

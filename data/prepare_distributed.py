@@ -67,6 +67,7 @@ def run_locally(executor, workers: int) -> None:
         for worker in multiprocessing.active_children():
             worker.terminate()
             worker.join()
+        pool.shutdown()  # now that no worker is left: its queues are closed, and nothing is warned of at the end
 
 
 def ray_executor(arguments: argparse.Namespace, step: partial, logs: str):

@@ -15,6 +15,7 @@ import torch
 from conftest import ROOT, load_recipe, small_run
 
 import common.run.results  # noqa: F401  (imported before the fork, all is there at once)
+from common.distributed.strategy import whole
 
 with contextlib.suppress(ImportError):
     import deepspeed  # noqa: F401
@@ -89,10 +90,11 @@ def rank() -> int:
 
 
 def digest(*tensors: torch.Tensor) -> str:
-    whole = hashlib.blake2b(digest_size=8)
-    for tensor in tensors:
-        whole.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return whole.hexdigest()
+    """Return the same digits for the same numbers, however they are divided among processes."""
+    found = hashlib.blake2b(digest_size=8)
+    for tensor in map(whole, tensors):
+        found.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
 
 
 def recorded(record: Path, rank: int = 0) -> dict[int, list[dict]]:
