@@ -54,6 +54,8 @@ def run_locally(executor, workers: int) -> None:
     ranks = [*executor.get_incomplete_ranks()]
     if not ranks:
         return
+    # Workers that are ended leave a semaphore, and Python warns of it after our last word.
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")
     # spawn is the only way of starting processes that also works on Windows and macOS
     spawning = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(min(workers, len(ranks)), spawning)
@@ -63,11 +65,10 @@ def run_locally(executor, workers: int) -> None:
             task.result()
             say(f"{number} of {len(ranks)} tasks are finished")
     finally:  # after a failure, the other workers are ended: their tasks are done again
-        pool.shutdown(wait=False, cancel_futures=True)
         for worker in multiprocessing.active_children():
             worker.terminate()
             worker.join()
-        pool.shutdown()  # now that no worker is left: its queues are closed, and nothing is warned of at the end
+        pool.shutdown(cancel_futures=True)  # no worker is left: this closes its queues
 
 
 def ray_executor(arguments: argparse.Namespace, step: partial, logs: str):
