@@ -58,7 +58,8 @@ from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
 from common.train.low_memory import compute_dtype, optimizer_for
-from common.train.plan import StepTimer, setting_of_trainer
+from common.train.plan import setting_of_trainer
+from common.train.probe import StepTimer
 
 WARM_STEPS, STEPS = 3, 10
 CAPS = {"bf16": 15.5, "T4": 14.5}  # GiB

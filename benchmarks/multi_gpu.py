@@ -247,7 +247,7 @@ def plan(name: str, arguments: argparse.Namespace) -> float | None:
     with tempfile.TemporaryDirectory() as folder:
         config = planned_yaml(name, arguments.launcher.split(), Path(folder))
         command = [sys.executable, str(ROOT / "recipes" / recipe), *flags, "--plan", "--plan_config", str(config)]
-        command += ["--plan_processes", str(gpus(name, arguments))]
+        command += ["--plan_json", "--plan_processes", str(gpus(name, arguments))]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         print(f"note: no plan for {name}: {done.stderr[-1000:]}", file=sys.stderr, flush=True)

@@ -1,20 +1,22 @@
 """The flags: those that every recipe shares, and how a recipe's dicts and the command line become arguments."""
 
+import argparse
 import difflib
 import json
 import math
 import re
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
-from typing import NoReturn, TypeVar
+from typing import TypeVar
 
+from common.command_line import OneLineErrors, ShowHelp, help_on_one_screen
 from common.console import InputError
 from common.late_compile import compiling_late
 
 with compiling_late():
     from transformers import HfArgumentParser, TrainingArguments
 
-    from common.trainer_fields import check_fields
+    from common.trainer_fields import REFUSED, check_fields
 
 Own = TypeVar("Own")
 Replacement = dict | Callable[[str], dict]
@@ -152,8 +154,8 @@ class SharedArguments:
     plan_config: str | None = field(
         default=None,
         metadata={
-            "help": "With --plan: the accelerate YAML to plan for. Without one: a card in fp32, not compiled "
-            "(low_memory_16gb.py: single_gpu.yaml or ddp.yaml)."
+            "help": "With --plan: the accelerate YAML to plan for. Without one: that of the launch; without a launch "
+            "ddp.yaml for several cards, fp16.yaml for a card here without bf16, else single_gpu.yaml."
         },
     )
     plan_processes: int | None = field(
@@ -162,6 +164,9 @@ class SharedArguments:
     plan_memory_gib: float | None = field(
         default=None,
         metadata={"help": "With --plan: memory of a card, in GiB; otherwise that of the card here, if any."},
+    )
+    plan_json: bool = field(
+        default=False, metadata={"help": "With --plan or --plan --probe: print the figures as JSON, in the last line."}
     )
     eval_tasks: list[str] | None = field(
         default=None,
@@ -216,6 +221,7 @@ class SharedArguments:
         default_factory=list,
         metadata={"help": "Continue a run although these differ; the refusal names them: training.weight_decay ..."},
     )
+    given: dict[str, object] = field(init=False, repr=False, default_factory=dict)  # flags of the command line itself
 
     def __post_init__(self):
         """Raise InputError for flags that would be ignored."""
@@ -228,6 +234,8 @@ class SharedArguments:
             if getattr(self, name) is not None and (self.probe or not self.plan):
                 why = "the probe runs as it is launched" if self.probe else "it would be ignored"
                 raise InputError(f"--{name} {getattr(self, name)}: {why}. With --plan alone, or leave it out.")
+        if self.plan_json and not (self.plan or self.probe):
+            raise InputError("--plan_json: it would be ignored. With --plan, or leave it out.")
         if isinstance(self.max_data_tokens, str):  # from here on a number
             self.max_data_tokens = count_of("--max_data_tokens", self.max_data_tokens)
         if self.eval_tasks_every is not None and not self.eval_tasks:
@@ -315,11 +323,28 @@ class _Default:
         return str(self.value)
 
 
-class _Parser(HfArgumentParser):
-    """A parser whose errors are one line. Replaces: all flags of the recipe, some 600 lines, before the error."""
+class _Parser(OneLineErrors, HfArgumentParser):
+    """A parser of dataclasses, whose --help fits a screen and whose errors are one line."""
 
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists all flags)\n")
+
+def _parser_of(own_flags: type, defaults: dict, not_read: Collection[str]) -> _Parser:
+    """Return the parser of a recipe's flags; see ``parse_flags``."""
+    kinds = (own_flags, SharedArguments, TrainingArguments)
+    parser = _Parser(kinds, allow_abbrev=False, add_help=False, usage="%(prog)s [flags]")
+    for action in parser._actions:  # what is refused anyway is left out of --help all
+        if action.dest in not_read or action.dest in REFUSED:
+            action.help = argparse.SUPPRESS
+    own = {each.name for each in fields(own_flags)}
+    set_by_dicts = {name: value for name, value in defaults.items() if name not in own}
+    shown = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
+    others = len(set(shown) - own - set_by_dicts.keys())
+    parser.set_defaults(**defaults)
+    of_recipe = HfArgumentParser(own_flags, prog=parser.prog, add_help=False)
+    parser.one_screen = help_on_one_screen(of_recipe, set_by_dicts, others, "plan" not in not_read)
+    about = "Show this recipe's own flags and exit; with 'all', every flag."
+    shown_as = dict(metavar="all", default=argparse.SUPPRESS, help=about)
+    parser.add_argument("-h", "--help", nargs="?", action=ShowHelp, **shown_as)
+    return parser
 
 
 def parse_flags(
@@ -345,19 +370,15 @@ def parse_flags(
         InputError: a value is out of its range, or would not do what it says.
     """
     kinds = (own_flags, SharedArguments, TrainingArguments)
-    parser = _Parser(kinds, allow_abbrev=False)
-    parser.set_defaults(**defaults)
+    parser = _parser_of(own_flags, defaults, not_read)
     names = [each.name for kind in kinds for each in fields(kind) if each.init]
     parser.set_defaults(**{name: _Default(parser.get_default(name)) for name in names})
     parsed, unknown = parser.parse_known_args(argv)
     if unknown:
         parser.error(f"unknown flags: {' '.join(unknown)}{hints(unknown, names)}")
     values = vars(parsed)
-    changed = {
-        name
-        for name in names
-        if not isinstance(values[name], _Default) and values[name] != parser.get_default(name).value
-    }
+    given = {name: values[name] for name in names if not isinstance(values[name], _Default)}
+    changed = {name for name, value in given.items() if value != parser.get_default(name).value}
     for name in sorted(changed.intersection(not_read)):
         parser.error(
             f"--{name}: this recipe does not read it. Precision and devices are the launcher's. wiki_zh_scratch.py "
@@ -375,7 +396,9 @@ def parse_flags(
     for old, new in NEW_NAMES.items():
         if new in values and values[new] is None:
             values[new], values[old] = values[old], None  # TrainingArguments give the old name the value of the new one
-    return _made(own_flags, values), _made(SharedArguments, values), _made(TrainingArguments, values)
+    shared = _made(SharedArguments, values)
+    shared.given = given
+    return _made(own_flags, values), shared, _made(TrainingArguments, values)
 
 
 def _made(kind: type, values: dict):

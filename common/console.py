@@ -71,6 +71,21 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+def duration_in_words(seconds: float) -> str:
+    """Return a time to wait, as a person says it: "40 seconds", "12 minutes", "an hour and 40 minutes", "3.2 days"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        count = max(1, round(seconds))
+        return f"{count} second{'s' * (count != 1)}"
+    if minutes < 60:
+        return f"{minutes} minutes"
+    if minutes >= 48 * 60:
+        return f"{seconds / 86_400:.1f} days"
+    hours, rest = divmod(minutes, 60)
+    of_hours = "an hour" if hours == 1 else f"{hours} hours"
+    return f"{of_hours} and {rest} minute{'s' * (rest != 1)}" if rest else of_hours
+
+
 MESSAGES = {  # logger -> beginnings of messages that are left out
     # Said while peft loads bitsandbytes on CPUs. It concerns 4-bit products on CPUs, which no recipe has.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from common.command_line import OneLineErrors
 from common.console import InputError, printable
 from common.corpus.corpora import CORPORA, listing
 from common.corpus.documents import CorpusCounts, read_documents
@@ -211,7 +212,7 @@ def add_source_flags(sub: argparse.ArgumentParser) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")

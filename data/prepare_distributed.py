@@ -28,6 +28,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 
+from common.command_line import OneLineErrors
 from common.console import InputError, say
 from common.corpus.sources import resolve_sources
 from common.system import usable_cores
@@ -160,7 +161,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--input", nargs="+", required=True, help="Files, folders, globs, data set ids.")

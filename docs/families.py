@@ -21,7 +21,7 @@ from common.model.from_config import planned_model
 from common.model.memory import NF4_BYTES, Setting, predict
 from common.model.presets import PRESETS
 from common.system import GIB
-from common.train.plan import beside_adapters
+from common.train.advice import beside_adapters
 
 FOLDER = Path(__file__).resolve().parent
 CONTEXT_LENGTH = 2048

@@ -15,9 +15,9 @@ Adapters (LoRA) beside frozen weights, which QLoRA keeps in 4 bits; merged at th
     ... recipes/low_memory_16gb.py --method qlora --model Qwen/Qwen2.5-7B --data my-text.jsonl
 
 T4 and V100 have no bf16: add --mixed_precision fp16 before the recipe. The fp16 scaler needs weights in fp32. That
-leaves room for all parameters of 0.5B, for adapters beside 1.5B, or for 7B in 4 bits. To try the recipe on a CPU:
---optim adamw_torch. --plan says what fits. Any flag overrides the values below; --help lists all flags. The same
-command again continues where the run stopped.
+leaves room for all parameters of 0.5B, for adapters beside 1.5B, or for 7B in 4 bits: --plan names what fits, with the
+whole commands. To try the recipe on a CPU: --optim adamw_torch. Any flag overrides the values below; --help shows them.
+The same command again continues where the run stopped.
 
 Result: all parameters of 3B in 13.8 GiB, 3,505 tokens/s, stepping inside backward, one row of 2,048 tokens a step, on
 an H100 limited to 15.5 GiB (commit 37454be, 2026-11-22). More, with versions: benchmarks/results/.
@@ -63,8 +63,9 @@ from common.train.callbacks import SampleCallback
 from common.train.eval_tasks import EvalTasks
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before
 from common.train.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
-from common.train.plan import print_plan, probe, take_precision_of_yaml
+from common.train.plan import print_plan, take_precision_of_yaml, yaml_to_plan
 from common.train.preflight import preflight
+from common.train.probe import probe
 from common.train.trainer import PretrainingTrainer
 
 RECIPE = Path(__file__).name
@@ -154,10 +155,10 @@ def main(argv: list[str] | None = None) -> None:
 
     # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
     planning = shared.plan and not shared.probe
-    if planning:  # without a launcher, so the YAML's precision has not come yet
-        yaml = "single_gpu.yaml" if shared.plan_processes in (None, 1) else "ddp.yaml"
-        shared.plan_config = shared.plan_config or str(ROOT / "accelerate_configs" / yaml)
-        take_precision_of_yaml(shared.plan_config, training)
+    if planning:
+        shared.plan_config = yaml_to_plan(shared, launch, training)
+        if shared.plan_config is not None:  # not that of a launch, so its precision has not come yet
+            take_precision_of_yaml(shared.plan_config, training)
     else:
         check_method(own.method, own.weights, launch, shared, training)
         launch = preflight(RECIPE, launch, None, shared, training, method=own.method)
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> None:
     if planning:
         model = size.planned(shared.context_length, for_plan=True).to(dtype)
         model = add_adapters(model, **adapter) if adapters else model
-        return print_plan(model, launch, shared, training, own_optimizer, own.method)
+        return print_plan(RECIPE, model, launch, shared, training, own_optimizer, own.method, continues=True)
     set_seed(training.seed)
 
     # Weights, tokenizer and token stores: the first process of each machine makes them, the others wait and find them.
@@ -220,7 +221,7 @@ def main(argv: list[str] | None = None) -> None:
             model, training, shared, rows, order, launch, run, tokenizer, optimizer_cls_and_kwargs=own_optimizer
         )
         if shared.probe:
-            return probe(trainer)
+            return probe(trainer, shared)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state_bytes = 3 if state_bits(training.optim) == 8 else 8  # a parameter; the embedding's may stay in fp32
         merged_bytes = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0

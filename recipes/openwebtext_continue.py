@@ -16,8 +16,8 @@ From random weights, PaddleNLP's guide: its shape, its hyperparameters, its toke
         --data data/openwebtext-100k/llama_openwebtext_100k.bin --tokenizer FOLDER_OF_LLAMA_TOKENIZER --split 949,50,1
 
 Data: OpenWebText, https://huggingface.co/datasets/Skylion007/openwebtext (CC0-1.0 for the collection), 24 GB. The files
-in data/ are used if they are there, otherwise they are downloaded. Any flag overrides the values below; --help lists
-all flags. The same command again continues where the run stopped.
+in data/ are used if they are there, otherwise they are downloaded. Any flag overrides the values below; --help shows
+them. The same command again continues where the run stopped.
 
 Result: SmolLM2-135M-Instruct on 11,131 English documents, 40 steps of 2,048 tokens, fp32 on two CPU cores, 2026-11-22:
 held-out loss 2.901 before, 2.688 after. Qwen2.5 on OpenWebText is not yet measured. More: benchmarks/results/.
@@ -55,8 +55,9 @@ from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
 from common.train.eval_tasks import EvalTasks
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before, retained_rows
-from common.train.plan import print_plan, probe
+from common.train.plan import print_plan
 from common.train.preflight import preflight
+from common.train.probe import probe
 from common.train.trainer import PretrainingTrainer
 
 RECIPE = Path(__file__).name
@@ -161,7 +162,8 @@ def main(argv: list[str] | None = None) -> None:
 
     # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
     if shared.plan and not shared.probe:
-        return print_plan(size.planned(shared.context_length, for_plan=True), launch, shared, training)
+        model = size.planned(shared.context_length, for_plan=True)
+        return print_plan(RECIPE, model, launch, shared, training, continues=not own.from_scratch)
     launch = preflight(RECIPE, launch, size, shared, training)
     if shared.tokenizer == "train" and not own.from_scratch:
         raise InputError("--tokenizer train: the weights know the ids of their own tokenizer only. Leave it out.")
@@ -213,7 +215,7 @@ def main(argv: list[str] | None = None) -> None:
         # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
         trainer = PretrainingTrainer(model, training, shared, rows, order, launch, run, tokenizer)
         if shared.probe:
-            return probe(trainer)
+            return probe(trainer, shared)
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))

@@ -6,9 +6,11 @@ On a laptop, offline, in three minutes, on the articles that come with the proje
 
     accelerate launch --config_file accelerate_configs/cpu.yaml recipes/wiki_zh_scratch.py --sample
 
+On your own text, with a model that fits it and this machine: --data FILES --target_parameters auto
+
 Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/wikipedia-zh-cn (CC BY-SA). If
-data/wikipedia-zh-cn-20240820.json is not there, it is downloaded. Any flag overrides the values below; --help lists all
-flags. The same command again continues where the run stopped.
+data/wikipedia-zh-cn-20240820.json is not there, it is downloaded. Any flag overrides the values below; --help shows
+them. The same command again continues where the run stopped.
 
 Result: not yet measured on Wikipedia. On 149 MB of other Chinese and English: 308M tokens in 580 s on one H200, 531k
 tokens/s, 1.260 bits per byte (2026-11-30, learning rate 6e-3). Versions and other results: benchmarks/README.md.
@@ -27,14 +29,15 @@ from common.console import say
 from common.corpus.download import download
 from common.corpus.sources import resolve_sources
 from common.dataset.mixture import training_order
-from common.dataset.rows import build_rows, unigram_loss
+from common.dataset.rows import beginnings, build_rows, unigram_loss
 from common.distributed.launch import read_launch
 from common.model.attention import set_attention
 from common.model.counts import parameters_in_words
+from common.model.fit_to_text import fit_to_text
 from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.placement import place_model
-from common.model.presets import ModelSize
+from common.model.presets import AUTO, ModelSize
 from common.model.scaling import defaults_for, learning_rates_for, passes_for, read_law
 from common.run.branch import begin_branch
 from common.run.folder import open_run
@@ -48,8 +51,9 @@ from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from common.train.callbacks import SampleCallback
 from common.train.eval_tasks import EvalTasks
-from common.train.plan import print_plan, probe
+from common.train.plan import print_plan
 from common.train.preflight import preflight
+from common.train.probe import probe
 from common.train.trainer import PretrainingTrainer
 
 RECIPE = Path(__file__).name
@@ -144,7 +148,10 @@ class RecipeArguments:
     )
     target_parameters: str | None = field(
         default=None,
-        metadata={"help": "Another size, such as 30M; vocabulary, batch, learning rate and passes follow from it."},
+        metadata={
+            "help": "Another size, such as 30M; vocabulary, batch, learning rate and passes follow from it. auto: the "
+            "size, too, from --data and this machine."
+        },
     )
     ladder: str | None = field(
         default=None,
@@ -160,11 +167,14 @@ def main(argv: list[str] | None = None) -> None:
     defaults = DATA | TRAINING | launch.defaults()
     own, shared, training = parse_flags(RecipeArguments, argv, defaults, sample=SAMPLE, target_parameters=defaults_for)
     law = read_law(own.ladder, shared)
-    size = ModelSize(SAMPLE_MODEL if own.sample else MODEL, own.model, own.target_parameters, shared)
+    shape = SAMPLE_MODEL if own.sample else MODEL
+    if own.target_parameters == AUTO:  # like MODEL, in the size that fits --data and this machine
+        shape = fit_to_text(shape, shared, training)
+    size = ModelSize(shape, own.model, own.target_parameters, shared)
 
     # --plan prints the memory that the run needs, and ends here. (--plan --probe also trains three steps, below.)
     if shared.plan and not shared.probe:
-        return print_plan(size.planned(shared.context_length, for_plan=True), launch, shared, training)
+        return print_plan(RECIPE, size.planned(shared.context_length, for_plan=True), launch, shared, training)
     # Before anything is loaded, print what will run and refuse what cannot.
     rates = learning_rates_for(shared.tokens_per_step) if own.target_parameters else LEARNING_RATES
     launch = preflight(RECIPE, launch, size, shared, training, rates)
@@ -209,9 +219,10 @@ def main(argv: list[str] | None = None) -> None:
         # Train, from the last checkpoint if there is one.
         trainer = PretrainingTrainer(model, training, shared, rows, order, launch, run, tokenizer)
         if shared.probe:
-            return probe(trainer, rows.ledgers, law)
+            return probe(trainer, shared, rows.ledgers, law)
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
-        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
+        prompts = beginnings(rows.held_out, tokenizer) if own.target_parameters == AUTO else PROMPTS
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, prompts, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)

@@ -1,6 +1,7 @@
 """Flags: the recipe's dicts are defaults, a flag may swap other defaults in, and what is typed always wins."""
 
 import re
+import shlex
 import warnings
 from dataclasses import dataclass, field, fields
 
@@ -8,6 +9,7 @@ import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
 from common.arguments import RENAMED, SharedArguments, parse_flags
+from common.command_line import launch_command
 from common.console import InputError
 from common.trainer_fields import REFUSED
 
@@ -205,18 +207,68 @@ def test_a_flag_that_a_recipe_does_not_read_is_refused_unless_it_says_what_is_so
     assert "--save_minutes: this recipe does not read it" in capsys.readouterr().err
 
 
-def test_help_shows_the_values_of_the_dicts(capsys):
+def helped(*words: str, **more) -> None:
     with pytest.raises(SystemExit) as stopped:
-        parse("--help")
+        parse(*words, **more)
     assert stopped.value.code == 0
-    shown = " ".join(capsys.readouterr().out.split())
+
+
+def test_help_shows_the_recipes_own_flags_and_the_values_of_its_dicts(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    helped("--help")
+    printed = capsys.readouterr().out
+    assert "Swap in small values. (default: False)" in " ".join(printed.split()) and "_Default" not in printed
+    for pair in (
+        "--context_length 256",
+        "--learning_rate 0.004",
+        """--lr_scheduler_kwargs '{"num_decay_steps": 0.3}'""",
+    ):
+        assert pair in printed, "a flag and its value are on one line"
+    assert "--use_cpu" not in printed, "it comes with the YAML"
+    assert "--packing" not in printed and "--help all" in printed
+    shared = {each.name for each in fields(SharedArguments) if each.init}
+    trainers = {each.name for each in fields(TrainingArguments) if each.init} - REFUSED.keys()
+    assert f"{len((shared | trainers) - DEFAULTS.keys())} more: --help all" in printed
+
+
+def test_help_all_shows_every_flag_but_those_that_are_refused(capsys):
+    helped("--help", "all", not_read=["packing"])
+    printed = capsys.readouterr().out
+    shown = set(re.findall(r"^  --(\w+)", printed, flags=re.MULTILINE))
+    known = {each.name for kind in (Own, SharedArguments, TrainingArguments) for each in fields(kind) if each.init}
+    assert {name for name in shown if not name.startswith("no_")} == known - REFUSED.keys() - {"packing"}
+    shown = " ".join(printed.split())
     for flag, value in (("--context_length", "256"), ("--learning_rate", "0.004"), ("--max_steps", "70")):
         assert shown.split(f" {flag} ")[1].split("(default: ")[1].startswith(f"{value})"), flag
     assert "Swap in small values. (default: False)" in shown
     assert "_Default" not in shown
 
 
-@pytest.mark.parametrize("flag", ["--plan_config x.yaml", "--plan_processes 8", "--plan_memory_gib 80"])
+def test_an_unknown_flag_is_one_line_and_of_one_process(capsys, monkeypatch):
+    for words in (["--help", "everything"], ["--no_such"]):
+        with pytest.raises(SystemExit):
+            parse(*words)
+        assert capsys.readouterr().err.count("\n") == 1
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        parse("--no_such")
+    assert stopped.value.code == 2 and capsys.readouterr().err == ""
+
+
+def test_the_flags_that_were_given_make_the_command_again():
+    """Parsed again, it gives the same arguments: lists, JSON, spaces, switches, and a value equal to the default."""
+    words = ["--sample", "--prompts", "two words", "b", "--lr_scheduler_kwargs", '{"num_decay_steps": 0.5}']
+    words += ["--max_steps", "70", "--keep_duplicates", "false"]
+    given = parse(*words)[1].given
+    assert given["max_steps"] == 70 and "learning_rate" not in given
+    command = launch_command("my configs/x.yaml", "mine.py", given, "--mixed_precision fp16")
+    launcher, _, flags = command.partition(" recipes/mine.py ")
+    assert launcher == "accelerate launch --config_file 'my configs/x.yaml' --mixed_precision fp16"
+    again = parse(*shlex.split(flags))
+    assert again[1].given == given and again[0] == parse(*words)[0] and again[2].max_steps == 70
+
+
+@pytest.mark.parametrize("flag", ["--plan_config x.yaml", "--plan_processes 8", "--plan_memory_gib 80", "--plan_json"])
 def test_what_only_a_plan_reads_is_refused_without_it(flag):
     with pytest.raises(InputError, match=f"{flag}.*: it would be ignored"):
         parse(*flag.split())

@@ -159,7 +159,7 @@ def resolve_source(given: str, encoding: str | None = None) -> Source:
         InputError: there is no such file; the format is unknown; a folder or glob has no file of a known format; a
             folder holds both token files and documents; a file is a pointer of Git LFS, and not the data.
     """
-    source = _find(given)
+    source = find_source(given)
     refuse_pointers(source.files)
     if source.token_store is not None:
         return source
@@ -169,7 +169,8 @@ def resolve_source(given: str, encoding: str | None = None) -> Source:
     return source
 
 
-def _find(given: str) -> Source:
+def find_source(given: str) -> Source:
+    """Return what ``resolve_source`` does, without its notes on .txt files and without the encoding."""
     if not given.strip():
         raise InputError(f"{given!r}: an empty name. Give a file, a folder, a glob or a hub id like owner/name.")
     path = Path(given).expanduser()

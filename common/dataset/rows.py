@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, fields
 
 import numpy as np
+from transformers import PreTrainedTokenizerBase
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
@@ -147,6 +148,14 @@ def _head_and_tail(store: TokenStore, split: Split, arguments: SharedArguments) 
         "train": PackedRows(store, split.train, arguments.context_length, isolated, part=head),
         "held_out": PackedRows(store, split.train, arguments.context_length, isolated, most, part=end),
     }
+
+
+def beginnings(rows: JoinedRows, tokenizer: PreTrainedTokenizerBase, count: int = 3, tokens: int = 8) -> list[str]:
+    """Return how ``count`` of the rows begin, spread over all of them: prompts in the language of the text."""
+    chosen = sorted({row * len(rows) // count for row in range(count)}) if len(rows) else []
+    texts = (tokenizer.decode(rows[row]["input_ids"][:tokens], skip_special_tokens=True) for row in chosen)
+    # A row may begin or end within a character.
+    return [text.strip("\ufffd \n") for text in texts if text.strip("\ufffd \n")]
 
 
 def unigram_loss(train: JoinedRows, held_out: JoinedRows, vocabulary_size: int) -> float:

@@ -2,6 +2,7 @@
 
 --model qwen2.5-0.5b             a name of PRESETS, or a folder or id whose config.json gives the shape
 --target_parameters 120M         hidden size and layers are chosen, of the family of the recipe's MODEL
+--target_parameters auto         the same by the text and this machine: fit_to_text.py
 """
 
 from dataclasses import dataclass
@@ -63,10 +64,15 @@ PRESETS = {
 }  # fmt: skip
 
 HEAD_SIZE = 64
+AUTO = "auto"
 # For what is planned before a tokenizer is loaded.
 QWEN2_TOKENIZER, QWEN2_VOCABULARY = "Qwen/Qwen2-0.5B", 151_646
-PUBLISHED = {"Qwen/Qwen2.5-0.5B": "qwen2.5-0.5b", "Qwen/Qwen2.5-1.5B": "qwen2.5-1.5b", "Qwen/Qwen2.5-3B": "qwen2.5-3b"}
-PUBLISHED_VOCABULARY_ROWS = 151_936  # of the embedding of all three
+PUBLISHED = {  # id -> preset, rows of the embedding; from small to large
+    "Qwen/Qwen2.5-0.5B": ("qwen2.5-0.5b", 151_936),
+    "Qwen/Qwen2.5-1.5B": ("qwen2.5-1.5b", 151_936),
+    "Qwen/Qwen2.5-3B": ("qwen2.5-3b", 151_936),
+    "Qwen/Qwen2.5-7B": ("qwen2.5-7b", 152_064),
+}
 # Layers and hidden size of GPT-3's models up to 6.7B: the width for each layer grows from 43 to 128, and between these
 # the loss hardly depends on it. Sources: https://arxiv.org/abs/2005.14165 table 2.1, https://arxiv.org/abs/2001.08361
 NARROWEST, WIDEST, USUAL = 40, 130, 64
@@ -79,7 +85,7 @@ class ModelSize:
     Attributes:
         default: the recipe's own shape.
         model: of --model: a name of PRESETS, or a folder or id whose config.json gives the shape.
-        target_parameters: of --target_parameters, such as "120M".
+        target_parameters: of --target_parameters, such as "120M"; with "auto", ``default`` is what was fitted.
         shared: says which tokenizer it will be.
     """
 
@@ -98,7 +104,7 @@ class ModelSize:
             raise InputError("--model and --target_parameters both give the size. Leave one out.")
         if self.model is not None:
             return shape_named(self.model)
-        if self.target_parameters is not None:
+        if self.target_parameters not in (None, AUTO):
             return shape_with(parameter_count(self.target_parameters), self.default, vocabulary_size)
         return self.default
 
@@ -142,7 +148,8 @@ class PretrainedSize:
         if Path(self.model).exists():
             return model_without_memory(find_model(self.model, weights=False))
         if full_name(self.model) in PUBLISHED:
-            return planned_model(PRESETS[PUBLISHED[full_name(self.model)]], PUBLISHED_VOCABULARY_ROWS, context_length)
+            preset, rows = PUBLISHED[full_name(self.model)]
+            return planned_model(PRESETS[preset], rows, context_length)
         if for_plan:
             return model_without_memory(find_model(self.model, weights=False))
         return None
@@ -189,19 +196,10 @@ def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
     Raises:
         InputError: there is none; the limits are named.
     """
-    if not {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} <= family.keys():
-        raise InputError(f"--target_parameters: MODEL {family} does not name its sizes as Llama, Qwen and Mistral do.")
-    wider = family["intermediate_size"] / family["hidden_size"]
     best, nearest = None, None
     for heads in (1, *range(2, 129, 2)):  # widths of whole multiples of 128, which matrix products like
         hidden = heads * HEAD_SIZE
-        sized = family | dict(
-            hidden_size=hidden,
-            intermediate_size=round(hidden * wider / 64) * 64,
-            num_attention_heads=heads,
-            num_key_value_heads=max(1, heads // 2),
-        )
-        one, two = (_parameters(sized | dict(num_hidden_layers=layers), vocabulary_rows) for layers in (1, 2))
+        one, two = (parameters_of(shape_of_width(family, heads, layers), vocabulary_rows) for layers in (1, 2))
         if one > 1.05 * target and nearest is not None:
             break
         for layers in range(max(1, round(hidden / WIDEST)), round(hidden / NARROWEST) + 1):
@@ -210,7 +208,7 @@ def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
             if nearest is None or error < nearest[0]:
                 nearest = (error, count)
             if error <= 0.05 and (best is None or unusual < best[0]):
-                best = (unusual, count, sized | dict(num_hidden_layers=layers))
+                best = (unusual, count, shape_of_width(family, heads, layers))
     if best is None:
         raise InputError(
             f"--target_parameters {target:,}: with a vocabulary of {vocabulary_rows:,} nothing sensible is within 5%; "
@@ -226,7 +224,29 @@ def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
     return shape
 
 
-def _parameters(shape: dict, vocabulary_rows: int) -> int:
+def shape_of_width(family: dict, heads: int, layers: int) -> dict:
+    """Return a shape like ``family`` with so many heads of HEAD_SIZE, and an MLP as much wider as in ``family``.
+
+    Two query heads share a key-value head; all do if their number is odd.
+
+    Raises:
+        InputError: ``family`` does not name its sizes.
+    """
+    if not {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"} <= family.keys():
+        raise InputError(f"--target_parameters: MODEL {family} does not name its sizes as Llama, Qwen and Mistral do.")
+    hidden = heads * HEAD_SIZE
+    wider = family["intermediate_size"] / family["hidden_size"]
+    return family | dict(
+        hidden_size=hidden,
+        intermediate_size=round(hidden * wider / 64) * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=1 if heads % 2 else heads // 2,
+    )
+
+
+def parameters_of(shape: dict, vocabulary_rows: int) -> int:
+    """Return the number of parameters of a shape, embedding included."""
     return planned_model(shape, vocabulary_rows, context_length=512).num_parameters()
 
 

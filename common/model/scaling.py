@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.model.presets import parameter_count
+from common.model.presets import AUTO, parameter_count
 
 SMALLEST, LARGEST = 16e6, 125e6  # parameters of the measured models, embedding included
 # Small models learn more from many small steps, large ones are faster with large steps. 42M and 62M parameters on 16M
@@ -33,8 +33,10 @@ PASSES_THAT_COUNT = 15.4
 def defaults_for(target_parameters: str) -> dict:
     """Return the flags that ``--target_parameters`` decides, and print them. A flag on the command line wins.
 
-    ``num_train_epochs`` 0 means ``passes_for``, which needs the text.
+    ``num_train_epochs`` 0 means ``passes_for``, which needs the text. For "auto", ``fit_to_text`` decides later.
     """
+    if target_parameters == AUTO:
+        return {}
     parameters = parameter_count(target_parameters)
     known = SMALLEST <= parameters <= LARGEST
     measured = f"models of {SMALLEST / 1e6:.0f}M to {LARGEST / 1e6:.0f}M were measured"

@@ -1,6 +1,5 @@
 """Tokens a step -> rows of a micro-batch and gradient accumulation."""
 
-import math
 from dataclasses import replace
 
 from accelerate.utils import gather_object
@@ -12,7 +11,7 @@ from common.console import InputError, say
 from common.distributed.launch import Launch
 from common.model.memory import Setting
 from common.system import GIB
-from common.train.plan import rows_that_fit, setting_of_run
+from common.train.plan import largest_divisor, rows_that_fit, setting_of_run
 
 LARGEST_STEP_TOKENS = 2**31  # the largest batches of published runs have some 2**26
 
@@ -71,15 +70,6 @@ def _check_size(flag: str, value: int, tokens: int) -> None:
             f"{flag} {value:,}: {value * tokens:,} tokens, and a step has at most {LARGEST_STEP_TOKENS:,}. Use at most "
             f"{LARGEST_STEP_TOKENS // tokens:,}."
         )
-
-
-def largest_divisor(number: int, most: int) -> int:
-    """Return the largest divisor of ``number`` that is at most ``most``; 0 without one."""
-    if number < 1:
-        return 0
-    divisors = [small for small in range(1, math.isqrt(number) + 1) if number % small == 0]
-    divisors += [number // small for small in divisors]
-    return max((divisor for divisor in divisors if divisor <= most), default=0)
 
 
 def derive_micro_batch(

@@ -1,4 +1,4 @@
-"""--plan: the memory a run needs, and what would make it fit, before anything is loaded; --probe: by three steps.
+"""--plan: the memory that a run needs, and what would make it fit, before anything is loaded.
 
 The micro-batch, if the flags leave it open, is as many rows at once as fit the card, until more rows make it no faster.
 Large micro-batches keep the card busy while the CPU prepares the next layers, above all where several cards exchange
@@ -6,170 +6,171 @@ something for each layer. The losses do not depend on the micro-batch: ``--token
 """
 
 import json
-import statistics
-import time
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
-import torch
 import yaml
-from transformers import AutoModelForCausalLM, PreTrainedModel, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
-from common.accelerator import card_bytes, memory_gib, synchronize
+from common.accelerator import card_bytes, computes_in_bf16
 from common.arguments import SharedArguments
+from common.command_line import launch_command
 from common.console import InputError, say
-from common.dataset.ledger import Ledger
 from common.distributed.launch import Launch, precision_of
-from common.distributed.strategy import DDP, FSDP2, SINGLE, ZERO2, Strategy
+from common.distributed.strategy import DDP, FSDP2, SINGLE, Strategy
 from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
-from common.model.memory import CONTEXT_BYTES, Setting, main_memory_bytes, optimizer_name, predict, state_bits
+from common.model.memory import Setting, main_memory_bytes, optimizer_name, predict, state_bits
 from common.model.recompute import choose_recompute
-from common.model.scaling import LossLaw
 from common.system import GIB
-from common.train.combinations import check_combinations, choose_optimizer
+from common.train.advice import Switch, advised, described, published_that_fit
+from common.train.combinations import check_combinations, choose_optimizer, replaced
 from common.train.cuda_graph import LARGEST, lacking
+
+CONFIGS = Path(__file__).resolve().parents[2] / "accelerate_configs"
 
 
 def print_plan(
+    recipe: str,
     model: PreTrainedModel,
     launch: Launch,
     shared: SharedArguments,
     training: TrainingArguments,
     own_optimizer: tuple[type, dict] | None = None,
     method: str | None = None,
+    continues: bool = False,
 ) -> None:
-    """Print what training ``model`` (on the meta device) needs on each card; the last line is JSON.
+    """Print what training ``model`` (on the meta device) needs on each card, whether it fits, and if not what does.
 
-    The strategy is that of ``--plan_config``, an accelerate YAML; without it, one card as the environment describes it.
-    ``own_optimizer`` and ``method`` are those of recipes/low_memory_16gb.py.
+    Args:
+        recipe: file name.
+        own_optimizer, method: those of recipes/low_memory_16gb.py.
+        continues: the run continues published weights, so other published ones are an alternative.
     """
-    processes, limit = shared.plan_processes, shared.plan_memory_gib
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
     launch = choose_recompute(shared.recompute, launch, training)
-    check_combinations(launch, training, method or "full")
-    if limit is None and torch.accelerator.is_available():
-        size = card_bytes(torch.device(torch.accelerator.current_accelerator().type, 0))
-        limit = None if size is None else size / GIB
     setting = setting_of_run(model, launch, training, shared.context_length, own_optimizer)
     setting = replace(setting, method=method)
-    if shared.plan_config is not None:
-        setting = setting_of_yaml(shared.plan_config, setting, processes)
-    elif processes is not None:
-        setting = replace(setting, strategy=DDP if processes > 1 else SINGLE, processes=processes)
+    path = yaml_to_plan(shared, launch, training)
+    if path is not None:
+        setting = setting_of_yaml(path, setting, shared.plan_processes)
+    elif shared.plan_processes is not None:
+        strategy = DDP if shared.plan_processes > 1 else SINGLE
+        setting = replace(setting, strategy=strategy, processes=shared.plan_processes)
+    # A YAML that is planned for is that of a card, whatever is here.
+    planned_training = training if path is None else replaced(training, use_cpu=False)
+    check_combinations(replace(launch, strategy=setting.strategy), planned_training, method or "full")
+    setting = with_graphs(model, setting)
+    limit = shared.plan_memory_gib
+    if limit is None and card_bytes(training.device) is not None:
+        limit = card_bytes(training.device) / GIB
+    setting = with_micro_batch(model, setting, shared, training, limit)
+    counts = parameter_report(model)
+    active = "" if counts["active"] == counts["total"] else f", of which a token meets {counts['active']:,}"
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    say(f"planned for {path or 'the YAML of this launch'}: {described(setting)}")
+    sharing = shared.context_length // setting.context_length
+    if sharing > 1:
+        say(f"  ({sharing} cards share each row of {shared.context_length:,} tokens)")
+    say(f"{counts['total']:,} parameters{active}, vocabulary of {vocabulary:,} rows. Each card, in GiB:")
+    need, moved = predict(model, setting), main_memory_bytes(model, setting)
+    figures = need.as_json(limit)
+    for name, value in vars(need).items():
+        say(f"  {name:12}{value / GIB:8.2f}")
+    say(f"  {'total':12}{need.total / GIB:8.2f}")
+    if moved:
+        say(f"  main memory{moved / GIB:9.2f}, of all cards together, for what is offloaded")
+        figures["main_memory_gib"] = round(moved / GIB, 3)
+    say(verdict(need.total / GIB, limit))
+    if figures["fits"] is False:
+        say(advised(model, setting, limit, partial(planned_command, recipe, path, shared, setting.processes)))
+        if continues and setting.processes == 1:
+            say(others_that_fit(setting, limit, shared))
+    if shared.plan_json:
+        say(json.dumps(figures))
+
+
+def verdict(need_gib: float, limit_gib: float | None) -> str:
+    """Return in a sentence whether a run fits a card."""
+    if limit_gib is None:
+        return (
+            f"It needs {need_gib:.2f} GiB on each card. --plan_memory_gib 16 says whether a card of 16 GiB is enough."
+        )
+    if need_gib > limit_gib:
+        return f"It does not fit {limit_gib:.4g} GiB: {need_gib - limit_gib:.2f} GiB are missing on each card."
+    return f"It fits {limit_gib:.4g} GiB with {limit_gib - need_gib:.2f} to spare. How long it takes: --plan --probe."
+
+
+NOT_OF_THE_RUN = {"plan", "probe", "plan_json", "plan_config", "plan_processes", "plan_memory_gib"}
+OF_THE_TEXT = ("data", "text_field", "encoding")
+
+
+def planned_command(recipe: str, yaml: str | None, shared: SharedArguments, processes: int, found: list[Switch]) -> str:
+    """Return the command of the run that was planned, with the switches that make it fit."""
+    flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
+    launcher = [f"--num_processes {processes}"] if processes > 1 else []
+    for switch in found:
+        flags |= switch.flags
+        launcher += [switch.launcher] if switch.launcher else []
+        yaml = switch.yaml or yaml
+    return launch_command(yaml or "YAML_OF_THIS_LAUNCH", recipe, flags, " ".join(launcher))
+
+
+def others_that_fit(setting: Setting, limit_gib: float, shared: SharedArguments) -> str:
+    """Return in words which published models recipes/low_memory_16gb.py trains on such a card, with their commands."""
+    found = published_that_fit(setting, limit_gib)
+    if not found:
+        return f"No published model of those known here can be trained in {limit_gib:.4g} GiB."
+    yaml = "accelerate_configs/fp16.yaml" if setting.precision == "fp16" else "accelerate_configs/single_gpu.yaml"
+    text = {"context_length": shared.context_length, "data": ["my-text.jsonl"]}
+    text |= {name: shared.given[name] for name in OF_THE_TEXT if name in shared.given}
+    lines = [f"Other weights that fit {limit_gib:.4g} GiB, with one row of {setting.context_length:,} tokens at once:"]
+    for name, flags, need_gib in found:
+        lines += [f"  {name} ({need_gib:.2f} GiB):", f"    {launch_command(yaml, 'low_memory_16gb.py', flags | text)}"]
+    return "\n".join(lines)
+
+
+def yaml_to_plan(shared: SharedArguments, launch: Launch, training: TrainingArguments) -> str | None:
+    """Return the YAML that --plan is about; None: that of this launch.
+
+    Without a launch, it is the one that README.md names for such cards: ``--plan_config`` names another.
+    """
+    if shared.plan_config is not None or launch.launched:
+        return shared.plan_config
+    if (shared.plan_processes or 1) > 1:
+        name = "ddp.yaml"
+    else:
+        here = training.device  # a card without bf16, or any other
+        name = "fp16.yaml" if here.type != "cpu" and not computes_in_bf16(here) else "single_gpu.yaml"
+    path = CONFIGS / name
+    return str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+
+
+def with_micro_batch(
+    model: PreTrainedModel,
+    setting: Setting,
+    shared: SharedArguments,
+    training: TrainingArguments,
+    limit_gib: float | None,
+) -> Setting:
+    """Return ``setting`` with the micro-batch that a run would take, as ``set_batch`` derives it.
+
+    Raises:
+        InputError: a step has less than a row for each card.
+    """
+    if training.gradient_accumulation_steps > 0:
+        return replace(setting, rows=max(1, setting.rows), accumulated=training.gradient_accumulation_steps > 1)
     rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
     if rows_a_step < 1:
         raise InputError(
             f"--tokens_per_step {shared.tokens_per_step:,}: less than one row of {setting.context_length} tokens for "
             f"each of {setting.processes} cards. Use at least {setting.context_length * setting.processes:,}."
         )
-    rows = setting.rows
-    if rows == 0:
-        rows = rows_that_fit(model, setting, rows_a_step, limit)
-    rows = max(1, min(rows, rows_a_step))
-    setting = replace(setting, rows=rows, accumulated=rows_a_step > rows)
-    need = predict(model, setting)
-    counts = parameter_report(model)
-    active = "" if counts["active"] == counts["total"] else f", of which a token meets {counts['active']:,}"
-    vocabulary = model.get_output_embeddings().weight.shape[0]
-    about = f"vocabulary of {vocabulary:,} rows, {described(setting)}"
-    say(f"{counts['total']:,} parameters{active}, {about}. Each card, in GiB:")
-    sharing = shared.context_length // setting.context_length
-    if sharing > 1:
-        say(f"  ({sharing} cards share each row of {shared.context_length:,} tokens)")
-    for name, value in vars(need).items():
-        say(f"  {name:12}{value / GIB:8.2f}")
-    say(f"  {'total':12}{need.total / GIB:8.2f}" + (f" of {limit:.2f}" if limit is not None else ""))
-    moved = main_memory_bytes(model, setting)
-    figures = need.as_json(limit)
-    if moved:
-        say(f"  main memory{moved / GIB:9.2f}, of all cards together, for what is offloaded")
-        figures["main_memory_gib"] = round(moved / GIB, 3)
-    if limit is not None and need.total > limit * GIB:
-        say("It does not fit. " + advised(model, setting, limit))
-    say(json.dumps(figures))
-
-
-def probe(trainer, ledgers: dict[str, Ledger] | None = None, law: LossLaw | None = None) -> None:
-    """Train three steps of a PretrainingTrainer's run, keep nothing, and print what the whole run will take.
-
-    The last line is JSON: ``peak_gib`` (measured), ``predicted_gib``, ``tokens_per_second`` over all processes,
-    ``hours`` and ``passes`` over the rows to the end of the run; with ``law``, also ``forecast``, the bits per byte to
-    expect. ``ledgers`` know the bytes of the text.
-    """
-    arguments, steps = trainer.args, trainer.args.max_steps
-    arguments.save_strategy = arguments.eval_strategy = "no"
-    timer = StepTimer(stop_after=3)
-    trainer.add_callback(timer)
-    trainer.train()
-    trainer.interruption.release()
-    seconds = timer.seconds[-1] if len(timer.seconds) == 1 else statistics.mean(timer.seconds[1:])  # the first compiles
-    context_length = trainer.train_dataset.context_length
-    setting = setting_of_trainer(trainer)
-    predicted = predict(trainer.accelerator.unwrap_model(trainer.model), setting).total - CONTEXT_BYTES
-    found = {
-        "peak_gib": round(memory_gib(arguments.device)["memory_peak_gib"], 3),
-        "predicted_gib": round(predicted / GIB, 3),
-        "tokens_per_second": round(trainer.launch.rows_per_step * context_length / seconds, 1),
-        "hours": round(steps * seconds / 3600, 4),
-        "passes": round(trainer.order.passes_at(trainer.order.rows_in_run), 4),
-    }
-    say(
-        "probe: {peak_gib} GiB at the peak ({predicted_gib} predicted), {tokens_per_second:,} tokens/s, ".format(
-            **found
-        )
-        + "{hours} hours and {passes} passes over the rows to the end. Nothing was kept.".format(**found)
-    )
-    if law is not None:
-        body = parameter_report(trainer.accelerator.unwrap_model(trainer.model))["rest"]
-        found["forecast"] = law.forecast(body, bytes_of_training_rows(ledgers), found["passes"])
-        say(forecast_in_words(found["forecast"], law))
-    say(json.dumps(found))
-
-
-def bytes_of_training_rows(ledgers: dict[str, Ledger]) -> float:
-    """Return the bytes of the text in the training rows, by their share of each source's tokens.
-
-    Raises:
-        InputError: a token store does not say how many bytes its text had.
-    """
-    found = 0.0
-    for name, ledger in ledgers.items():
-        if ledger.bytes_read == 0:
-            raise InputError(f"--ladder: {name} does not say how many bytes its text had. Leave --ladder out.")
-        found += ledger.bytes_read * ledger.tokens_train / ledger.tokens_read
-    return found
-
-
-def forecast_in_words(forecast: dict, law: LossLaw) -> str:
-    """Return a forecast of a LossLaw in two sentences."""
-    doubtful = " This run is outside of what the ladder measured: the law is extrapolated." * forecast["extrapolated"]
-    return (
-        "expected at the end: {bits_per_byte:.3f} bits per byte; with twice the parameters {twice_the_parameters:.3f}, "
-        "twice the text {twice_the_text:.3f}, twice the passes {twice_the_passes:.3f}".format(**forecast)
-        + f". The law was fitted on {law.text}; it missed runs that it had not seen by {law.error:.1%} on average."
-        + doubtful
-    )
-
-
-class StepTimer(TrainerCallback):
-    """Note the seconds from the end of each step to that of the next, in which a batch is fetched, too."""
-
-    def __init__(self, stop_after: int | None = None):
-        """``stop_after``: steps, of which nothing is saved."""
-        self.stop_after, self.seconds = stop_after, []
-
-    def on_train_begin(self, *_, **__):
-        synchronize()
-        self.ended = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        synchronize()
-        now = time.perf_counter()
-        self.seconds.append(now - self.ended)
-        self.ended = now
-        control.should_training_stop |= len(self.seconds) == self.stop_after
-        control.should_save = False  # not even when a signal asks for it: nothing is kept
+    most = setting.rows if setting.rows > 0 else rows_that_fit(model, setting, rows_a_step, limit_gib)
+    rows = largest_divisor(rows_a_step, most)
+    return replace(setting, rows=rows, accumulated=rows_a_step > rows)
 
 
 def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -> Setting:
@@ -279,6 +280,11 @@ def setting_of_run(
         accumulated=training.gradient_accumulation_steps != 1,
         method=method_of(model, own_optimizer),
     )
+    return with_graphs(model, setting)
+
+
+def with_graphs(model: PreTrainedModel, setting: Setting) -> Setting:
+    """Return ``setting`` with CUDA graphs where they are possible and the model is not large."""
     return replace(setting, graphs=not lacking(model, setting) and model.num_parameters() <= LARGEST)
 
 
@@ -305,112 +311,9 @@ def out_of_memory(trainer, error: RuntimeError) -> str:
     # What does not fit although it was predicted to is memory in pieces, or somebody else's: leave more room.
     limit = 0.9 * (need if size is None else min(size / GIB, need))
     return (
-        f"out of memory: {str(error).splitlines()[0]}\nPredicted: {need:.1f} GiB for {described(setting)}. "
+        f"out of memory: {str(error).splitlines()[0]}\nPlanned: {need:.2f} GiB for {described(setting)}.\n"
         f"{advised(model, setting, limit)}\nCheckpoints are kept: the same command with such a switch continues."
     )
-
-
-BUSY_TOKENS = 8192  # at once keep a large GPU busy (assumed); with fewer, halving the micro-batch costs speed
-
-
-def described(setting: Setting) -> str:
-    """Return a setting in words."""
-    extras = [word for word in ("compiled", "offload_optimizer", "offload_parameters") if getattr(setting, word)]
-    if setting.recompute:
-        extras.append("recompute" if setting.recomputed == "all" else f"recompute {setting.recomputed}")
-    return (
-        f"{setting.strategy} on {setting.processes} card(s), {setting.rows} rows of {setting.context_length} tokens at "
-        f"once on each, {setting.optimizer}, mixed precision {setting.precision}, {', '.join(extras) or 'not compiled'}"
-    )
-
-
-def advised(model: PreTrainedModel, setting: Setting, limit_gib: float) -> str:
-    """Return, for people, what would make ``setting`` fit into ``limit_gib``."""
-    switches = advice(model, setting, limit_gib)
-    if not switches:
-        return "Nothing known here makes it fit: take more or larger cards, a smaller model, or shorter rows."
-    return "What makes it fit, the cheapest first:\n" + "\n".join(f"  {switch}" for switch in switches)
-
-
-def switches(setting: Setting) -> list[tuple[str, Setting]]:
-    """Return what saves memory, each on top of those before it, the cheapest first."""
-    found, now = [], setting
-
-    def switch(name: str, **changes) -> None:
-        nonlocal now
-        now = replace(now, **changes)
-        found.append((name, now))
-
-    if not now.fused_loss:
-        switch("use_fused_loss: the logits are never held", fused_loss=True)
-    if not now.compiled:
-        switch("a YAML with dynamo_config: compiled layers keep less", compiled=True)
-    while now.rows > 1 and now.rows * now.context_length > BUSY_TOKENS:
-        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
-    if now.processes > 1 and now.method is None:
-        if not now.strategy.shards_gradients:
-            switch("accelerate_configs/zero2.yaml", strategy=ZERO2)
-        if not now.strategy.shards_parameters:
-            switch("accelerate_configs/fsdp2.yaml", strategy=FSDP2)
-    while now.rows > 1:
-        switch(f"--per_device_train_batch_size {now.rows // 2}", rows=now.rows // 2)
-    if not now.recompute:
-        if now.compiled:
-            changes = dict(recompute=True, recomputed="keep_products")
-            switch("--recompute keep_products: what costs little is computed twice", **changes)
-        switch("--recompute 2: every second layer is computed twice", recompute=True, recomputed="2")
-    if not now.recompute or now.recomputed != "all":
-        switch("--recompute all: activations are computed twice", recompute=True, recomputed="all")
-    if state_bits(now.optimizer) == 32 and not now.strategy.shards_states:
-        optimizer = "rounding_8bit" if now.optimizer.startswith("rounding") else "adamw_8bit"
-        switch("--optimizer adamw --optim adamw_8bit", optimizer=optimizer)
-    if now.method is not None:
-        found += switches_of_method(now)
-    return found
-
-
-def switches_of_method(setting: Setting) -> list[tuple[str, Setting]]:
-    """Return those that recipes/low_memory_16gb.py has beside; a ``--method`` goes without a step inside backward."""
-    found = []
-    optimizer = "8bit" if state_bits(setting.optimizer) == 8 else "32bit"
-    if not setting.in_backward and setting.processes == 1 and setting.precision != "fp16":
-        name = f"--step_in_backward --max_grad_norm 0 --tokens_per_step {setting.context_length}"
-        changed = dict(in_backward=True, accumulated=False, optimizer=f"rounding_{optimizer}")
-        found.append((f"{name}: one micro-batch a step, no clipping", replace(setting, **changed)))
-    if setting.precision == "fp8":  # adapters are not for it
-        return found
-    own = dict(in_backward=False, optimizer="adamw_8bit" if optimizer == "8bit" else "adamw")
-    for method, why in (("lora", "adapters beside frozen weights"), ("qlora", "the frozen ones in 4 bits")):
-        if setting.method == "full" or (setting.method, method) == ("lora", "qlora"):
-            found.append((f"--method {method}: {why}", replace(setting, method=method, **own)))
-    return found
-
-
-def advice(model: PreTrainedModel, setting: Setting, limit_gib: float) -> list[str]:
-    """Return the switches that make ``setting`` fit into ``limit_gib``, the cheapest first; empty if none do.
-
-    Of several micro-batches, of several YAMLs, and of what changes the method, only the last is named.
-    """
-    tried: list[str] = []
-    for name, changed in switches(setting):
-        kind = name.split()[0].split("/")[0]
-        replaced = (kind, "--step_in_backward") if kind == "--method" else kind
-        tried = [earlier for earlier in tried if not earlier.startswith(replaced)] + [name]
-        if predict(beside_adapters(model, changed), changed).total <= limit_gib * GIB:
-            return tried
-    return []
-
-
-def beside_adapters(model: PreTrainedModel, setting: Setting) -> PreTrainedModel:
-    """Return ``model``, or what ``--method lora`` makes of it, without memory, if the setting says so."""
-    if setting.method not in ("lora", "qlora") or hasattr(model, "peft_config"):
-        return model
-    from peft import LoraConfig, get_peft_model  # imported where it is used only
-
-    dtype = {"bf16": torch.bfloat16, "fp8": torch.bfloat16, "fp16": torch.float16}.get(setting.precision, torch.float32)
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(model.config, dtype=dtype)
-    return get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=16, target_modules="all-linear"))
 
 
 FASTEST_TOKENS = 65_536  # 123M on an H100: 490k tokens/s with 32,768 at once, 508k with these (benchmarks/README.md)
@@ -436,3 +339,12 @@ def rows_that_fit(model: PreTrainedModel | None, setting: Setting, rows_a_step: 
             break
         rows = (rows + 1) // 2 if rows > 2 else 1
     return rows
+
+
+def largest_divisor(number: int, most: int) -> int:
+    """Return the largest divisor of ``number`` that is at most ``most``; 0 without one."""
+    if number < 1:
+        return 0
+    divisors = [small for small in range(1, math.isqrt(number) + 1) if number % small == 0]
+    divisors += [number // small for small in divisors]
+    return max((divisor for divisor in divisors if divisor <= most), default=0)

@@ -12,12 +12,13 @@ from transformers import PreTrainedModel, TrainingArguments
 
 from common.accelerator import device_name
 from common.arguments import SharedArguments
-from common.console import InputError, say
+from common.console import InputError, duration_in_words, say
 from common.distributed.context_parallel import check_parallelism
 from common.distributed.hardware import compiled_code_folder
 from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
+from common.model.counts import cpu_flops
 from common.model.memory import optimizer_name, predict
 from common.model.placement import check_expert_plan, check_plan
 from common.model.presets import ModelSize, PretrainedSize
@@ -26,12 +27,14 @@ from common.run.branch import check_branch
 from common.run.folder import check_disk_space, check_folder, check_path
 from common.run.lock import lock_folder
 from common.run.tracking import prepare_trackers
-from common.system import GIB, take_cores
+from common.system import GIB, take_cores, usable_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
 from common.train.combinations import check_combinations, check_optimizer, choose_optimizer
 from common.train.eval_tasks import check_eval_tasks
 from common.train.plan import setting_of_run
 from common.train.schedule import check_schedule
+
+LONG_STEP_SECONDS = 60  # on a CPU: a thousand steps would take a day
 
 
 def preflight(
@@ -85,6 +88,7 @@ def preflight(
     derive_micro_batch(model, launch, training, shared)
     launch = replace(launch, rows_per_step=set_batch(launch, training, shared.tokens_per_step, shared.context_length))
     check_accumulation(training)
+    say_time_on_cpu(model, size, training, launch.rows_per_step * shared.context_length)
     if learning_rates is not None and training.learning_rate == 0:
         training.learning_rate = learning_rates[launch.optimizer]
     check_schedule(training)
@@ -124,14 +128,30 @@ def precision(training: TrainingArguments) -> str:
 
 
 def memory(model: PreTrainedModel, launch: Launch, training: TrainingArguments, context_length: int) -> str:
-    """Return what a card needs, as --plan predicts it. A run that needs more than there is may still be tried."""
+    """Return what a card needs: the total of --plan. A run that needs more than there is may still be tried."""
     setting = replace(setting_of_run(model, launch, training, context_length), fused_loss=True)
     need = predict(model, setting).total / GIB
     there = card_gib(training)
     if there is None:
-        return f"{need:.1f} GiB a process predicted, as on a GPU"
+        return f"{need:.2f} GiB a process planned, as on a GPU"
     verdict = "" if need <= there else ". It will hardly fit: --plan names the switches that help"
-    return f"{need:.1f} of {there:.1f} GiB a card predicted{verdict}"
+    return f"{need:.2f} of {there:.4g} GiB a card planned{verdict}"
+
+
+def say_time_on_cpu(
+    model: PreTrainedModel | None, size: ModelSize | PretrainedSize | None, training: TrainingArguments, tokens: int
+) -> None:
+    """Print how long a step of so many tokens takes on a CPU, where that is long, and what fits a CPU."""
+    if model is None or training.device.type != "cpu":
+        return
+    seconds = 6 * model.num_parameters() * tokens / cpu_flops(usable_cores())
+    if seconds > LONG_STEP_SECONDS:
+        fitting = "a size that fits your text and this machine: --data FILES --target_parameters auto"
+        fitting = f"; {fitting}" if isinstance(size, ModelSize) else ""
+        say(
+            f"note: {model.num_parameters() / 1e6:.0f}M parameters on a CPU, {tokens:,} tokens a step: about "
+            f"{duration_in_words(seconds)} a step{fitting}"
+        )
 
 
 def check_checkpoints(launch: Launch, training: TrainingArguments) -> None:

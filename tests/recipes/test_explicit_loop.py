@@ -218,11 +218,13 @@ def test_two_processes_give_the_losses_of_one(odd, cache_dir, tmp_path, config):
     assert_same(logged(tmp_path), logged(odd), tolerance=1e-4)
 
 
-def test_help_names_every_flag(loop, capsys):
+def test_help_fits_a_screen(loop, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         loop.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 40
     assert all(flag in printed for flag in ("--sample", "--tokens_per_step", "--learning_rate"))
 
 

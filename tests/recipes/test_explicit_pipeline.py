@@ -271,11 +271,13 @@ def test_the_launch_line_trains(cut_in_two, cache_dir, tmp_path):
     assert weights_of(tmp_path).keys() == weights_of(cut_in_two).keys()
 
 
-def test_help_names_every_flag(pipeline, capsys):
+def test_help_fits_a_screen(pipeline, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         pipeline.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 40
     assert all(flag in printed for flag in ("--sample", "--stages_per_process", "--pipeline_processes"))
 
 

@@ -308,6 +308,13 @@ def test_every_option_in_bf16(recipe, weights, cache_dir, tmp_path, request, nam
         assert difference < 0.05 * logits_of(adapted).std(), "bf16 has 8 bits"
 
 
+def test_help_fits_a_screen(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit):
+        load_recipe("low_memory_16gb").main(["--help"])
+    assert len(capsys.readouterr().out.splitlines()) <= 40
+
+
 @pytest.mark.parametrize("method", ["lora", "qlora"])
 def test_adapters_in_fp8_are_refused_by_the_plan_as_by_the_run(method):
     flags = ["--plan", "--plan_config", str(ROOT / "accelerate_configs" / "fp8.yaml"), "--method", method]

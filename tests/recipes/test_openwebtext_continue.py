@@ -82,7 +82,7 @@ def loss_by_hand(folder: Path, texts: list[str]) -> tuple[float, int, int]:
 
 def test_help_names_every_flag(recipe, capsys):
     with pytest.raises(SystemExit) as stop:
-        recipe.main(["--help"])
+        recipe.main(["--help", "all"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert all(flag in printed for flag in ("--model", "--retain", "--from_scratch", "--data_weights"))
@@ -396,13 +396,15 @@ def test_the_plan_is_of_the_model_and_loads_nothing(recipe, weights, tmp_path, m
     """Offline: Qwen2.5-0.5B's 494,032,768 parameters (its model card: 0.49B), or those of another model's config."""
     if model is not None:
         shutil.copy(weights / "config.json", tmp_path)
-    recipe.main(["--plan", *([] if model is None else ["--model", str(tmp_path)]), "--context_length", "128"])
+    recipe.main(
+        ["--plan", "--plan_json", *([] if model is None else ["--model", str(tmp_path)]), "--context_length", "128"]
+    )
     expected = 494_032_768 if model is None else AutoModelForCausalLM.from_pretrained(weights).num_parameters()
     printed = capsys.readouterr().out
     assert f"{expected:,} parameters" in printed and "total_gib" in json.loads(printed.splitlines()[-1])
 
 
 def test_a_probe_keeps_nothing(recipe, weights, cache_dir, tmp_path, capsys):
-    recipe.main(run(weights, cache_dir, tmp_path / "run", "--plan", "--probe"))
+    recipe.main(run(weights, cache_dir, tmp_path / "run", "--plan", "--probe", "--plan_json"))
     assert "tokens_per_second" in json.loads(capsys.readouterr().out.splitlines()[-1])
     assert not list((tmp_path / "run").glob("*"))

@@ -37,11 +37,13 @@ def results_of(folder) -> dict:
     return json.loads((folder / "all_results.json").read_text(encoding="utf-8"))
 
 
-def test_help_names_every_flag(wiki, capsys):
+def test_help_fits_a_screen(wiki, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     with pytest.raises(SystemExit) as stop:
         wiki.main(["--help"])
     assert stop.value.code == 0
     printed = capsys.readouterr().out
+    assert len(printed.splitlines()) <= 40
     assert all(flag in printed for flag in ("--sample", "--tokens_per_step", "--learning_rate"))
 
 
