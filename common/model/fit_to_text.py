@@ -58,7 +58,7 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
         tokens = min(tokens, shared.max_data_tokens * len(sources))
     on_cpu = training.device.type == "cpu"
     fit, why = best_fit(family, tokens, SECONDS_ON_A_CPU if on_cpu else None)
-    chosen = settings_of(fit, tokens, shared)
+    chosen = settings_of(fit, tokens, shared, on_cpu)
     chosen["output_dir"] = str(Path(training.output_dir).parent / sources[0].name)
     if "max_steps" in shared.given:
         del chosen["num_train_epochs"]
@@ -117,7 +117,7 @@ def best_fit(family: dict, tokens: float, most_seconds: float | None) -> tuple[F
     return fit, "the smallest there is"
 
 
-def settings_of(fit: Fit, tokens: float, shared: SharedArguments) -> dict:
+def settings_of(fit: Fit, tokens: float, shared: SharedArguments, on_cpu: bool) -> dict:
     """Return the flags that follow from a fit: a batch of a power of two, so that there are about STEPS steps."""
     tokens_per_step = min(tokens_per_step_for(fit.parameters), 2 ** int(fit.tokens / STEPS).bit_length() // 2)
     tokens_per_step = max(LEAST_TOKENS_PER_STEP, tokens_per_step)
@@ -138,4 +138,6 @@ def settings_of(fit: Fit, tokens: float, shared: SharedArguments) -> dict:
         chosen["held_out_fraction"] = 0.05
     if fit.parameters <= SMALL_MODEL:
         chosen |= dict(optimizer="adamw", learning_rate=ITS_RATE)
+    elif on_cpu:  # where Muon's iterations take longer than they save
+        chosen["optimizer"] = "adamw"
     return chosen
