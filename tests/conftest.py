@@ -44,7 +44,7 @@ def load_recipe(name: str):
 
 @pytest.fixture(scope="module", autouse=True)
 def compiled_afresh():
-    """Forget what other files have compiled: torch.compile stops at 8 variants of a function, whoever asked for them."""
+    """Forget what other files have compiled: torch.compile stops at 8 variants of a function, whoever wants them."""
     if "torch._dynamo" in sys.modules:
         sys.modules["torch._dynamo"].reset()
 
