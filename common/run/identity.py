@@ -35,6 +35,7 @@ SHARED_NOT_DECIDING = {
     "optimizer": "run.json has the one that was chosen",
     "plan": "a plan trains nothing",
     "plan_config": "a plan trains nothing",
+    "plan_json": "a plan trains nothing",
     "plan_memory_gib": "a plan trains nothing",
     "plan_processes": "a plan trains nothing",
     "probe": "a probe keeps nothing",
@@ -47,7 +48,7 @@ SHARED_NOT_DECIDING = {
     "tokens_per_step": "run.json has the rows of a step",
     "vocabulary_size": "run.json has the tokenizer",
 }
-DECIDING_ROWS = [each.name for each in fields(SharedArguments) if each.name not in SHARED_NOT_DECIDING]
+DECIDING_ROWS = [each.name for each in fields(SharedArguments) if each.init and each.name not in SHARED_NOT_DECIDING]
 BY_YAML = "with a YAML of another precision, --init_from the checkpoint into a new --output_dir"
 # What a run cannot be continued with -> why. --allow_changes takes any other name.
 FIXED = {
