@@ -53,6 +53,7 @@ def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dic
     }
     # to_dict replaces the values of tokens.
     arguments = {"shared": asdict(shared), "training": training.to_dict()}
+    del arguments["shared"]["given"]  # the command has them
     versions = {name: installed(name) for name in PACKAGES}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
