@@ -298,7 +298,8 @@ def test_every_flag_that_is_not_refused_is_read(loop):
     read = set(re.findall(r"training\.(\w+)", SOURCE + handed)) | set(deciding_fields()) | {"ddp_timeout"}
     assert {field.name for field in fields(TrainingArguments)} & loop.TRAINING.keys() <= read
     # Flags shared by all recipes: a new one is either read by the loop or has to be refused. --plan_* need --plan.
-    shared = {field.name for field in fields(SharedArguments)} - loop.DATA.keys() - loop.TRAINING.keys()
+    flags = {field.name for field in fields(SharedArguments) if field.init}
+    shared = flags - loop.DATA.keys() - loop.TRAINING.keys()
     assert {name for name in shared if not name.startswith("plan_")} - loop.NOT_READ == {
         "data_weights", "text_field", "keep_duplicates", "skip_malformed", "end_token", "split",
         "max_eval_rows", "packing", "attn_implementation", "allow_changes", "encoding", "max_data_tokens",
