@@ -1,4 +1,4 @@
-"""This machine: the cores that this process may use, and the main memory in use."""
+"""This machine: the cores that this process may use, the main memory in use, and what is left of it."""
 
 import os
 import sys
@@ -13,6 +13,11 @@ CGROUP = Path("/sys/fs/cgroup")
 QUOTA_FILES = (
     ("cpu.max",),  # cgroup version 2: both in one file, "1600000 100000" for 16 cores, "max 100000" for no limit
     ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us"),  # version 1: quota -1 for no limit
+)
+# The files with a container's limit on memory and its use, in bytes, and what of its use is only a cache of files.
+MEMORY_FILES = (
+    ("memory.max", "memory.current", "memory.stat", "inactive_file"),  # cgroup version 2; "max" for no limit
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_inactive_file"),
 )
 GIB = 2**30
 
@@ -43,6 +48,20 @@ def take_cores(local_processes: int) -> int:
     """
     torch.set_num_threads(max(1, usable_cores() // local_processes))
     return torch.get_num_threads()
+
+
+def available_memory(cgroup: Path = CGROUP) -> int:
+    """Return how many bytes of main memory can still be taken, on this machine and within its container's limit.
+
+    Source: https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files
+    """
+    available = psutil.virtual_memory().available
+    for limit_file, used_file, details_file, cached in MEMORY_FILES:
+        with suppress(OSError, ValueError, KeyError):  # there is no such file, or no limit
+            limit, used = (int((cgroup / name).read_text()) for name in (limit_file, used_file))
+            details = dict(line.split() for line in (cgroup / details_file).read_text().splitlines())
+            available = min(available, limit - used + int(details[cached]))
+    return max(0, available)
 
 
 def process_memory_bytes() -> tuple[int, int]:

@@ -111,6 +111,16 @@ class Launch:
         return self.tensor_parallel > 1 or self.expert_parallel > 1
 
     @property
+    def saves_parts(self) -> bool:
+        """Whether every process writes its own part of a checkpoint."""
+        return self.divided or (self.strategy.is_fsdp and "SHARDED" in self.state_dict_type)
+
+    @property
+    def saves_whole_weights(self) -> bool:
+        """Whether a checkpoint has ordinary safetensors. Under FSDP2 they are gathered from all processes for it."""
+        return not (self.strategy.is_fsdp and "SHARDED" in self.state_dict_type)
+
+    @property
     def building_device(self) -> torch.device | None:
         """Where this process builds or loads the whole model, if the launch decides it.
 

@@ -6,7 +6,7 @@ is used. ``remove_dead_locks`` and ``take_over_compile`` come before the launche
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -259,6 +259,23 @@ def shares_rows(launch) -> Iterator[None]:
 
 
 @contextmanager
+def deepspeed_loads_with(load: Callable[[object, str], None]) -> Iterator[None]:
+    """Around ``Trainer.train``: ``load(engine, checkpoint)`` loads a checkpoint of DeepSpeed.
+
+    Trainer (transformers 5.24) calls a function of its module, which knows DeepSpeed's own format only. It can go when
+    there is a method to override.
+    """
+    import transformers.trainer  # takes seconds, and only this needs it
+
+    given = transformers.trainer.deepspeed_load_checkpoint
+    transformers.trainer.deepspeed_load_checkpoint = lambda engine, checkpoint, **_: load(engine, checkpoint)
+    try:
+        yield
+    finally:
+        transformers.trainer.deepspeed_load_checkpoint = given
+
+
+@contextmanager
 def saved_as_given(model: PreTrainedModel) -> Iterator[None]:
     """Around ``model.save_pretrained(state_dict=...)``: save the weights that it is given.
 
@@ -297,6 +314,18 @@ def reduce_in_fp32(accelerator: Accelerator) -> None:
     if plugin is not None and accelerator.mixed_precision in half_precisions:
         computed = half_precisions[accelerator.mixed_precision]
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)
+
+
+def read_whole_checkpoints(accelerator: Accelerator) -> None:
+    """Have accelerate read FSDP2's checkpoints of one file, and gather the model of the run's end, whatever the YAML.
+
+    Its plugin (1.15) reads and writes one format only, and Trainer saves no model under SHARDED_STATE_DICT. Here
+    checkpoints in parts are read and written without it.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None:
+        plugin.state_dict_config = plugin.optim_state_dict_config = None  # those of the YAML's type
+        plugin.set_state_dict_type("FULL_STATE_DICT")
 
 
 def gather_layers_whole(plugin: DeepSpeedPlugin | None, model: PreTrainedModel, compiled: bool) -> None:

@@ -16,19 +16,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from safetensors.torch import load_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
-from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.placement_types import _StridedShard
-from torch.utils._pytree import tree_map
 from transformers import PreTrainedModel
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -37,9 +26,7 @@ from common.io import DISK_FULL, write_json
 
 UNFINISHED, MANIFEST = "unfinished", "manifest.json"
 REMOVED = "removed-"  # a checkpoint that is being removed
-SHARDS = "shards"  # the folder of a checkpoint to which every process writes its own part of weights and states
 LARGEST_MANIFEST_BYTES = 64 * 2**20
-BY_NAME = StateDictOptions(flatten_optimizer_state_dict=True)  # not by the number of a group, which may change
 FULL = {*DISK_FULL, errno.EFBIG}
 
 
@@ -197,40 +184,85 @@ def _says_no_reason(error: Exception) -> bool:
     return isinstance(error, RuntimeError) or (isinstance(error, OSError) and error.errno is None)
 
 
-def write_checkpoint(
-    folder: str | Path, step: int, write: Callable[[], None], gather: Callable[[list], list], collective: bool
-) -> str | None:
-    """Write and finish the checkpoint of ``step`` with all processes; return why it cannot be written, or None.
-
-    Nothing is left of a checkpoint that did not fit, and no earlier one is touched.
+def begin_checkpoint(
+    folder: str | Path, step: int, write: Callable[[], list | None], gather: Callable[[list], list], collective: bool
+) -> tuple[str | None, list[Callable[[], None]]]:
+    """Begin the checkpoint of ``step`` with all processes, before training goes on.
 
     Args:
-        write: writes this process's files into ``unfinished(folder, step)``.
+        write: writes files of this process into ``unfinished(folder, step)``, and may return functions that write the
+            others: ``end_checkpoint`` calls them.
         gather: returns the lists of all processes end to end, to all of them.
-        collective: whether ``write`` waits for other processes. Then a process that fails alone cannot tell them.
+        collective: whether ``write`` waits for other processes after it has begun to write. Then a process that fails
+            alone cannot tell them.
+
+    Returns:
+        Why it cannot be written, or None; and what ``write`` returned.
 
     Raises:
         InputError: the disk failed in the middle of a collective write.
         Exception: whatever else ``write`` raises.
     """
-    main, path, processes = is_main_process(), unfinished(folder, step), len(gather([0]))
+    left: list[Callable[[], None]] = []
 
     def prepare() -> None:
-        if main:
-            shutil.rmtree(path, ignore_errors=True)
+        if is_main_process():
+            shutil.rmtree(unfinished(folder, step), ignore_errors=True)
             check_room(folder)
 
+    def write_first() -> None:
+        left.extend(write() or [])
+
+    alone = collective and len(gather([0])) > 1
+    return _together([(prepare, False), (write_first, alone)], folder, step, gather), left
+
+
+def end_checkpoint(
+    folder: str | Path, step: int, left: list[Callable[[], None]], gather: Callable[[list], list]
+) -> str | None:
+    """Write what is left of the checkpoint of ``step`` with all processes, and finish it; return why not, or None.
+
+    This may run in a thread, if ``gather`` may.
+    """
+    processes = len(gather([0]))
+
+    def write() -> None:
+        for function in left:
+            function()
+
     def finish() -> None:
-        if main:
+        if is_main_process():
             finish_checkpoint(folder, step, processes)
 
-    for action, alone in ((prepare, False), (write, collective and processes > 1), (finish, False)):
+    return _together([(write, False), (finish, False)], folder, step, gather)
+
+
+def write_checkpoint(
+    folder: str | Path, step: int, write: Callable[[], list | None], gather: Callable[[list], list], collective: bool
+) -> str | None:
+    """Write and finish the checkpoint of ``step`` with all processes; return why it cannot be written, or None.
+
+    Nothing is left of a checkpoint that did not fit, and no earlier one is touched. The arguments and errors are those
+    of ``begin_checkpoint``.
+    """
+    problem, left = begin_checkpoint(folder, step, write, gather, collective)
+    return problem if problem is not None else end_checkpoint(folder, step, left, gather)
+
+
+def _together(
+    actions: list[tuple[Callable[[], None], bool]], folder: str | Path, step: int, gather: Callable[[list], list]
+) -> str | None:
+    """Do each action on all processes before the next; return the first problem, and remove what is there of ``step``.
+
+    An action comes with whether a process whose disk fails in it cannot tell the others.
+    """
+    for action, alone in actions:
         problem = next(filter(None, gather([_attempt(action, folder, step, alone)])), None)
         if problem is not None:
-            break
-    if problem is not None and main:
-        shutil.rmtree(path, ignore_errors=True)
-    return problem
+            if is_main_process():
+                shutil.rmtree(unfinished(folder, step), ignore_errors=True)
+            return problem
+    return None
 
 
 def _attempt(action: Callable[[], None], folder: str | Path, step: int, alone: bool) -> str | None:
@@ -249,52 +281,6 @@ def _attempt(action: Callable[[], None], folder: str | Path, step: int, alone: b
             ) from None
         return problem
     return None
-
-
-def save_shards(model: PreTrainedModel, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Write the weights and the optimizer's states of a divided model to ``path``: each process writes its own parts.
-
-    The folder must be a fresh one: torch would leave the parts of an earlier save, and load them without a word.
-    """
-    if (path / SHARDS).exists():
-        raise FileExistsError(path / SHARDS)
-    torch.distributed.barrier()  # nobody begins before all have looked
-    state = {"model": get_model_state_dict(model)}
-    state["optimizer"] = get_optimizer_state_dict(model, optimizer, options=BY_NAME)
-    dcp.save(in_one_piece(state), checkpoint_id=path / SHARDS)
-
-
-def load_weights(model: PreTrainedModel, path: Path) -> None:
-    """Read the weights that ``save_shards`` wrote, on any number of processes, into ``model``."""
-    set_model_state_dict(model, _read("model", get_model_state_dict(model), path))
-
-
-def load_states(model: PreTrainedModel, optimizer: torch.optim.Optimizer, path: Path) -> None:
-    """Read the optimizer's states that ``save_shards`` wrote, on any number of processes, into ``optimizer``."""
-    state = _read("optimizer", get_optimizer_state_dict(model, optimizer, options=BY_NAME), path)
-    set_optimizer_state_dict(model, optimizer, state, options=BY_NAME)
-
-
-def _read(what: str, kept: dict, path: Path) -> dict:
-    read = in_one_piece(kept)
-    dcp.load({what: read}, checkpoint_id=path / SHARDS)
-    return in_one_piece(read, placed_like=kept)
-
-
-def in_one_piece(state: dict, placed_like: dict | None = None) -> dict:
-    """Return ``state`` with every part one contiguous piece, or, after that, placed like another state again.
-
-    A dimension that both FSDP2 and tensor parallelism divide lies in several pieces (_StridedShard). torch's
-    checkpoints (2.13) take any part for one piece, and would save it so without an error.
-    """
-
-    def place(value, like=None):
-        if not isinstance(value, DTensor):
-            return value
-        pieces = [Shard(place.dim) if isinstance(place, _StridedShard) else place for place in value.placements]
-        return value.redistribute(placements=pieces if like is None else like.placements)
-
-    return tree_map(place, state) if placed_like is None else tree_map(place, state, placed_like)
 
 
 def saved_weights(path: Path) -> dict[str, torch.Tensor]:
@@ -326,20 +312,6 @@ def named_as_in(model: PreTrainedModel, weights: dict[str, torch.Tensor]) -> dic
     wrong = {*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])}
     joined = {name: tensor for name, tensor in loaded.state_dict().items() if name not in wrong}
     return joined | {name: weights[name] for name in found["unexpected_keys"] if name in weights}
-
-
-def gathered_weights(model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return the whole weights of a divided model to the main process, in main memory; to others an empty dict."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-
-def each_once(weights: dict[str, torch.Tensor], model: PreTrainedModel) -> dict[str, torch.Tensor]:
-    """Return gathered weights with a matrix that embedding and head share only once.
-
-    transformers tells shared matrices by their address, and gathered ones have each its own: it would write them twice.
-    """
-    again = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    return {name: tensor for name, tensor in weights.items() if name not in again}
 
 
 def sync_folder(path: Path) -> None:

@@ -11,11 +11,16 @@ import json
 import math
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from dataclasses import asdict
+from datetime import timedelta
+from functools import cached_property, partial
 from pathlib import Path
 
+import torch
 from accelerate.utils import broadcast_object_list, gather_object
 from filelock import FileLock
 from transformers import TrainingArguments
@@ -29,7 +34,9 @@ from common.io import write_json
 from common.run.branch import BRANCH_FILE, Branch, check_whole
 from common.run.checkpoints import (
     UNFINISHED,
+    begin_checkpoint,
     checkpoints,
+    end_checkpoint,
     move_into,
     newest_whole,
     problem_of,
@@ -37,7 +44,6 @@ from common.run.checkpoints import (
     remove_unfinished,
     unfinished,
     why_not_written,
-    write_checkpoint,
 )
 from common.run.identity import OTHER_ORDER, RUN_FILE, check_changes, known_early
 from common.run.lock import STATUS_FILE, lock_folder, write_status
@@ -63,13 +69,27 @@ class Run:
         language: of the labels in its report, as in ``labels``.
     """
 
-    def __init__(self, folder: str, on_save_error: str = "stop", branch: Branch | None = None, language: str = "en"):
-        """``on_save_error``: "stop" or "continue", when the disk is full."""
+    def __init__(
+        self,
+        folder: str,
+        on_save_error: str = "stop",
+        branch: Branch | None = None,
+        language: str = "en",
+        timeout_seconds: float = 1800,
+    ):
+        """Prepare to train into ``folder``.
+
+        Args:
+            on_save_error: "stop" or "continue", when the disk is full.
+            timeout_seconds: how long processes wait for each other at the end of a save.
+        """
         self.folder, self.on_save_error, self.branch, self.language = folder, on_save_error, branch, language
+        self.timeout_seconds = timeout_seconds
         self.parameters: dict[str, int] = {}
         self.claimed = False
         self.step = self.max_steps = 0
         self._lock: FileLock | None = None
+        self._saving: Future[str | None] | None = None  # the checkpoint that a thread writes; why it cannot, or None
         self._changed_identity: dict | None = None  # to be written when the checkpoint has been loaded
         self._unwritten: set[str] = set()  # names of files that a full disk had no room for
 
@@ -125,7 +145,12 @@ class Run:
         return 0 if self.branch is None else self.branch.measured_from
 
     def release(self) -> None:
-        """Give the folder back."""
+        """Give the folder back, when the checkpoint that is being written, if there is one, has come to its end."""
+        if self._saving is not None:
+            wait([self._saving])
+            if self.save_failed:  # something else ends the run already
+                say(f"{self.folder}: {self._saving.exception() or self._saving.result()}")
+            self._saving = None
         if self._lock is not None:
             self._lock.release()
             self._lock = None
@@ -199,20 +224,88 @@ class Run:
             return "no checkpoint is written yet, and the same command begins at the first step"
         return f"the same command continues from {Path(self.folder) / f'{PREFIX_CHECKPOINT_DIR}-{step}'}"
 
-    def save_checkpoint(self, step: int, write: Callable[[], None], collective: bool, keep: int | None) -> None:
+    @cached_property
+    def group(self) -> torch.distributed.ProcessGroup | None:
+        """The processes of the run, as a thread may use them: on CPUs. None if there is one process.
+
+        All processes must ask for it at the same time, at first.
+        """
+        if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+            return None
+        return torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=self.timeout_seconds))
+
+    def _gather_aside(self, values: list) -> list:
+        """Return the lists of all processes end to end, to all of them. A thread may call this."""
+        if self.group is None:
+            return values
+        lists = [None] * torch.distributed.get_world_size(self.group)
+        torch.distributed.all_gather_object(lists, values, group=self.group)
+        return [value for each in lists for value in each]
+
+    def save_checkpoint(
+        self,
+        step: int,
+        write: Callable[[], list | None],
+        collective: bool,
+        keep: int | None,
+        in_background: bool = False,
+    ) -> None:
         """Save a checkpoint, whole or not at all, then remove the oldest beyond ``keep``.
 
         On a full disk stop or continue, as ``--on_save_error`` says.
 
         Args:
-            write: writes this process's files into ``unfinished(folder, step)``.
-            collective: whether ``write`` waits for other processes.
+            write: writes this process's files into ``unfinished(folder, step)``, or returns functions that do.
+            collective: whether ``write`` waits for other processes after it has begun to write.
+            in_background: call the functions that ``write`` returns in a thread. Then ``end_save`` says how it ended.
         """
-        problem = write_checkpoint(self.folder, step, write, gather_object, collective)
+        self.end_save()
+        problem, left = begin_checkpoint(self.folder, step, write, gather_object, collective)
         if problem is not None:
             self._not_written(problem)
-        elif is_main_process():
-            prune_checkpoints(self.folder, keep)
+            return
+        many = self.group is not None  # made by all processes, before their threads need it
+        device = torch.accelerator.current_device_index() if many and torch.accelerator.is_available() else None
+        self._saving = Future()
+        work = partial(self._end_checkpoint, step, left, keep, device, self._saving)
+        if in_background:
+            threading.Thread(target=work, name=f"saving step {step}").start()
+        else:
+            work()
+            self.end_save()
+
+    def _end_checkpoint(
+        self, step: int, left: list, keep: int | None, device: int | None, saving: Future[str | None]
+    ) -> None:
+        """Write what is left of a checkpoint, finish it and prune; ``saving`` gets why that failed, or None."""
+        try:
+            if device is not None:
+                torch.accelerator.set_device_index(device)  # a thread begins with the first one
+            problem = end_checkpoint(self.folder, step, left, self._gather_aside)
+            if problem is None and is_main_process():
+                prune_checkpoints(self.folder, keep)
+            saving.set_result(problem)
+        except BaseException as error:  # of a thread, which nobody else would hear of
+            saving.set_exception(error)
+
+    @property
+    def save_failed(self) -> bool:
+        """Whether the checkpoint that was written in the background has failed, and ``end_save`` would say so."""
+        saving = self._saving
+        return saving is not None and saving.done() and (saving.exception() or saving.result()) is not None
+
+    def end_save(self) -> None:
+        """Wait for the checkpoint that is being written, if there is one. All processes must call this together.
+
+        Raises:
+            InputError: it could not be written, and --on_save_error says to stop.
+        """
+        if self._saving is None:
+            return
+        saving, self._saving = self._saving, None
+        problem = saving.result()
+        if problem is not None:
+            self._not_written(problem)
 
     def _not_written(self, problem: str, needed: bool = False) -> None:
         """End the run for ``problem``, from ``why_not_written``; or say it, if --on_save_error says to continue."""
@@ -275,7 +368,7 @@ def open_run(
     Raises:
         InputError: the folder is another run's, or in use; ``Run.claim`` says when.
     """
-    run = Run(training.output_dir, shared.on_save_error, branch, shared.language)
+    run = Run(training.output_dir, shared.on_save_error, branch, shared.language, training.ddp_timeout)
     if not shared.probe:
         with training.main_process_first(desc="run folder"):
             run.claim(identity, shared.allow_changes)

@@ -1,9 +1,8 @@
-"""--init_from: continue from a checkpoint under another strategy, or under DeepSpeed with other processes.
+"""--init_from: continue from a checkpoint under another strategy.
 
-A plain relaunch continues exactly, with optimizer and schedule, in these cases: a checkpoint of one process or DDP, of
-FSDP2, or of tensor or expert parallelism, on any number of processes; a checkpoint of DeepSpeed on the same number. In
-all other cases --init_from takes over the weights, in fp32, and the place in the order of rows; optimizer and schedule
-start anew.
+A plain relaunch continues exactly, with optimizer and schedule, on any number of processes, if the checkpoint is of the
+same kind: one process or DDP; FSDP2, tensor or expert parallelism; DeepSpeed. In all other cases --init_from takes over
+the weights, in fp32, and the place in the order of rows; optimizer and schedule start anew.
 """
 
 import contextlib
@@ -18,19 +17,25 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.distributed.launch import Launch
-from common.run.checkpoints import SHARDS, named_as_in, problem_of, saved_weights
+from common.run.checkpoints import named_as_in, problem_of, reading, saved_weights
+from common.run.divided_states import SHARDS, whole_weights
 from common.run.folder import RUN_FILE
 from common.run.identity import DECIDING_ROWS
 
+PARTS_OF = "FSDP2, tensor or expert parallelism, in parts"
+
 
 def writer_of(checkpoint: str) -> tuple[str, int | None]:
-    """Return what wrote a checkpoint: ("zero", number of processes), or "fsdp2", "divided", "plain" and None."""
+    """Return what wrote a checkpoint: ("zero", number of processes), or "fsdp2", "parts", "plain" and None.
+
+    "parts" is of FSDP2, tensor or expert parallelism: every process wrote its own part.
+    """
     path = Path(checkpoint)
     shards = list(path.glob("global_step*/*_optim_states.pt"))  # DeepSpeed writes one for each process
     if shards:
         return "zero", len(shards)
     if (path / SHARDS).exists():
-        return "divided", None
+        return "parts", None
     sharded = list(path.glob("pytorch_model_fsdp*")) or (path / "optimizer.bin").exists()
     return ("fsdp2" if sharded else "plain"), None
 
@@ -39,21 +44,20 @@ def check_resumable(checkpoint: str, launch: Launch) -> None:
     """Check that this launch can read the optimizer's states in ``checkpoint``.
 
     Raises:
-        InputError: it was written under another strategy, or by DeepSpeed on another number of processes.
+        InputError: it was written under another strategy.
     """
-    kind, processes = writer_of(checkpoint)
+    kind, _ = writer_of(checkpoint)
     if launch.strategy.is_deepspeed:
-        now = "zero"
+        readable = ("zero",)
     elif launch.divided:
-        now = "divided"
+        readable = ("parts",)
     elif launch.strategy.is_fsdp:
-        now = "fsdp2"
+        readable = ("fsdp2", "parts")
     else:
-        now = "plain"
-    if kind == now and processes in (None, launch.processes):
+        readable = ("plain",)
+    if kind in readable:
         return
-    wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": f"DeepSpeed on {processes} processes"}
-    wrote = (wrote | {"divided": "tensor or expert parallelism"})[kind]
+    wrote = {"plain": "one process or DDP", "fsdp2": "FSDP2", "zero": "DeepSpeed", "parts": PARTS_OF}[kind]
     raise InputError(
         f"{checkpoint} was written under {wrote}; {launch.strategy} on {launch.processes} processes cannot read its "
         f"optimizer's states. Launch as before, or continue from its weights: --init_from {checkpoint} --output_dir NEW"
@@ -80,6 +84,9 @@ def weights_of(folder: str) -> dict[str, torch.Tensor]:
 
         with contextlib.redirect_stdout(None):  # the library prints a line for each of its steps
             return get_fp32_state_dict_from_zero_checkpoint(folder)
+    if not list(path.glob("model*.safetensors")) and (path / SHARDS).exists():
+        with reading(path, "the weights"):
+            return whole_weights(path)
     if not list(path.glob("model*.safetensors")):
         raise InputError(f"--init_from {folder}: no model*.safetensors there. Give a checkpoint-N or an output folder.")
     try:

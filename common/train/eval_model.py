@@ -106,7 +106,7 @@ class LiveModel(HFLM):
 
     def _stop_if_asked(self) -> None:
         """Raise EvaluationStopped if this process was asked to end. The others learn of it when answers are shared."""
-        if self.interruption is not None and any(self.interruption.wishes()[:-1]):  # the last wish is to save
+        if self.interruption is not None and any(self.interruption.wishes()[:-2]):  # the last two are of saves
             raise EvaluationStopped
 
 

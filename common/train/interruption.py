@@ -44,6 +44,7 @@ class Interruption(TrainerCallback):
         self.received: str | None = None  # by this process
         self.agreed: str | None = None  # by all of them
         self.save_due = False
+        self.save_failed = False  # that of a checkpoint written in the background, on any process
         self.before_leaving: Callable[[], None] | None = None  # set when training is over and in a checkpoint
         self._saved_at = time.monotonic()
         self._handlers: dict = {}
@@ -70,17 +71,20 @@ class Interruption(TrainerCallback):
         elif time.monotonic() - self._received_at > ECHO_SECONDS:
             os._exit(128 + number)
 
-    def wishes(self) -> list[float]:
-        """Return what this process was asked to do, for ``agree``: 1.0 for each of NAMES, an orphan, a save."""
+    def wishes(self, save_failed: bool = False) -> list[float]:
+        """Return what this process was asked to do, for ``agree``: 1.0 for each of NAMES, an orphan, a save.
+
+        ``save_failed``: a checkpoint could not be written in the background. It comes last.
+        """
         if self._parent is not None and self.received is None and os.getppid() != self._parent:
             self.received = ORPHANED
         due = is_main_process() and self.save_minutes and time.monotonic() - self._saved_at > 60 * self.save_minutes
-        return [float(self.received == name) for name in (*NAMES, ORPHANED)] + [float(bool(due))]
+        return [float(self.received == name) for name in (*NAMES, ORPHANED)] + [float(bool(due)), float(save_failed)]
 
-    def wishes_on(self, device: torch.device) -> torch.Tensor:
+    def wishes_on(self, device: torch.device, save_failed: bool = False) -> torch.Tensor:
         """Return ``wishes`` on a device. Where memory can be pinned, the copy waits for nothing there."""
         pinned = pins_memory(device)
-        return torch.tensor(self.wishes(), pin_memory=pinned).to(device, non_blocking=pinned)
+        return torch.tensor(self.wishes(save_failed), pin_memory=pinned).to(device, non_blocking=pinned)
 
     def check_evaluation(self, device: torch.device, processes: int) -> None:
         """Raise EvaluationStopped, on all processes, if one of them was asked to end."""
@@ -93,9 +97,9 @@ class Interruption(TrainerCallback):
 
     def agree(self, sums: list[float]) -> None:
         """Take over the ``wishes`` of all processes, summed."""
-        *stops, save = sums
+        *stops, save, failed = sums
         self.agreed = next((name for name, wished in zip((*NAMES, ORPHANED), stops, strict=True) if wished), None)
-        self.save_due = save > 0
+        self.save_due, self.save_failed = save > 0, failed > 0
 
     @property
     def exit_status(self) -> int:

@@ -35,6 +35,7 @@ from common.train.plan import setting_of_run
 from common.train.schedule import check_schedule
 
 LONG_STEP_SECONDS = 60  # on a CPU: a thousand steps would take a day
+STATE_DICT_TYPES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 def preflight(
@@ -158,9 +159,10 @@ def check_checkpoints(launch: Launch, training: TrainingArguments) -> None:
     """Refuse settings of FSDP and ZeRO-3 with which a run trains, but does not save its model."""
     if launch.strategy.is_fsdp and launch.strategy != FSDP2:
         raise InputError("the YAML has FSDP of version 1, accelerate's default. Write fsdp_version: 2 in fsdp_config.")
-    if launch.strategy == FSDP2 and "FULL" not in launch.state_dict_type:
+    if launch.strategy == FSDP2 and launch.state_dict_type not in STATE_DICT_TYPES:
         raise InputError(
-            "fsdp_state_dict_type: the model would not be saved as safetensors. Write FULL_STATE_DICT in fsdp_config."
+            f"fsdp_state_dict_type {launch.state_dict_type or '(none)'}: checkpoints are not written so. Write one of "
+            f"{', '.join(STATE_DICT_TYPES)} in fsdp_config."
         )
     if launch.strategy == ZERO3:
         zero = training.deepspeed_plugin.deepspeed_config["zero_optimization"]

@@ -22,8 +22,10 @@ from common.distributed.launch import Launch, lost_process
 from common.distributed.ulysses import pieces_of_rows
 from common.distributed.workarounds import (
     add_up_in_fp32,
+    deepspeed_loads_with,
     divided_by_transformers,
     gather_layers_whole,
+    read_whole_checkpoints,
     reduce_in_fp32,
     saved_as_given,
     shares_rows,
@@ -33,22 +35,13 @@ from common.model.attention import DOCUMENTS, ULYSSES, ULYSSES_DOCUMENTS, block_
 from common.model.counts import experts_per_token
 from common.model.experts import busiest_and_idlest
 from common.model.recompute import keep_results
-from common.run.checkpoints import (
-    each_once,
-    gathered_weights,
-    load_states,
-    load_weights,
-    named_as_in,
-    reading,
-    renamed_when_saved,
-    save_shards,
-    saved_weights,
-    unfinished,
-)
+from common.run.checkpoints import named_as_in, reading, renamed_when_saved, saved_weights, unfinished
+from common.run.divided_states import SHARDS, each_once, gathered_weights, load_states, load_weights
 from common.run.folder import Run
-from common.run.init_from import check_resumable
+from common.run.init_from import check_resumable, writer_of
 from common.run.record import mean_logged_loss
 from common.run.tracking import trackers_may_fail
+from common.run.universal import load_on_other_processes
 from common.train.callbacks import RunCallback, ScreenCallback
 from common.train.cuda_graph import MicroBatchGraph, optimizer_graphs, use_graph
 from common.train.interruption import EvaluationStopped, Interruption, session
@@ -56,6 +49,7 @@ from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.metrics import RunClock, held_out_metrics
 from common.train.muon import MuonWithAdamW
 from common.train.plan import out_of_memory, setting_of_trainer
+from common.train.saving import Saving
 from common.train.schedule import keep_settings, schedule_settings, settings_of
 from common.train.step_guard import (
     GUARD_FILE,
@@ -126,6 +120,7 @@ class PretrainingTrainer(Trainer):
         self.order, self.launch, self.run, self.cuda_graph = order, launch, run, shared.cuda_graph
         self.guard = StepGuard(shared.on_loss_spike, shared.max_bad_steps, scaled=training.fp16)
         self.interruption = Interruption(shared.save_minutes, launch.launched)
+        self.saving = Saving(launch, training, run)
         # Of the step at hand, on the device: the tokens' loss of each micro-batch, and what the router added to it.
         self.micro_losses: list[torch.Tensor] = []
         self.router_losses: list[torch.Tensor] = []
@@ -154,6 +149,7 @@ class PretrainingTrainer(Trainer):
                 **kwargs,
             )
         reduce_in_fp32(self.accelerator)
+        read_whole_checkpoints(self.accelerator)
         for printer in (DEFAULT_PROGRESS_CALLBACK, PrinterCallback):  # they print the whole dict of a log
             self.remove_callback(printer)
         self.clock = RunClock(self.model, order, rows.train.context_length, training)
@@ -174,13 +170,18 @@ class PretrainingTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs):
         """Seek to the checkpoint's row. Replaces: skipping batches by reading them."""
+        loading = nullcontext()
         if resume_from_checkpoint is not None:
             self._seek(Path(resume_from_checkpoint))
+            kind, writers = writer_of(resume_from_checkpoint)
+            if kind == "zero" and writers != self.launch.processes:
+                loading = deepspeed_loads_with(self._load_on_other_processes)
         self.batches_ahead = self.micro_batch = None
         self.callback_handler.callbacks = trackers_may_fail(self.callback_handler.callbacks)
-        with session(self.run, self.interruption, self.guard):
+        with loading, session(self.run, self.interruption, self.guard):
             try:
                 output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                self.run.end_save()
                 if self.guard.stop is None:  # whatever --save_strategy says: there would be no use for such a model
                     self.guard.stop = self.guard.not_saved = weights_not_finite(self.model)
                 return output
@@ -193,6 +194,9 @@ class PretrainingTrainer(Trainer):
                 raise InputError(message) from None
             finally:  # a run that ends early leaves no loader, and so no worker
                 self.fetch_batches = self.batches_ahead = self.micro_batch = None
+
+    def _load_on_other_processes(self, engine, checkpoint: str) -> None:
+        load_on_other_processes(engine, checkpoint, self.run.folder, self.accelerator.wait_for_everyone)
 
     def _seek(self, checkpoint: Path) -> None:
         """Begin after ``checkpoint``, with what the guard knew there."""
@@ -209,12 +213,12 @@ class PretrainingTrainer(Trainer):
             self.guard.losses.clear()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: torch.nn.Module | None = None) -> None:
-        """Replaces: the libraries' own texts where a file was replaced; a divided model's whole weights everywhere;
-        experts that are not loaded, because they were saved under other names.
+        """Replaces: the libraries' own texts where a file was replaced; whole weights where there are parts; experts
+        that are not loaded, because they were saved under other names.
         """
         path = Path(resume_from_checkpoint)
         with reading(resume_from_checkpoint, "the weights"):
-            if self.launch.divided:
+            if (path / SHARDS).exists():
                 load_weights(self.model, path)
             elif not self.is_fsdp_enabled and renamed_when_saved(self.model, path):
                 weights = named_as_in(self.model, saved_weights(path))
@@ -243,7 +247,7 @@ class PretrainingTrainer(Trainer):
                 f"{checkpoint}: {problem}. Remove this checkpoint: the same command then continues from the one before."
             )
         with reading(checkpoint, "the states of optimizer and schedule"):
-            if self.launch.divided:
+            if (Path(checkpoint) / SHARDS).exists():
                 load_states(self.model, self.optimizer, Path(checkpoint))
                 self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
             else:
@@ -320,9 +324,11 @@ class PretrainingTrainer(Trainer):
         All processes see the same sums, and so decide the same. Reading them is the only wait for the device; what it
         costs is in docs/reliability.md. ``made``: the weights have moved already, inside backward.
         """
-        wishes = self.interruption.wishes_on(self.args.device)
+        wishes = self.interruption.wishes_on(self.args.device, self.run.save_failed)
         loss, norm, wishes = sums_over_processes(self.micro_losses, grad_norm, wishes, self.args.world_size)
         self.interruption.agree(wishes)
+        if self.interruption.save_failed:
+            self.run.end_save()
         if self.launch.strategy.is_deepspeed and self.model_wrapped.was_step_applied():
             made = True
         make, problem = self.guard.judge(loss, norm, made)
@@ -443,30 +449,39 @@ class PretrainingTrainer(Trainer):
     def _save_checkpoint(self, *args, **kwargs) -> None:
         """Keep saving out of the training throughput, and bad weights out of checkpoints.
 
-        Replaces: pruning before the new checkpoint is whole; saving weights that are not finite.
+        Replaces: writing everything while training waits; pruning before the new checkpoint is whole; saving weights
+        that are not finite.
         """
         step = self.state.global_step
         save = super()._save_checkpoint
 
-        def write() -> None:
+        def write() -> list:
             save(*args, **kwargs)
             if is_main_process():
                 write_json(unfinished(self.run.folder, step) / GUARD_FILE, self.guard.state())
+            return self.saving.end()
 
         with self.clock.interval.paused():
+            self.run.end_save()  # of the checkpoint before
             self.guard.not_saved = not_worth_saving(self.model, self.guard)
             if self.guard.not_saved is not None:
                 say(f"step {step} is not saved: {self.guard.not_saved}")
                 return
-            self.run.save_checkpoint(step, write, self.launch.strategy.shards_states, self.args.save_total_limit)
+            in_background = self.saving.begin(self.model, self.optimizer)
+            collective = self.launch.strategy.is_deepspeed
+            try:
+                self.run.save_checkpoint(step, write, collective, self.args.save_total_limit, in_background)
+            finally:
+                self.saving.end()  # also of a save that failed before it began
             self.accelerator.wait_for_everyone()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        """Replaces: only one process's part of the states of a model that is divided while it is loaded."""
-        if not self.launch.divided:
+        """Replaces: writing the optimizer's states at once, and those of all processes by one."""
+        if self.saving.left is None:
             return super()._save_optimizer_and_scheduler(output_dir)
-        save_shards(self.model, self.optimizer, Path(output_dir))
+        self.saving.leave_states(self.model, self.optimizer, output_dir)
         if self.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
             torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
@@ -480,7 +495,12 @@ class PretrainingTrainer(Trainer):
             super()._save(output_dir, state_dict)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model of the run's end, each file whole or not at all. Replaces: half of one on a full disk."""
+        """Save the model of the run's end, each file whole or not at all; leave that of a checkpoint to be written.
+
+        Replaces: half of a file on a full disk.
+        """
+        if self.saving.left is not None:
+            return self.saving.leave_model(self.model, self.processing_class, output_dir)
         if output_dir is not None or _internal_call:
             return super().save_model(output_dir, _internal_call)
         write = partial(super().save_model, _internal_call=True)

@@ -3,6 +3,7 @@
 The YAMLs themselves are in tests/system/test_equivalence.py.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -14,10 +15,13 @@ import transformers.distributed.mixin as loaded_divided
 from conftest import load_recipe, losses, small_run, trained_weights
 from launched_processes import FSDP2, in_launched_processes, meet_again
 from safetensors.torch import load_file
+from torch.distributed.checkpoint import FileSystemWriter
 from torch.distributed.tensor import DTensor
 
 from common.distributed.strategy import local
-from common.run.checkpoints import save_shards
+from common.run.checkpoints import checkpoints
+from common.run.divided_states import write_parts
+from common.run.init_from import weights_of, writer_of
 
 SHAPE = dict(model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
 SHAPE |= dict(num_key_value_heads=2, vocab_size=4096, attention_dropout=0.0)
@@ -199,6 +203,46 @@ def test_a_divided_run_continues_exactly_on_other_sizes(alone, tmp_path):
     assert losses(tmp_path / "sizes") == pytest.approx(losses(alone / "muon, recompute"), rel=2e-5)
 
 
+IN_PARTS = FSDP2 | {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+
+
+def check_parts(rank: int, folder: Path) -> None:
+    """Train in parts; in the second process the disk is full at the first save."""
+    recipe, _, _ = watched_recipe()
+    steps, full = os.environ["STEPS"], [os.environ["STEPS"] == "4" and rank == 1]
+    write_data = FileSystemWriter.write_data
+
+    def write(self, plan, planner):
+        if full.pop() if full else False:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_data(self, plan, planner)
+
+    FileSystemWriter.write_data = write
+    flags = [*runs(folder)["muon, recompute"], "--max_steps", steps, "--per_device_train_batch_size", "1"]
+    flags += ["--save_steps", "2", "--on_save_error", "continue"]
+    recipe.main(small_run(folder / "cache", folder / "parts", *flags))
+
+
+def test_each_process_writes_its_part_and_any_number_reads_them(wiki, alone, cache_dir, tmp_path):
+    """FSDP2 on two, then on one. A full disk of one process is said by all, and passed over."""
+    for name in ("cache", "tied", "untied"):
+        (tmp_path / name).symlink_to(alone / name)
+    for processes, environment, steps in ((2, IN_PARTS, "4"), (1, IN_PARTS, "6")):
+        in_launched_processes(processes, check_parts, tmp_path, STEPS=steps, **environment)
+    text = (tmp_path / "output.0").read_text()
+    assert "no space left while saving step 2" in text and f"continuing from {tmp_path}/parts/checkpoint-4" in text
+    last = tmp_path / "parts" / "checkpoint-6"
+    assert [step for step, _ in checkpoints(tmp_path / "parts")] == [4, 6] and writer_of(str(last)) == ("parts", None)
+    assert not (last / "model.safetensors").exists() and [file.name for file in last.glob("*.bin")] == [
+        "training_args.bin"
+    ]
+    assert losses(tmp_path / "parts") == pytest.approx(losses(alone / "muon, recompute"), rel=2e-5)
+
+    # The parts put together are the model of the run's end, which is an ordinary folder.
+    weights, model = weights_of(str(last)), load_file(tmp_path / "parts" / "model.safetensors")
+    assert weights.keys() == model.keys() and all(torch.equal(weights[name], model[name]) for name in model)
+
+
 CONTINUED = "--max_steps 3 --context_length 64 --tokens_per_step 256 --logging_steps 1 --eval_strategy no".split()
 CONTINUED += "--max_eval_rows 5 --swanlab off --disable_tqdm true --held_out_fraction 0.1".split()
 
@@ -252,5 +296,5 @@ def test_parts_are_never_written_into_an_older_save(tmp_path):
     """torch would mix the two, and load the mixture."""
     (tmp_path / "shards").mkdir()
     with pytest.raises(FileExistsError):
-        save_shards(None, None, tmp_path)
+        write_parts({}, tmp_path, None)
     shutil.rmtree(tmp_path / "shards")

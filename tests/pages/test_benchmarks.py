@@ -34,7 +34,7 @@ def load(name: str):
 
 data, gpu, learning, low_memory = load("data"), load("gpu"), load("learning"), load("low_memory")
 scaling, multi_gpu = load("scaling"), load("multi_gpu")
-token_store = load("token_store")
+token_store, saves = load("token_store"), load("saves")
 
 
 # A stand-in for torch's launcher, whose worker is in a session of its own and outlives a signal to the launcher.
@@ -111,7 +111,7 @@ sys.exit(1)"""
     assert launching.error_in("torch.OutOfMemoryError: CUDA out of memory.\nRuntimeError: x").endswith("of memory.")
 
 
-@pytest.mark.parametrize("module", [gpu, low_memory])
+@pytest.mark.parametrize("module", [gpu, low_memory, saves])
 def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, module):
     names, failure = list(module.VARIANTS)[:3], iter(["Error: x", KeyboardInterrupt])
 
@@ -293,12 +293,20 @@ def test_seconds_to_a_goal_lie_on_a_line_between_points():
     assert learning.seconds_to(points, 1.0) is None
 
 
-@pytest.mark.parametrize("module", [data, gpu, learning, low_memory, multi_gpu, scaling, token_store])
+@pytest.mark.parametrize("module", [data, gpu, learning, low_memory, multi_gpu, saves, scaling, token_store])
 def test_help_is_printed(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
     with pytest.raises(SystemExit) as end:
         module.main()
     assert end.value.code == 0 and "usage" in capsys.readouterr().out
+
+
+def test_the_stalls_of_two_saves_are_measured(tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    row = saves.work(saves.VARIANTS["tiny"], 6, str(tmp_path))
+    assert row["parameters"] * 12 < row["checkpoint_gb"] * 1e9 < row["parameters"] * 12 + 100_000
+    assert 0 < row["stall_seconds"] <= row["seconds_until_whole"] and row["first_stall_seconds"] > 0
+    assert "| tiny | 0.00 |" in saves.table({"tiny": row}) and "failed: x" in saves.table({"tiny, waits": "x"})
 
 
 def test_the_tutorial_drops_what_is_no_whole_chunk(tmp_path):

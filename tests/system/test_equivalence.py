@@ -13,7 +13,7 @@ from test_distributed import RECIPE, launch
 
 from common.console import InputError
 from common.distributed.launch import Launch
-from common.distributed.strategy import DDP, Strategy
+from common.distributed.strategy import DDP, FSDP2, Strategy
 from common.run.checkpoints import finish_checkpoint, unfinished
 from common.run.init_from import check_resumable, writer_of
 from common.train.batch import set_batch
@@ -167,7 +167,7 @@ def test_a_checkpoint_goes_on_under_another_strategy_and_back(wiki, cache_dir, t
         assert losses(other) == pytest.approx(losses(tmp_path / name), rel=2e-5)
     assert losses(third)[1] < losses(first)[1]
 
-    with pytest.raises(InputError, match="written under DeepSpeed on 2 processes; .*--init_from .*checkpoint-4"):
+    with pytest.raises(InputError, match="written under DeepSpeed; .*--init_from .*checkpoint-4"):
         wiki.main(small_run(cache_dir, second, *HALVES, "--max_steps", "6", "--init_from", str(first / "checkpoint-4")))
 
 
@@ -192,6 +192,19 @@ def test_fsdp2_continues_exactly_on_any_number_of_processes(wiki, cache_dir, tmp
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
 
 
+@pytest.mark.heavy
+@pytest.mark.parametrize("config", ["zero1.yaml", "zero2.yaml", "zero3.yaml"])
+def test_zero_continues_exactly_on_any_number_of_processes(wiki, cache_dir, tmp_path, config):
+    """On two, then one, then two: DeepSpeed's states are converted, and nothing of that is left."""
+    flags = [*HALVES, "--optimizer", "adamw", "--per_device_train_batch_size", "1"]
+    wiki.main(small_run(cache_dir, tmp_path / "whole", *flags, "--max_steps", "12"))
+    for processes, steps in ((2, "4"), (1, "8"), (2, "12")):
+        done = launched(config, tmp_path / "parts", cache_dir, *flags, "--max_steps", steps, processes=processes)
+        assert ("converting DeepSpeed's states" in done.stdout) == (steps != "4")
+        assert not (tmp_path / "parts" / "unfinished").exists()
+    assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), rel=2e-5)
+
+
 def test_who_wrote_a_checkpoint_is_seen_and_others_are_refused(tmp_path):
 
     def training(stage=None, processes=1):
@@ -206,10 +219,19 @@ def test_who_wrote_a_checkpoint_is_seen_and_others_are_refused(tmp_path):
         file = tmp_path / "zero" / "global_step4" / f"bf16_zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
         file.parent.mkdir(parents=True, exist_ok=True)
         file.touch()
-    check_resumable(str(tmp_path / "zero"), training(2, 4))
-    for now in (training(2, 2), training(processes=4)):
-        with pytest.raises(InputError, match="DeepSpeed on 4 processes"):
-            check_resumable(str(tmp_path / "zero"), now)
+    assert writer_of(str(tmp_path / "zero")) == ("zero", 4)
+    for processes in (4, 2):  # with another number, DeepSpeed's states are converted
+        check_resumable(str(tmp_path / "zero"), training(2, processes))
+    with pytest.raises(InputError, match="written under DeepSpeed; ddp on 4 processes cannot"):
+        check_resumable(str(tmp_path / "zero"), training(processes=4))
+    (tmp_path / "parts" / "shards").mkdir(parents=True)
+    for readable in (Launch(strategy=FSDP2), Launch(strategy=FSDP2, tensor_parallel=2)):
+        check_resumable(str(tmp_path / "parts"), readable)
+    (tmp_path / "parts" / "shards").rmdir()
+    (tmp_path / "parts" / "optimizer.bin").touch()
+    check_resumable(str(tmp_path / "parts"), Launch(strategy=FSDP2))
+    with pytest.raises(InputError, match="written under FSDP2; fsdp2 on 1 processes cannot"):
+        check_resumable(str(tmp_path / "parts"), Launch(strategy=FSDP2, tensor_parallel=2))
 
 
 def test_weights_of_another_model_are_refused(wiki, cache_dir, tmp_path):

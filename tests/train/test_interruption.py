@@ -182,10 +182,13 @@ def test_it_saves_when_it_is_time(wiki, cache_dir, tmp_path):
 
 def test_what_any_process_wants_all_agree_on():
     one, other = Interruption(), Interruption(save_minutes=1000)
-    assert one.wishes() == other.wishes() == [0.0] * 5
+    assert one.wishes() == other.wishes() == [0.0] * 6
     other.received = "SIGINT"
     sums = [sum(pair) for pair in zip(one.wishes(), other.wishes(), strict=True)]
     one.agree(sums)
     assert (one.agreed, one.exit_status, one.save_due) == ("SIGINT", 130, False)
-    one.agree([0.0, 0.0, 0.0, 2.0, 1.0])
+    one.agree([0.0, 0.0, 0.0, 2.0, 1.0, 0.0])
     assert (one.agreed, one.exit_status, one.save_due) == ("its launcher died", 143, True)
+    assert not one.save_failed and other.wishes(save_failed=True)[-1] == 1.0
+    one.agree([0.0, 0.0, 0.0, 0.0, 0.0, 1.0])
+    assert one.save_failed and one.agreed is None

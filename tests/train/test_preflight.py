@@ -79,7 +79,9 @@ WRONG = {
     "Muon, offloaded": (fsdp(FSDP_OFFLOAD_PARAMS="true"), dict(optimizer="muon"), {}, "on the CPU.*--optimizer adamw"),
     "Muon on LoRA": ({}, dict(optimizer="muon"), dict(method="lora"), "Muon for LoRA's factors.*--optimizer adamw"),
     "FSDP1": (fsdp(FSDP_VERSION="1"), {}, {}, "Write fsdp_version: 2"),
-    "FSDP2 in shards": (fsdp(FSDP_STATE_DICT_TYPE="SHARDED_STATE_DICT"), {}, {}, "Write FULL_STATE_DICT"),
+    "FSDP2 in local shards": (
+        fsdp(FSDP_STATE_DICT_TYPE="LOCAL_STATE_DICT"), {}, {}, "Write one of FULL_STATE_DICT, SHARDED_STATE_DICT"
+    ),
     "ZeRO-3 without whole weights": (zero(3, zero_optimization={}), {}, {}, "zero3_save_16bit_model: true"),
     "recompute twice": (
         fsdp(FSDP_ACTIVATION_CHECKPOINTING="true") | dict(gradient_checkpointing=True), {}, {},
