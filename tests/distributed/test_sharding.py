@@ -243,6 +243,26 @@ def test_each_process_writes_its_part_and_any_number_reads_them(wiki, alone, cac
     assert weights.keys() == model.keys() and all(torch.equal(weights[name], model[name]) for name in model)
 
 
+def check_kinds(rank: int, folder: Path) -> None:
+    recipe, _, _ = watched_recipe()
+    flags = [*runs(folder)["muon, recompute"], "--max_steps", os.environ["STEPS"], "--save_steps", "1"]
+    recipe.main(small_run(folder / "cache", folder / "kinds", *flags, "--per_device_train_batch_size", "2"))
+
+
+@pytest.mark.heavy
+def test_a_run_continues_exactly_after_a_change_of_how_it_saves(alone, tmp_path):
+    """One file, parts, parts of divided matrices on two processes, one file again."""
+    for name in ("cache", "tied", "untied"):
+        (tmp_path / name).symlink_to(alone / name)
+    in_parts = {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}
+    kinds = ((1, FSDP2, "1"), (1, IN_PARTS, "2"), (2, parallel(2) | in_parts, "4"), (1, FSDP2, "6"))
+    for processes, environment, steps in kinds:
+        in_launched_processes(processes, check_kinds, tmp_path, STEPS=steps, **environment)
+        whole = (tmp_path / "kinds" / f"checkpoint-{steps}" / "model.safetensors").exists()
+        assert whole == ("SHARDED" not in environment["FSDP_STATE_DICT_TYPE"])
+    assert losses(tmp_path / "kinds") == pytest.approx(losses(alone / "muon, recompute"), rel=2e-5)
+
+
 CONTINUED = "--max_steps 3 --context_length 64 --tokens_per_step 256 --logging_steps 1 --eval_strategy no".split()
 CONTINUED += "--max_eval_rows 5 --swanlab off --disable_tqdm true --held_out_fraction 0.1".split()
 
