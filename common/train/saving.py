@@ -71,7 +71,7 @@ class Saving:
             weights = each_once(twice, model)
             self._leave(torch.save, twice, Path(folder) / f"{FSDP_MODEL_NAME}.bin")  # what accelerate reads
         elif not self.launch.saves_parts and is_main_process():
-            weights = self._copied(model.state_dict())
+            weights = self._copied("weights", model.state_dict())
         if self._in_background and self._tokenizer is None:
             self._tokenizer = copy.deepcopy(tokenizer)  # two threads cannot use one at the same time
         tokenizer = self._tokenizer if self._in_background else tokenizer
@@ -80,21 +80,21 @@ class Saving:
     def leave_states(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer, folder: str) -> None:
         """Leave the optimizer's states, and parts of the weights, to be written. All processes must call this."""
         if self.launch.saves_parts:
-            parts = self._copied(own_parts(model, optimizer))
+            parts = self._copied("parts", own_parts(model, optimizer))
             self.left.insert(0, partial(write_parts, parts, Path(folder), self.run.group))  # all processes together
         elif self.launch.strategy.is_fsdp:
             states = gathered(get_optimizer_state_dict(model, optimizer))
             self._leave(torch.save, states, Path(folder) / OPTIMIZER_NAME_BIN)
         elif is_main_process():
-            self._leave(torch.save, self._copied(optimizer.state_dict()), Path(folder) / OPTIMIZER_NAME)
+            self._leave(torch.save, self._copied("states", optimizer.state_dict()), Path(folder) / OPTIMIZER_NAME)
 
     def _leave(self, write: Callable, *arguments) -> None:
         """Leave ``write(*arguments)`` to the main process."""
         if is_main_process():
             self.left.append(partial(write, *arguments))
 
-    def _copied(self, state: dict) -> dict:
-        return self.copies.take(state) if self._in_background else state
+    def _copied(self, name: str, state: dict) -> dict:
+        return self.copies.take(name, state) if self._in_background else state
 
     def _needed_bytes(self, model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         """Return the bytes that this process copies, and how many processes of this machine copy as much."""

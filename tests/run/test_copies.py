@@ -9,15 +9,21 @@ from common.system import GIB, available_memory
 
 def test_copies_stay_as_they_were_and_take_the_same_memory_again():
     shared = torch.arange(4.0)
-    state = {"a": shared, "state": [{"b": shared.view(2, 2), "step": torch.tensor(3.0)}], "rate": 0.5}
+    state = {"a": shared, "state": [{"b": shared, "step": torch.tensor(3.0)}], "rate": 0.5}
     copies = Copies()
-    taken = copies.take(state)
+    taken = copies.take("a", state)
     shared += 10
     assert taken["a"].tolist() == [0, 1, 2, 3] and taken["rate"] == 0.5
     inner = taken["state"][0]["b"]
-    assert inner.tolist() == [[0, 1], [2, 3]] and inner.data_ptr() == taken["a"].data_ptr() != shared.data_ptr()
-    again = copies.take(state)
+    assert inner.tolist() == [0, 1, 2, 3] and inner.data_ptr() == taken["a"].data_ptr() != shared.data_ptr()
+    again = copies.take("a", state)
     assert again["a"].tolist() == [10, 11, 12, 13] and again["a"].data_ptr() == taken["a"].data_ptr()
+    state["a"] = torch.ones(3, 2).T  # another tensor at the same place, of another shape
+    other = copies.take("a", state)
+    assert other["a"].tolist() == [[1, 1, 1], [1, 1, 1]] and other["state"][0]["b"].tolist() == [10, 11, 12, 13]
+    assert copies.take("b", state)["a"].data_ptr() != other["a"].data_ptr()
+    for number in range(20):  # tensors that are made anew for each save
+        assert copies.take("c", {"made": torch.full((1000,), float(number))})["made"].tolist() == [number] * 1000
 
 
 def test_room_is_for_all_processes_of_the_machine_and_something_else(monkeypatch, capsys):
