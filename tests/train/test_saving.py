@@ -46,7 +46,7 @@ class Watch(TrainerCallback):
 
     def wait_for(self, step: int) -> None:
         with self.ended:
-            assert self.ended.wait_for(lambda: step in self.steps, timeout=60)
+            assert self.ended.wait_for(lambda: step in self.steps, timeout=600)
 
 
 def watched(output_dir: Path, callback: TrainerCallback | None = None):
@@ -186,7 +186,7 @@ def killed(cache_dir: Path, output_dir: Path) -> None:
         if step < 4:
             return end_checkpoint(run_folder, step, left, gather)
         left[0]()
-        threading.Event().wait(120)
+        threading.Event().wait(1500)
 
     folder.end_checkpoint = half
     recipe, _ = watched(output_dir, At(5, lambda: os.kill(os.getpid(), signal.SIGKILL)))
@@ -198,7 +198,7 @@ def test_a_kill_in_the_middle_leaves_the_last_good_one(wiki, cache_dir, tmp_path
     wiki.main(small_run(cache_dir, tmp_path / "alone", *EVERY_SECOND))
     child = multiprocessing.get_context("spawn").Process(target=killed, args=(cache_dir, tmp_path / "run"))
     child.start()
-    child.join(300)
+    child.join(1500)
     assert child.exitcode == -signal.SIGKILL
     assert [step for step, _ in checkpoints(tmp_path / "run")] == [2] and unfinished(tmp_path / "run", 4).exists()
     wiki.main(small_run(cache_dir, tmp_path / "run", *EVERY_SECOND))
