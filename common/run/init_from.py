@@ -2,7 +2,8 @@
 
 A plain relaunch continues exactly, with optimizer and schedule, on any number of processes, if the checkpoint is of the
 same kind: one process or DDP; FSDP2, tensor or expert parallelism; DeepSpeed (ZeRO-3: on the same number). In all other
-cases --init_from takes over the weights, in fp32, and the place in the order of rows; optimizer and schedule start anew.
+cases --init_from takes over the weights, in fp32, and the place in the order of rows; optimizer and schedule start
+anew.
 """
 
 import contextlib
