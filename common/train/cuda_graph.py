@@ -55,9 +55,8 @@ def use_graph(wanted: str, model: PreTrainedModel, setting: Setting, device: tor
 
 
 def optimizer_graphs(wanted: str, model: PreTrainedModel, launch: Launch, device: torch.device) -> bool:
-    """Whether Muon's updates are to be CUDA graphs: as ``wanted``, on a CUDA card, of whole matrices."""
-    divided = launch.strategy.is_fsdp or launch.tensor_parallel > 1
-    possible = device.type == "cuda" and not divided
+    """Whether Muon's updates are to be CUDA graphs: as ``wanted``, on one CUDA card (several were never tried)."""
+    possible = device.type == "cuda" and launch.processes == 1
     return possible and (wanted == "yes" or (wanted == "auto" and model.num_parameters() <= LARGEST))
 
 
@@ -80,7 +79,8 @@ class Recorded:
             Recorded.pool = torch.cuda.graph_pool_handle()
         torch.cuda.empty_cache()  # what the function has used until now; the pool has memory of its own
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=Recorded.pool):
+        # Only calls of this thread could spoil the capture, not those of a loader's or a saving thread.
+        with torch.cuda.graph(self.graph, pool=Recorded.pool, capture_error_mode="thread_local"):
             self.result = function(**self.given)
 
     def fits(self, given: dict[str, torch.Tensor]) -> bool:

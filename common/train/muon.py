@@ -27,9 +27,10 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel, TrainingArguments
 
 from common.accelerator import computes_in_bf16
-from common.console import InputError
+from common.console import InputError, say
 from common.distributed.strategy import local
 from common.model.counts import layer_matrices
+from common.model.from_config import in_one_line
 from common.train.cuda_graph import EAGER, Recorded
 
 MOMENTUM = 0.95
@@ -133,7 +134,12 @@ class MuonWithAdamW(torch.optim.AdamW):
             return move(**given)
         key = tuple(map(id, parameters))
         if key not in self.recorded:
-            self.recorded[key] = Recorded(move, given)
+            try:
+                self.recorded[key] = Recorded(move, given)
+            except RuntimeError as error:  # recording has run nothing: the step can still be made
+                say(f"note: Muon without CUDA graphs, which cannot be recorded here: {in_one_line(error)}")
+                self.graphs = False
+                return move(**given)
         self.recorded[key](**given)
 
     def _step_experts(self, group: dict, parameter: torch.nn.Parameter) -> None:

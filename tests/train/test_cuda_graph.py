@@ -151,3 +151,18 @@ def test_the_plan_counts_what_graphs_keep():
     without = predict(model, Setting(4, 64, optimizer="muon")).total
     matrices = 2 * (2 * 32 * 32 + 2 * 16 * 32 + 3 * 32 * 64)
     assert predict(model, Setting(4, 64, optimizer="muon", graphs=True)).total >= without + 4 * matrices
+
+
+def test_a_step_is_made_also_where_muon_cannot_be_recorded(monkeypatch, capsys):
+    def fail(function, given):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(muon, "Recorded", fail)
+    plain, other = model_of(), model_of()
+    decayed = [name for name, parameter in plain.named_parameters() if parameter.dim() >= 2]
+    settings = dict(lr=0.01, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8)
+    train(plain, forward_backward, MuonWithAdamW(plain, decayed, **settings))
+    train(other, forward_backward, MuonWithAdamW(other, decayed, graphs=True, **settings))
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(other.get_parameter(name), parameter, rtol=1e-5, atol=1e-6)
+    assert capsys.readouterr().out.count("Muon without CUDA graphs") == 1
