@@ -17,6 +17,10 @@ from common.tokens.store import TokenStore
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported. With a GPU, its tests: TEST_GPU=0 python -m pytest -k 'cuda or gpu'
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")
+
+from common.train import callbacks  # noqa: E402
+
+callbacks.SAMPLE_TOKENS = 6  # generating 60 takes half of a small run's time; also in the processes of tests
 settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
 settings.load_profile("no deadline")
 ROOT = Path(__file__).resolve().parent.parent
@@ -99,7 +103,8 @@ def small_run(cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:
     """Return the flags of a run of a few seconds: 6 steps of 4 rows of 64 tokens."""
     return [
         *"--sample --max_steps 6 --context_length 64 --tokens_per_step 256 --per_device_train_batch_size 4".split(),
-        *"--logging_steps 1 --eval_steps 3 --save_steps 3 --max_eval_rows 5 --swanlab off --disable_tqdm true".split(),
+        *"--logging_steps 1 --eval_steps 3 --save_steps 3 --swanlab off --disable_tqdm true".split(),
+        *"--max_eval_rows 5 --per_device_eval_batch_size 4".split(),
         *("--cache_dir", str(cache_dir), "--output_dir", str(output_dir)),
         *flags,
     ]

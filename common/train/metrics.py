@@ -1,15 +1,20 @@
-"""What a run measures: training time without evaluation and saving, throughput, passes over the rows, held-out loss."""
+"""What a run measures: training time without evaluation and saving, throughput, passes over the rows, routers, held-out
+loss.
+"""
 
 import math
 import time
 from contextlib import contextmanager
 
+import torch
+from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
 from common.accelerator import memory_gib, reset_peak_memory, synchronize
 from common.console import say
 from common.dataset.mixture import TrainingOrder
-from common.model.counts import flops_per_token, parameter_report, peak_tflops
+from common.model.counts import experts_per_token, flops_per_token, parameter_report, peak_tflops
+from common.model.experts import busiest_and_idlest
 
 
 class RunClock(TrainerCallback):
@@ -92,6 +97,56 @@ class Stopwatch:
         began = time.perf_counter()
         yield
         self.paused_seconds += time.perf_counter() - began
+
+
+class RouterMeter:
+    """What the router of a mixture of experts adds to the loss, and where it sends tokens, from one log to the next.
+
+    All figures stay on the device until they are logged.
+    """
+
+    def __init__(self, model: PreTrainedModel):
+        self.has_loss = bool(getattr(model, "router_coefficient", 0.0))  # set by use_fused_loss
+        self.chosen = experts_per_token(model.config)
+        self.last: torch.Tensor | None = None  # what the router added to the loss of the last forward pass
+        self.of_step: list[torch.Tensor] = []  # of the micro-batches of the step at hand
+        self.of_steps_made: list[torch.Tensor] = []
+        self.sent_tokens: torch.Tensor | None = None  # to each expert, (layers, experts)
+
+    def note(self, outputs: dict, processes: int) -> None:
+        """Note a forward pass. ``processes``: what Trainer multiplies the loss by, since gradients are averaged."""
+        if self.has_loss:
+            self.last = outputs["aux_loss"].detach() * processes
+            sent = torch.stack(outputs["router_logits"])  # use_fused_loss has put them there
+            self.sent_tokens = sent if self.sent_tokens is None else self.sent_tokens + sent
+
+    def take_from(self, loss: torch.Tensor) -> torch.Tensor:
+        """Return the tokens' part of a micro-batch's loss, and keep the router's."""
+        if not self.has_loss:
+            return loss
+        self.of_step.append(self.last)
+        return loss - self.last
+
+    def end_step(self, made: bool) -> None:
+        """Keep what was noted in a step, if the step is made."""
+        if made and self.of_step:
+            self.of_steps_made.append(torch.stack(self.of_step).sum())
+        self.of_step = []
+
+    def figures(self, accelerator: Accelerator) -> dict[str, float]:
+        """Return what the router did since the last log; {} if the model has none, or no step was made.
+
+        ``router_loss`` is what it added to the loss, as a mean over the steps. ``busiest_expert`` and ``idlest_expert``
+        are shares of a layer's tokens.
+        """
+        if not self.of_steps_made:
+            return {}
+        mean = torch.stack(self.of_steps_made).float().mean()
+        sent = accelerator.reduce(self.sent_tokens, "sum")
+        self.of_steps_made, self.sent_tokens = [], None
+        busiest, idlest = busiest_and_idlest(sent, self.chosen)
+        router_loss = accelerator.reduce(mean, "mean").item()
+        return {"router_loss": router_loss, "busiest_expert": busiest, "idlest_expert": idlest}
 
 
 def held_out_metrics(batches: list[tuple[float, int]], target_bytes: float, prefix: str) -> dict[str, float]:

@@ -24,7 +24,8 @@ from common.model.placement import check_expert_plan, check_plan
 from common.model.presets import ModelSize, PretrainedSize
 from common.model.recompute import choose_recompute
 from common.run.branch import check_branch
-from common.run.folder import check_disk_space, check_folder, check_path
+from common.run.disk import check_disk_space, check_path
+from common.run.folder import check_folder
 from common.run.lock import lock_folder
 from common.run.tracking import prepare_trackers
 from common.system import GIB, take_cores, usable_cores
@@ -68,19 +69,7 @@ def preflight(
     model = None if size is None else size.planned(shared.context_length)
     check_checkpoints(launch, training)
     check_deepspeed(training)
-    say(f"processes: {processes(launch, training)}")
-    threads = take_cores(launch.local_processes) if launch.offloads else 0
-    moved = f", offloading to main memory, with {threads} threads there" if launch.offloads else ""
-    shared_out = f", {launch.dimensions}" if launch.dimensions else ""
-    say(f"strategy: {launch.strategy}{shared_out}{moved}; trained: {method}")
-    say(f"precision: {precision(training)}")
-    if launch.recompute and not getattr(model, "supports_gradient_checkpointing", True):
-        name = type(model).__name__
-        raise InputError(f"recompute ({launch.recompute}): transformers has none for {name}. Leave it out.")
-    recompute = f"yes ({launch.recompute})" if launch.recompute else "no"
-    folder = compiled_code_folder(launch.compiler, launch.machines, shared.cache_dir)
-    kept = "" if folder is None else f", compiled code in {folder}"
-    say(f"compile: {launch.compiler} (the YAML's dynamo_config){kept}; recompute: {recompute}")
+    say_launch(model, launch, shared, training, method)
     check_parallelism(launch, shared.context_length, shared.packing == "isolated")
     if model is not None:
         check_plan(model, launch.tensor_parallel)
@@ -110,6 +99,29 @@ def preflight(
         if lock is not None:
             lock.release()  # it is taken for good when the run is opened
     return launch
+
+
+def say_launch(
+    model: PreTrainedModel | None, launch: Launch, shared: SharedArguments, training: TrainingArguments, method: str
+) -> None:
+    """Print what computes, in which precision, compiled and recomputed or not.
+
+    Raises:
+        InputError: the model's family has no recompute.
+    """
+    say(f"processes: {processes(launch, training)}")
+    threads = take_cores(launch.local_processes) if launch.offloads else 0
+    moved = f", offloading to main memory, with {threads} threads there" if launch.offloads else ""
+    shared_out = f", {launch.dimensions}" if launch.dimensions else ""
+    say(f"strategy: {launch.strategy}{shared_out}{moved}; trained: {method}")
+    say(f"precision: {precision(training)}")
+    if launch.recompute and not getattr(model, "supports_gradient_checkpointing", True):
+        name = type(model).__name__
+        raise InputError(f"recompute ({launch.recompute}): transformers has none for {name}. Leave it out.")
+    recompute = f"yes ({launch.recompute})" if launch.recompute else "no"
+    folder = compiled_code_folder(launch.compiler, launch.machines, shared.cache_dir)
+    kept = "" if folder is None else f", compiled code in {folder}"
+    say(f"compile: {launch.compiler} (the YAML's dynamo_config){kept}; recompute: {recompute}")
 
 
 def processes(launch: Launch, training: TrainingArguments) -> str:

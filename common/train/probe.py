@@ -47,13 +47,13 @@ def probe(
         body = parameter_report(trainer.accelerator.unwrap_model(trainer.model))["rest"]
         found["forecast"] = law.forecast(body, bytes_of_training_rows(ledgers), found["passes"])
         say(forecast_in_words(found["forecast"], law))
-    say(probe_in_words(found, steps * seconds, arguments.device))
+    say(probe_in_words(found, arguments.device))
     if shared.plan_json:
         say(json.dumps(found))
 
 
-def probe_in_words(found: dict, seconds: float, device: torch.device) -> str:
-    """Return what a probe measured in sentences; ``seconds``: of the whole run."""
+def probe_in_words(found: dict, device: torch.device) -> str:
+    """Return what a probe measured in sentences."""
     peak, there = found["memory_peak_gib"], card_bytes(device)
     if device.type == "cpu":
         memory, where = f"three steps took {peak:.2f} GiB of main memory at the peak", "this CPU"
@@ -67,7 +67,7 @@ def probe_in_words(found: dict, seconds: float, device: torch.device) -> str:
             over = f", {-spare:.2f} GiB more than the card's {size}"
             memory += over if spare < 0 else f", which fits {size} with {spare:.2f} to spare"
     passes = f"{found['passes']:.3g} pass{'es' * (found['passes'] != 1)} over the rows"
-    time = f"the whole run takes {duration_in_words(seconds)} for {passes} on {where}"
+    time = f"the whole run takes {duration_in_words(found['hours'] * 3600)} for {passes} on {where}"
     speed = f"{found['tokens_per_second']:,.0f} tokens/s, evaluations not counted"
     return f"probe: {memory}; {time}, at {speed}. Nothing was kept."
 

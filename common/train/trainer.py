@@ -32,8 +32,6 @@ from common.distributed.workarounds import (
 )
 from common.io import write_json
 from common.model.attention import DOCUMENTS, ULYSSES, ULYSSES_DOCUMENTS, block_mask, full_mask
-from common.model.counts import experts_per_token
-from common.model.experts import busiest_and_idlest
 from common.model.recompute import keep_results
 from common.run.checkpoints import named_as_in, reading, renamed_when_saved, saved_weights, unfinished
 from common.run.divided_states import SHARDS, each_once, gathered_weights, load_states, load_weights
@@ -46,7 +44,7 @@ from common.train.callbacks import RunCallback, ScreenCallback
 from common.train.cuda_graph import MicroBatchGraph, optimizer_graphs, use_graph
 from common.train.interruption import EvaluationStopped, Interruption, session
 from common.train.low_memory_adamw import LowMemoryAdamW
-from common.train.metrics import RunClock, held_out_metrics
+from common.train.metrics import RouterMeter, RunClock, held_out_metrics
 from common.train.muon import MuonWithAdamW
 from common.train.plan import out_of_memory, setting_of_trainer
 from common.train.saving import Saving
@@ -102,30 +100,13 @@ class PretrainingTrainer(Trainer):
         Raises:
             InputError: --on_loss_spike skip under DeepSpeed; what --recompute is to keep cannot be kept.
         """
-        if launch.strategy.is_deepspeed and shared.on_loss_spike == "skip":
-            raise InputError(
-                "--on_loss_spike skip: DeepSpeed makes its step before it can be judged. Use stop, or another YAML."
-            )
-        self.has_router_loss = bool(getattr(model, "router_coefficient", 0.0))  # set by use_fused_loss
-        if self.has_router_loss and launch.row_pieces > 1:
-            raise InputError(
-                "rows divided among cards: the router's loss is computed of whole rows. Use fsdp2.yaml, or write "
-                '"output_router_logits": false in the model\'s config.'
-            )
-        if launch.sequence_parallel > 1 and model.config._attn_implementation not in ULYSSES:
-            raise InputError(
-                "parallelism_config_sp_size: this recipe does not hand launch.sequence_parallel on to set_attention. "
-                "Use wiki_zh_scratch.py or openwebtext_continue.py."
-            )
+        self.router = RouterMeter(model)
+        self._refuse(model, shared, launch)
         self.order, self.launch, self.run, self.cuda_graph = order, launch, run, shared.cuda_graph
         self.guard = StepGuard(shared.on_loss_spike, shared.max_bad_steps, scaled=training.fp16)
         self.interruption = Interruption(shared.save_minutes, launch.launched)
         self.saving = Saving(launch, training, run)
-        # Of the step at hand, on the device: the tokens' loss of each micro-batch, and what the router added to it.
-        self.micro_losses: list[torch.Tensor] = []
-        self.router_losses: list[torch.Tensor] = []
-        self.router_losses_made: list[torch.Tensor] = []  # of the steps made since the last log
-        self.sent_tokens: torch.Tensor | None = None  # to each expert since the last log, (layers, experts)
+        self.micro_losses: list[torch.Tensor] = []  # of the step at hand, on the device: the tokens' loss of each
         training.remove_unused_columns = False  # Trainer would take shift_labels for a column that the model lacks
         # Batches go to the accelerator while it computes. By default every copy first waits until its queue is empty.
         training.dataloader_pin_memory &= pins_memory(training.device)
@@ -157,6 +138,23 @@ class PretrainingTrainer(Trainer):
         own = [ScreenCallback(launch.compiler), RunCallback(run, self.guard, shared), self.interruption, self.clock]
         for callback in own:  # the clock is the last: it decides what is logged
             self.add_callback(callback)
+
+    def _refuse(self, model: PreTrainedModel, shared: SharedArguments, launch: Launch) -> None:
+        """Raise InputError for what this launch cannot do with this model."""
+        if launch.strategy.is_deepspeed and shared.on_loss_spike == "skip":
+            raise InputError(
+                "--on_loss_spike skip: DeepSpeed makes its step before it can be judged. Use stop, or another YAML."
+            )
+        if self.router.has_loss and launch.row_pieces > 1:
+            raise InputError(
+                "rows divided among cards: the router's loss is computed of whole rows. Use fsdp2.yaml, or write "
+                '"output_router_logits": false in the model\'s config.'
+            )
+        if launch.sequence_parallel > 1 and model.config._attn_implementation not in ULYSSES:
+            raise InputError(
+                "parallelism_config_sp_size: this recipe does not hand launch.sequence_parallel on to set_attention. "
+                "Use wiki_zh_scratch.py or openwebtext_continue.py."
+            )
 
     @property
     def position(self) -> int:
@@ -287,23 +285,15 @@ class PretrainingTrainer(Trainer):
             self.micro_batch = super().training_step
             if use_graph(self.cuda_graph, self.model, setting_of_trainer(self), self.args.device):
                 self.micro_batch = MicroBatchGraph(self.micro_batch)
-        loss = self.micro_batch(model, inputs, num_items_in_batch)
-        if self.router_loss is not None:
-            self.router_losses.append(self.router_loss)
-            loss = loss - self.router_loss
+        loss = self.router.take_from(self.micro_batch(model, inputs, num_items_in_batch))
         self.micro_losses.append(loss)
         return loss
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """Note what the router of a mixture of experts adds to the loss."""
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.router_loss = None
-        if self.has_router_loss:
-            # Trainer multiplies the loss by the processes, whose gradients are averaged.
-            processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-            self.router_loss = outputs["aux_loss"].detach() * processes
-            sent = torch.stack(outputs["router_logits"])  # use_fused_loss has put them there
-            self.sent_tokens = sent if self.sent_tokens is None else self.sent_tokens + sent
+        averaged = self.args.average_tokens_across_devices
+        self.router.note(outputs, self.accelerator.num_processes if averaged else 1)
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None) -> torch.Tensor | float:
@@ -347,9 +337,8 @@ class PretrainingTrainer(Trainer):
                     "spoilt, and not saved. The same command goes back to the last checkpoint; to have such steps left "
                     f"out instead, train {instead}."
                 )
-        elif self.router_losses:
-            self.router_losses_made.append(torch.stack(self.router_losses).sum())
-        self.micro_losses, self.router_losses = [], []
+        self.router.end_step(make)
+        self.micro_losses = []
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
         """Replaces: one optimizer for all parameters, if it is to be Muon for the matrices."""
@@ -516,23 +505,8 @@ class PretrainingTrainer(Trainer):
         """Add counts, throughput and memory to a training step's log, before it enters the state."""
         if "loss" in logs:
             logs.update(self.clock.metrics(start_time, self.state.global_step) | self.guard.logged())
-            logs.update(self._router_figures())
+            logs.update(self.router.figures(self.accelerator))
         if "train_loss" in logs:  # the mean over all steps; transformers 5.17 divides the steps since a resume by all
             logs["train_loss"] = mean_logged_loss(self.state.log_history)
         with self.run.writing("what trackers keep"):
             super().log(logs, start_time)
-
-    def _router_figures(self) -> dict[str, float]:
-        """Return what the router did since the last log; {} if the model has none, or no step was made.
-
-        ``router_loss`` is what it added to the loss, as a mean over the steps. ``busiest_expert`` and ``idlest_expert``
-        are shares of a layer's tokens.
-        """
-        if not self.router_losses_made:
-            return {}
-        mean = torch.stack(self.router_losses_made).float().mean()
-        sent = self.accelerator.reduce(self.sent_tokens, "sum")
-        self.router_losses_made, self.sent_tokens = [], None
-        busiest, idlest = busiest_and_idlest(sent, experts_per_token(self.model.config))
-        router_loss = self.accelerator.reduce(mean, "mean").item()
-        return {"router_loss": router_loss, "busiest_expert": busiest, "idlest_expert": idlest}

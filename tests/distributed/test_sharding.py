@@ -280,6 +280,7 @@ def continued(folder: Path, output: Path, *flags: str) -> list[str]:
     return [*CONTINUED, *data, "--cache_dir", str(folder / "cache"), "--output_dir", str(output), *flags]
 
 
+@pytest.mark.heavy
 @pytest.mark.parametrize("environment", [BY_ONE, parallel(2)], ids=["FSDP2, loaded by one", "tensor"])
 def test_weights_of_a_checkpoint_are_loaded_by_one_process(cache_dir, tmp_path, environment):
     """The others have no memory for them. The run is the same, and so is the fingerprint that says whose run it is."""
@@ -306,6 +307,7 @@ def check_dropout(rank: int, folder: Path) -> None:
     torch.save(local(norm).detach(), folder / f"norm-{rank}.pt")
 
 
+@pytest.mark.heavy
 def test_processes_that_share_rows_drop_the_same_numbers(cache_dir, tmp_path):
     (tmp_path / "cache").symlink_to(cache_dir)
     in_launched_processes(2, check_dropout, tmp_path, **parallel(2))

@@ -168,6 +168,7 @@ def test_the_bubble_is_logged_and_compared_with_the_formula(cut_in_two):
     assert re.search(r"bubble: [\d.]+% of the steps since the last log but one, 20.0% by formula", output)
 
 
+@pytest.mark.heavy
 def test_interleaved_with_muon_has_the_losses_of_one_process(loop, cut_in_two, cache_dir, tmp_path):
     flags = ["--optimizer", "muon", "--learning_rate", "0.004"]
     expected = alone(loop, cache_dir, tmp_path / "alone", *flags)
@@ -176,6 +177,7 @@ def test_interleaved_with_muon_has_the_losses_of_one_process(loop, cut_in_two, c
     assert "bubble by formula: 11.1%" in next(tmp_path.glob("work*/output.0")).read_text()
 
 
+@pytest.mark.heavy
 def test_isolated_documents_and_an_untied_head(loop, cut_in_two, cache_dir, tmp_path, monkeypatch):
     """Some targets are ignored, differently many in each micro-batch; nothing is clipped; two rows a micro-batch."""
     flags = "--packing isolated --max_grad_norm 0 --attn_implementation sdpa".split()
@@ -188,6 +190,7 @@ def test_isolated_documents_and_an_untied_head(loop, cut_in_two, cache_dir, tmp_
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
 
 
+@pytest.mark.heavy
 def test_in_bf16_it_is_the_run_of_one_process_in_bf16(cut_in_two, cache_dir, tmp_path):
     """Stages pass on what layers pass on in one process: bf16. The order of sums differs, and in bf16 rounding does."""
     (tmp_path / "alone").mkdir()
@@ -239,6 +242,7 @@ def check_refused(rank: int, folder: Path) -> None:
         run(folder)
 
 
+@pytest.mark.heavy
 def test_a_finished_run_is_shown_and_not_trained_again(cut_in_two, cache_dir):
     log = (cut_in_two / "log.jsonl").read_bytes()
     launched(cache_dir, cut_in_two.parent, *ODD, check=check_finished)
@@ -261,6 +265,7 @@ def test_one_process_is_refused(pipeline, cache_dir, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.heavy
 def test_the_launch_line_trains(cut_in_two, cache_dir, tmp_path):
     """As its docstring says, and compiled. The slowest of this file."""
     flags = ["recipes/explicit_pipeline.py", *small_run(cache_dir, tmp_path, *ODD)]

@@ -79,6 +79,7 @@ def finished(request, recipe, weights, cache_dir, tmp_path_factory):
     return request.param, folder
 
 
+@pytest.mark.heavy
 def test_a_branch_with_nothing_changed_equals_the_run(recipe, weights, cache_dir, tmp_path):
     flags = METHODS["lora"]
     recipe.main(run(weights, cache_dir, tmp_path / "run", *flags, "--save_total_limit", "2"))

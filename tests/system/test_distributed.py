@@ -36,7 +36,7 @@ def one_process(wiki, cache_dir, tmp_path_factory):
     ("config", "compiler"),
     [
         ("ddp.yaml", "aot_eager"),
-        ("cpu_fsdp2.yaml", "no"),
+        pytest.param("cpu_fsdp2.yaml", "no", marks=pytest.mark.heavy),
         pytest.param("cpu_fsdp2.yaml", "aot_eager", marks=pytest.mark.heavy),
         ("zero2.yaml", "no"),
         pytest.param("zero2.yaml", "aot_eager", marks=pytest.mark.heavy),

@@ -49,7 +49,7 @@ def test_a_pipe_gets_plain_lines_and_no_bars_of_training(cache_dir, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
-@pytest.mark.parametrize("columns", [160, 50])
+@pytest.mark.parametrize("columns", [pytest.param(160, marks=pytest.mark.heavy), 50])
 def test_a_terminal_gets_one_bar_with_the_figures_that_fit(cache_dir, tmp_path, columns):
     text = shown(cache_dir, tmp_path, columns)
     assert "]the first step took" not in text, "messages stand above the bar"

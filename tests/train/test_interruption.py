@@ -45,6 +45,7 @@ def test_a_signal_ends_the_run_with_a_checkpoint(cache_dir, tmp_path, name, code
     assert log.endswith(f"{shown}: step {step} is saved; the same command continues\n") and "Traceback" not in log
 
 
+@pytest.mark.heavy
 def test_interrupted_and_continued_is_the_run_left_alone(cache_dir, tmp_path):
     """To the bit, and the state goes running, interrupted, running, finished."""
     flags = ["--max_steps", "60", "--eval_strategy", "no", "--save_steps", "50"]
@@ -68,6 +69,7 @@ def test_interrupted_and_continued_is_the_run_left_alone(cache_dir, tmp_path):
     assert len(launches) == 2 and {"commit", "versions", "arguments", "launcher"} <= json.loads(launches[0]).keys()
 
 
+@pytest.mark.heavy
 def test_a_signal_during_an_evaluation_does_not_wait_for_its_end(cache_dir, tmp_path):
     """A checkpoint of that step, from which the run goes on to the bit."""
     flags = "--max_steps 40 --logging_steps 7 --save_steps 1000 --held_out_fraction 0.5 --max_eval_rows 100000".split()
@@ -142,7 +144,7 @@ def test_an_orphan_saves_and_stops(cache_dir, tmp_path):
     check_interrupted(tmp_path / "run", "its launcher died")
 
 
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("name", ["SIGTERM", pytest.param("SIGINT", marks=pytest.mark.heavy)])
 def test_two_processes_agree_on_the_step(cache_dir, tmp_path, name):
     flags = tiny_run(cache_dir, tmp_path / "run", *LONG, "--per_device_train_batch_size", "2")
     process = launched("ddp.yaml", tmp_path / "record", flags)

@@ -476,12 +476,12 @@ def test_a_probe_on_a_card_says_whether_it_fits_and_what_the_plan_said(monkeypat
     monkeypatch.setattr("common.train.probe.card_bytes", lambda device: 16 * 2**30)
     monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "Some Card")
     found = {"memory_peak_gib": 9.75, "total_gib": 10.5, "tokens_per_second": 1234.5, "hours": 1.667, "passes": 2.0}
-    sentence = probe_in_words(found, 6000, torch.device("cuda"))
+    sentence = probe_in_words(found, torch.device("cuda"))
     assert "9.75 GiB at the peak, and some 0.6 outside of torch (--plan: 10.50 in all)" in sentence
     assert "fits 16 GiB with 5.65 to spare" in sentence
     assert "takes an hour and 40 minutes for 2 passes over the rows on Some Card" in sentence
     monkeypatch.setattr("common.train.probe.card_bytes", lambda device: 10 * 2**30)
-    assert "0.35 GiB more than the card's 10 GiB" in probe_in_words(found, 6000, torch.device("cuda"))
+    assert "0.35 GiB more than the card's 10 GiB" in probe_in_words(found, torch.device("cuda"))
 
 
 @pytest.mark.parametrize(

@@ -207,6 +207,7 @@ def check_sharded(rank: int, folder: Path) -> None:
     assert len(whole) == 2, "a layer, attention and MLP, is one graph: the same for all of them"
 
 
+@pytest.mark.heavy
 def test_sharded_by_fsdp2_recompute_changes_no_gradient(tmp_path):
     in_two_processes(check_sharded, tmp_path)
 

@@ -209,6 +209,7 @@ def test_a_folder_that_is_gone_is_no_full_disk(wiki, cache_dir, tmp_path, monkey
 
     def gone_at_step_4(self, *args, **kwargs):
         if self.state.global_step == 3:
+            self.run.end_save()  # a thread writes step 2: it must not write while the folder goes
             shutil.rmtree(tmp_path / "run")
         return step(self, *args, **kwargs)
 
