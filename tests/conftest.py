@@ -18,7 +18,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported. With a GPU, its tests: TEST_GPU=0 python -m pytest -k 'cuda or gpu'
 os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")
 
-from common.train import callbacks  # noqa: E402
+from common.train import callbacks
 
 callbacks.SAMPLE_TOKENS = 6  # generating 60 takes half of a small run's time; also in the processes of tests
 settings.register_profile("no deadline", deadline=None)  # a busy machine is not a failure
