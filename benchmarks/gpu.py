@@ -40,8 +40,8 @@ from common.model.fused_loss import use_fused_loss
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.recompute import choose_recompute
 from common.system import GIB
-from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
+from common.tokens.token_index import write_index
 from common.train.plan import setting_of_run
 
 WARM_STEPS, INTERVAL = 4, 2

@@ -53,8 +53,8 @@ from common.model.fused_loss import use_fused_loss
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.presets import PRESETS
 from common.system import GIB
-from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
+from common.tokens.token_index import write_index
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
 from common.train.low_memory import compute_dtype, optimizer_for

@@ -46,7 +46,7 @@ def make(folder: str, documents: int) -> dict:
     """Write a synthetic pair: an index, and a sparse ``.bin`` of the matching size."""
     import numpy as np
 
-    from common.tokens.megatron import write_index
+    from common.tokens.token_index import write_index
 
     sizes = np.random.default_rng(0).integers(1, 1001, documents, dtype=np.int32)
     write_index(f"{folder}/tokens.idx", sizes, np.dtype(np.uint16))

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import settings
 
 from common.corpus.splits import content_hash
-from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
+from common.tokens.token_index import write_index
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Before torch is imported. With a GPU, its tests: TEST_GPU=0 python -m pytest -k 'cuda or gpu'

@@ -13,8 +13,9 @@ from filelock import FileLock
 from common.console import InputError
 from common.io import DISK_FULL, write_json
 from common.progress import Progress
-from common.tokens.megatron import COLUMNS, LEGACY_PAIR, PAIR, SIDECAR, TokenPair, read_column, write_index, write_row
+from common.tokens.megatron import COLUMNS, LEGACY_PAIR, PAIR, SIDECAR, TokenPair, read_column, write_row
 from common.tokens.store import CHUNK_TOKENS, TokenStore, joined_sidecar
+from common.tokens.token_index import write_index
 
 NARROWEST_FIRST = [np.dtype(name) for name in "uint8 int8 uint16 int16 int32 uint32 int64 uint64".split()]
 

@@ -31,13 +31,13 @@ from common.tokens.megatron import (
     HASHES,
     ID_HASHES,
     TEXT_BYTES,
-    StoredArray,
     TokenPair,
     find_pairs,
     open_pair,
     read_column,
     write_row,
 )
+from common.tokens.token_index import StoredArray
 
 CHUNK_TOKENS = 4_000_000  # tokens in memory when all of a store are read: at most 32 MB
 END_TOKEN_DOCUMENTS = 1_000  # the first documents of a store, which ``end_token_share`` looks at

@@ -26,18 +26,9 @@ from common.io import DISK_FULL, write_json
 from common.progress import Progress
 from common.system import usable_cores
 from common.tokens.encoding import Encoder, encoder_of
-from common.tokens.megatron import (
-    COLUMNS,
-    HASHES,
-    ID_HASHES,
-    PAIR,
-    SIDECAR,
-    TEXT_BYTES,
-    token_dtype,
-    write_index,
-    write_row,
-)
+from common.tokens.megatron import COLUMNS, HASHES, ID_HASHES, PAIR, SIDECAR, TEXT_BYTES, write_row
 from common.tokens.store import TokenStore, hash_ids
+from common.tokens.token_index import token_dtype, write_index
 from common.tokens.tokenizer import decoded, tokenizer_fingerprint, unknown_id, vocabulary_size
 
 BATCH_CHARACTERS = 500_000  # tokenized at once: enough to keep a thread busy, and still small in memory

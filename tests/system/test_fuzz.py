@@ -25,8 +25,9 @@ from common.dataset.mixture import TrainingOrder
 from common.run.checkpoints import MANIFEST, problem_of, read_manifest
 from common.run.folder import Run
 from common.run.lock import read_status
-from common.tokens.megatron import read_index, read_legacy_index, read_sidecar
+from common.tokens.megatron import read_sidecar
 from common.tokens.store import TokenStore
+from common.tokens.token_index import read_index, read_legacy_index
 from common.train.step_guard import read_guard
 
 pytestmark = pytest.mark.heavy

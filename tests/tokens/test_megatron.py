@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import common.tokens.megatron as megatron
 from common.console import InputError
-from common.tokens.megatron import DTYPES, open_pair, read_index, read_legacy_index, write_index
+from common.tokens.megatron import open_pair
+from common.tokens.token_index import DTYPES, read_index, read_legacy_index, write_index
 
 # [[1, 2, 3], [4, 5]] as uint16, from the format's description, not from our writer.
 GOLDEN_IDX = bytes.fromhex(

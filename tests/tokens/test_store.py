@@ -17,8 +17,8 @@ from test_megatron import GOLDEN_BIN, GOLDEN_IDX, index_bytes
 import common.tokens.store as token_store
 from common.console import InputError
 from common.corpus.splits import content_hash
-from common.tokens.megatron import write_index
 from common.tokens.store import TokenStore
+from common.tokens.token_index import write_index
 
 
 def write_pair(prefix, documents, dtype=np.uint16, sidecar=None, hashes=None):
