@@ -1,6 +1,6 @@
 """Train a ladder of model sizes on a text, and fit the rules of ``--target_parameters`` and of ``--plan``'s prediction.
 
-    python benchmarks/ladder.py --data zh.jsonl en.jsonl --sizes 8M 16M 32M 64M 125M 250M --rates 0.5 1 2 --tokens 16e6
+    python benchmarks/ladder.py --data zh.jsonl en.jsonl --sizes 8M 16M 32M 64M 125M --rates 0.5 1 2 --tokens 16e6 48e6
 
 Each run is a process of its own: the recipe's model of one size, trained by the recipe's Trainer on a number of tokens
 at one multiple of the rule's learning rate, then evaluated on held-out text. Each run adds a line to
@@ -11,13 +11,16 @@ kind is given whole:
 
 The size "tutorial" is SwanLab's tutorial as learning.py has it, with its schedule stretched over the tokens.
 
-The fit is printed and kept in --output/fit.json. A run predicts its end with it: recipes/wiki_zh_scratch.py --plan
---probe --ladder outputs/ladder/fit.json
+The fit is printed and kept in --output/fit.json:
 
-    bits per byte = irreducible + a / parameters^alpha + b / bytes^beta
+    bits per byte = irreducible + a / parameters^alpha + b / bytes^beta + c / steps^1.5
 
 Only the best learning rate of each size and number of tokens counts. The bytes of later passes over the same text count
 less (common/model/scaling.py). Each of these runs is also predicted by the fit of all others: that tells the error.
+With it, a run predicts its end, and a time budget gets its size:
+
+    python recipes/wiki_zh_scratch.py --plan --probe --ladder outputs/ladder/fit.json
+    python recipes/wiki_zh_scratch.py --plan --minutes 10 --ladder outputs/ladder/fit.json
 """
 
 import argparse
@@ -50,6 +53,7 @@ from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.presets import PRESETS, parameter_count, shape_with
 from common.model.scaling import (
+    STEPS_POWER,
     TOKENS_PER_STEP,
     LossLaw,
     counted_bytes,
@@ -212,48 +216,48 @@ def best_of(rows: list[dict]) -> list[dict]:
 def fit(rows: list[dict]) -> tuple[LossLaw, list[dict]]:
     """Return the law of the best rows; and these rows with ``predicted``, by the law of all other rows.
 
-    Least squares of the logarithms, by scipy. The constants stay within LIMITS, so that the law says little about what
-    the runs do not show.
-
     Raises:
         SystemExit: there are fewer rows than the law needs.
     """
     best = best_of([row for row in rows if "rate" in row])
-    if len(best) < 6:
-        sys.exit(f"{len(best)} sizes and numbers of tokens: the fit of five constants needs at least 6.")
+    if len(best) < 8:
+        sys.exit(f"{len(best)} sizes and numbers of tokens: the fit of six constants needs at least 8.")
     predicted = []
     for row in best:
-        constants = constants_of([other for other in best if other is not row])
-        predicted.append({**row, "predicted": LossLaw(*constants, 0.0, "", [], []).bits_per_byte(*measured(row))})
+        law = law_of([other for other in best if other is not row])
+        predicted.append({**row, "predicted": law.bits_per_byte(*measured(row))})
     error = np.mean([abs(row["predicted"] / row["bits_per_byte"] - 1) for row in predicted])
-    body, trained = ([min(values), max(values)] for values in zip(*map(measured, best), strict=True))
-    constants = [float(f"{constant:.4g}") for constant in constants_of(best)]
-    return LossLaw(*constants, float(f"{error:.3g}"), rows[0]["text"], body, trained), predicted
+    return replace(law_of(best), error=float(f"{error:.3g}")), predicted
 
 
-LIMITS = {"irreducible": (0.05, 1.2), "a": (0.001, 5), "alpha": (0.05, 1.5), "b": (0.05, 50), "beta": (0.05, 1.5)}
+ALPHAS, BETAS = np.arange(0.1, 1.51, 0.05), np.arange(0.1, 1.01, 0.05)
 
 
-def measured(row: dict) -> tuple[float, float]:
-    """Return what the law is a function of: parameters beside the embedding, and counted bytes."""
-    return row["body"], counted_bytes(row["text_bytes"], row["passes"])
+def law_of(rows: list[dict]) -> LossLaw:
+    """Return the law that fits ``rows`` best, in the squares of relative errors; its own error is not known, NaN.
 
+    All powers of a grid are tried. With given powers, the law is linear in its other constants, none of which is
+    negative.
+    """
+    from scipy.optimize import nnls  # here, because a machine that only trains need not have it
 
-def constants_of(rows: list[dict]) -> list[float]:
-    """Return irreducible, a, alpha, b and beta of the law that fits ``rows`` best, from several starts."""
-    from scipy.optimize import least_squares  # here, because a machine that only trains need not have it
-
-    body, trained = np.array([measured(row) for row in rows]).T / 1e6
+    parameters, trained, steps = np.array([measured(row) for row in rows]).T
     bits = np.array([row["bits_per_byte"] for row in rows])
+    best = None
+    for alpha, beta in itertools.product(ALPHAS, BETAS):
+        terms = [np.ones(len(rows)), (parameters / 1e6) ** -alpha, (trained / 1e6) ** -beta, steps**-STEPS_POWER]
+        constants, error = nnls(np.stack(terms, axis=1) / bits[:, None], np.ones(len(rows)))
+        if best is None or error < best[0]:
+            best = (error, alpha, beta, constants)
+    _, alpha, beta, (irreducible, a, b, c) = best
+    constants = [float(f"{constant:.4g}") for constant in (irreducible, a, alpha, b, beta, c)]
+    limits = [[float(values.min()), float(values.max())] for values in (parameters, trained, steps)]
+    return LossLaw(*constants, math.nan, rows[0]["text"], *limits, max(row["passes"] for row in rows))
 
-    def errors(logarithms):
-        irreducible, a, alpha, b, beta = np.exp(logarithms)
-        return np.log(irreducible + a / body**alpha + b / trained**beta) - np.log(bits)
 
-    lowest, highest = np.log(list(LIMITS.values())).T
-    starts = itertools.product((0.3, 0.7, 1.0), (0.1, 0.5), (0.2, 0.5), (1, 4), (0.3, 0.6))
-    found = [least_squares(errors, np.log(start), bounds=(lowest, highest)) for start in starts]
-    return np.exp(min(found, key=lambda each: each.cost).x).tolist()
+def measured(row: dict) -> tuple[float, float, float]:
+    """Return what the law is a function of: parameters, counted bytes, and steps."""
+    return row["parameters"], counted_bytes(row["text_bytes"], row["passes"]), row["tokens"] / row["tokens_per_step"]
 
 
 def rates_table(rows: list[dict]) -> str:
@@ -270,6 +274,11 @@ def rates_table(rows: list[dict]) -> str:
         cells = [f"{bits[multiple]:.4f}" if multiple in bits else "-" for multiple in multiples]
         lines.append(f"| {size} | {tokens / 1e6:.1f}M | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def after_passes(row: dict, passes: float) -> dict:
+    """Return ``row`` as it would be after other passes over the text."""
+    return {**row, "passes": passes, "tokens": row["tokens"] * passes / row["passes"]}
 
 
 def plot(rows: list[dict], law: LossLaw, path: Path) -> None:
@@ -289,8 +298,8 @@ def plot(rows: list[dict], law: LossLaw, path: Path) -> None:
             "o",
             label=size,
         )
-        passes = np.geomspace(0.05, 20, 60)
-        line = [law.bits_per_byte(mine[0]["body"], counted_bytes(mine[0]["text_bytes"], each)) for each in passes]
+        passes = np.geomspace(0.3, 20, 60)
+        line = [law.bits_per_byte(*measured(after_passes(mine[0], each))) for each in passes]
         axes.plot(passes * mine[0]["text_bytes"] / 1e6, line, "-", color=dots[0].get_color(), linewidth=1)
     axes.grid(alpha=0.3, which="both")
     axes.legend(fontsize=8)
@@ -304,7 +313,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--tokenizer", default="train", help="a folder or id; {vocabulary} in it is replaced")
     parser.add_argument("--sizes", nargs="*", default=["8M", "16M", "32M", "64M", "125M", "250M"])
     parser.add_argument("--rates", nargs="*", type=float, default=[0.5, 1.0, 2.0], help="multiples of the rule's rate")
-    parser.add_argument("--tokens", nargs="*", type=float, default=[16e6], help="tokens that each run trains on")
+    parser.add_argument("--tokens", nargs="*", type=float, default=[16e6, 48e6], help="tokens that each run trains on")
     parser.add_argument("--run", nargs="*", default=[], help="more runs, as JSON")
     parser.add_argument(
         "--at_once", type=int, default=1, help="runs at the same time; above 1, their speed says nothing"

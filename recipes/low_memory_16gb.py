@@ -221,7 +221,8 @@ def main(argv: list[str] | None = None) -> None:
             model, training, shared, rows, order, launch, run, tokenizer, optimizer_cls_and_kwargs=own_optimizer
         )
         if shared.probe:
-            return probe(trainer, shared)
+            probe(trainer, shared)
+            return
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         state_bytes = 3 if state_bits(training.optim) == 8 else 8  # a parameter; the embedding's may stay in fp32
         merged_bytes = model_without_memory(place).num_parameters() * dtype.itemsize if adapters else 0

@@ -215,7 +215,8 @@ def main(argv: list[str] | None = None) -> None:
         # Train, from the last checkpoint if there is one; a first start measures what the weights know already.
         trainer = PretrainingTrainer(model, training, shared, rows, order, launch, run, tokenizer)
         if shared.probe:
-            return probe(trainer, shared)
+            probe(trainer, shared)
+            return
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))

@@ -54,6 +54,7 @@ from common.train.eval_tasks import EvalTasks
 from common.train.plan import print_plan
 from common.train.preflight import preflight
 from common.train.probe import probe
+from common.train.time_budget import check_minutes, name_size, speed_of_card
 from common.train.trainer import PretrainingTrainer
 
 RECIPE = Path(__file__).name
@@ -155,7 +156,20 @@ class RecipeArguments:
     )
     ladder: str | None = field(
         default=None,
-        metadata={"help": "With --plan --probe: benchmarks/ladder.py's fit.json, to predict the final bits per byte."},
+        metadata={
+            "help": "With --plan --probe or --minutes: benchmarks/ladder.py's fit.json, to predict the final bits per "
+            "byte."
+        },
+    )
+    minutes: float | None = field(
+        default=None,
+        metadata={
+            "help": "With --plan: name the --target_parameters that learns most in so many minutes on one card, at the "
+            "speed that is known of it, or that --probe measures."
+        },
+    )
+    plan_card: str | None = field(
+        default=None, metadata={"help": "With --minutes: the card to plan for, such as H100; otherwise the one here."}
     )
 
 
@@ -166,13 +180,17 @@ def main(argv: list[str] | None = None) -> None:
     # recipe's own, those that all recipes share, and Trainer's.
     defaults = DATA | TRAINING | launch.defaults()
     own, shared, training = parse_flags(RecipeArguments, argv, defaults, sample=SAMPLE, target_parameters=defaults_for)
-    law = read_law(own.ladder, shared)
+    check_minutes(own.minutes, own.plan_card, launch, shared)
+    law = read_law(own.ladder, shared, own.minutes)
     shape = SAMPLE_MODEL if own.sample else MODEL
     if own.target_parameters == AUTO:  # like MODEL, in the size that fits --data and this machine
         shape = fit_to_text(shape, shared, training)
     size = ModelSize(shape, own.model, own.target_parameters, shared)
 
-    # --plan prints the memory that the run needs, and ends here. (--plan --probe also trains three steps, below.)
+    # --plan prints the memory that the run needs, or with --minutes the size that learns most, and ends here. (--plan
+    # --probe also trains three steps, below.)
+    if own.minutes is not None and not shared.probe:
+        return name_size(RECIPE, MODEL, own.minutes, law, speed_of_card(own.plan_card, training), shared)
     if shared.plan and not shared.probe:
         return print_plan(RECIPE, size.planned(shared.context_length, for_plan=True), launch, shared, training)
     # Before anything is loaded, print what will run and refuse what cannot.
@@ -219,7 +237,10 @@ def main(argv: list[str] | None = None) -> None:
         # Train, from the last checkpoint if there is one.
         trainer = PretrainingTrainer(model, training, shared, rows, order, launch, run, tokenizer)
         if shared.probe:
-            return probe(trainer, shared, rows.ledgers, law)
+            speed = probe(trainer, shared, rows.ledgers, law)
+            if own.minutes is not None:
+                name_size(RECIPE, MODEL, own.minutes, law, speed, shared)
+            return
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
         prompts = beginnings(rows.held_out, tokenizer) if own.target_parameters == AUTO else PROMPTS
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, prompts, trainer.clock.interval))

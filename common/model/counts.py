@@ -65,7 +65,11 @@ def peak_tflops(device: torch.device, half_precision: bool) -> float | None:
     if device.type == "mps":
         cores = torch.backends.mps.get_core_count()
         peaks = {generation: cores * peak for generation, peak in APPLE_TFLOPS_A_CORE.items()}
-    name = device_name(device)
+    return peak_by_name(device_name(device), peaks)
+
+
+def peak_by_name(name: str, peaks: dict[str, float] = PEAK_TFLOPS) -> float | None:
+    """Return the peak of the first entry of ``peaks`` that is among the words of a device's name; None without one."""
     return next((peak for known, peak in peaks.items() if re.search(rf"\b{known}\b", name)), None)
 
 

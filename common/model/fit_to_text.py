@@ -85,14 +85,21 @@ def tokens_of(source: Source) -> float:
     Raises:
         InputError: that is not known without fetching or reading it.
     """
-    if source.token_store is not None or source.hub_id is not None:
+    text_bytes = bytes_of(source)
+    if text_bytes is None:
         raise InputError(
             f"--target_parameters auto: {source.given} is no text on this machine, so its size is not known. Give "
             "one, such as --target_parameters 30M."
         )
+    return max(1.0, text_bytes / BYTES_A_TOKEN)
+
+
+def bytes_of(source: Source) -> float | None:
+    """Return about how many bytes of text the files of ``source`` have; None: they are not here, or are no text."""
+    if source.token_store is not None or source.hub_id is not None:
+        return None
     packed = [PACKED if path.suffix.lower() in {*COMPRESSIONS, ".parquet"} else 1 for path in source.files]
-    sizes = (path.stat().st_size * factor for path, factor in zip(source.files, packed, strict=True))
-    return max(1.0, sum(sizes) / BYTES_A_TOKEN)
+    return sum(path.stat().st_size * factor for path, factor in zip(source.files, packed, strict=True))
 
 
 def best_fit(family: dict, tokens: float, most_seconds: float | None) -> tuple[Fit, str]:

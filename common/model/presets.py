@@ -5,7 +5,9 @@
 --target_parameters auto         the same by the text and this machine: fit_to_text.py
 """
 
+import json
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
@@ -187,7 +189,23 @@ def parameter_count(text: str) -> int:
 
 
 def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
-    """Return a shape like ``family`` with about ``target`` parameters, embedding included, and say what it is.
+    """Return ``shape_near``, and say what it is.
+
+    Raises:
+        InputError: there is none; the limits are named.
+    """
+    shape, count = shape_near(target, family, vocabulary_rows)
+    embedding = vocabulary_rows * shape["hidden_size"] * (1 if shape.get("tie_word_embeddings") else 2)
+    say(
+        f"size: {count:,} parameters = {embedding:,} embedding + {count - embedding:,} others: "
+        "{num_hidden_layers} layers of {hidden_size}, {num_attention_heads} heads of 64, {num_key_value_heads} "
+        "key-value heads, MLP of {intermediate_size}".format(**shape)
+    )
+    return shape
+
+
+def shape_near(target: int, family: dict, vocabulary_rows: int) -> tuple[dict, int]:
+    """Return a shape like ``family`` with about ``target`` parameters, embedding included, and their number.
 
     Heads are HEAD_SIZE wide, two query heads share a key-value head, the MLP is as much wider than
     the hidden size as in ``family``. Among all depths and widths within 5% of ``target`` and between NARROWEST and
@@ -197,9 +215,10 @@ def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
         InputError: there is none; the limits are named.
     """
     best, nearest = None, None
+    described = json.dumps(family)
     for heads in (1, *range(2, 129, 2)):  # widths of whole multiples of 128, which matrix products like
         hidden = heads * HEAD_SIZE
-        one, two = (parameters_of(shape_of_width(family, heads, layers), vocabulary_rows) for layers in (1, 2))
+        one, two = (parameters_of_width(described, heads, layers, vocabulary_rows) for layers in (1, 2))
         if one > 1.05 * target and nearest is not None:
             break
         for layers in range(max(1, round(hidden / WIDEST)), round(hidden / NARROWEST) + 1):
@@ -215,13 +234,7 @@ def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:
             f"the nearest has {nearest[1]:,}. Ask for that, or take a smaller vocabulary (--tokenizer train)."
         )
     _, count, shape = best
-    embedding = vocabulary_rows * shape["hidden_size"] * (1 if shape.get("tie_word_embeddings") else 2)
-    say(
-        f"size: {count:,} parameters = {embedding:,} embedding + {count - embedding:,} others: "
-        "{num_hidden_layers} layers of {hidden_size}, {num_attention_heads} heads of 64, {num_key_value_heads} "
-        "key-value heads, MLP of {intermediate_size}".format(**shape)
-    )
-    return shape
+    return shape, count
 
 
 def shape_of_width(family: dict, heads: int, layers: int) -> dict:
@@ -243,6 +256,12 @@ def shape_of_width(family: dict, heads: int, layers: int) -> dict:
         num_attention_heads=heads,
         num_key_value_heads=1 if heads % 2 else heads // 2,
     )
+
+
+@lru_cache(maxsize=512)  # a time budget asks for the same widths again and again
+def parameters_of_width(family: str, heads: int, layers: int, vocabulary_rows: int) -> int:
+    """Return the number of parameters of ``shape_of_width``, of a family as JSON."""
+    return parameters_of(shape_of_width(json.loads(family), heads, layers), vocabulary_rows)
 
 
 def parameters_of(shape: dict, vocabulary_rows: int) -> int:

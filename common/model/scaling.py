@@ -28,6 +28,9 @@ TOKENS_A_PARAMETER = 20  # Source: https://arxiv.org/abs/2203.15556
 MOST_PASSES = 8  # 7.9 were measured; what more of them are worth: https://arxiv.org/abs/2305.16264, figure 5
 # After about so many passes, further ones are worth nothing: R* of the same paper, equation 5.
 PASSES_THAT_COUNT = 15.4
+# What few steps cost falls as this power of their number. 1, 1.5 and 2 were tried: benchmarks/LOG.md
+STEPS_POWER = 1.5
+BUNDLED_LAW = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "ladder_h200_2026-11-30.json"
 
 
 def defaults_for(target_parameters: str) -> dict:
@@ -95,29 +98,32 @@ def counted_bytes(text_bytes: float, passes: float) -> float:
     return text_bytes * (1 + PASSES_THAT_COUNT * (1 - math.exp(-(passes - 1) / PASSES_THAT_COUNT)))
 
 
-def read_law(path: str | None, shared: SharedArguments) -> "LossLaw | None":
-    """Return the law in the file of --ladder, if there is one.
+def read_law(path: str | None, shared: SharedArguments, minutes: float | None = None) -> "LossLaw | None":
+    """Return the law in the file of --ladder; without one, with ``minutes``, the law that comes with the project.
 
     Raises:
         InputError: it cannot be read, or would be ignored.
     """
     if path is None:
-        return None
-    if not (shared.plan and shared.probe):
-        raise InputError(f"--ladder {path}: it would be ignored. It predicts with --plan --probe.")
+        return None if minutes is None else LossLaw.read(str(BUNDLED_LAW))
+    if not (shared.plan and (shared.probe or minutes is not None)):
+        raise InputError(f"--ladder {path}: it would be ignored. It predicts with --plan --probe, or --plan --minutes.")
     return LossLaw.read(path)
 
 
 @dataclass(frozen=True)
 class LossLaw:
-    """Bits per byte = irreducible + a / parameters^alpha + b / bytes^beta, of parameters beside the embedding.
+    """Bits per byte = irreducible + a / parameters^alpha + b / bytes^beta + c / steps^STEPS_POWER.
+
+    The last term is what a run loses that makes few steps, of which the first ones find out little.
 
     Attributes:
-        a, b: bits at 1M parameters, and at 1 MB of text.
+        a, b, c: bits at 1M parameters, at 1 MB of text, and at one step.
         error: mean relative error for runs that were left out of the fit, in turn.
         text: which text it was fitted on. It holds for no other.
-        body: the smallest and the largest number of parameters beside the embedding that were measured.
-        trained: the smallest and the largest number of bytes, as ``counted_bytes`` has them.
+        parameters, trained, steps: the smallest and the largest number that was measured of parameters, of bytes (as
+            ``counted_bytes`` has them), and of steps.
+        most_passes: over the text that were measured.
     """
 
     irreducible: float
@@ -125,10 +131,13 @@ class LossLaw:
     alpha: float
     b: float
     beta: float
+    c: float
     error: float
     text: str
-    body: list[float]
+    parameters: list[float]
     trained: list[float]
+    steps: list[float]
+    most_passes: float
 
     @classmethod
     def read(cls, path: str) -> "LossLaw":
@@ -140,23 +149,49 @@ class LossLaw:
         try:
             return cls(**json.loads(Path(path).read_text(encoding="utf-8")))
         except (OSError, ValueError, TypeError) as error:
-            raise InputError(f"--ladder {path}: not a fit.json of benchmarks/ladder.py ({error}).") from None
+            raise InputError(
+                f"--ladder {path}: not a fit.json of benchmarks/ladder.py ({error}). If an earlier version of it made "
+                "the file, run it again: it fits the runs that are there, without repeating them."
+            ) from None
 
-    def bits_per_byte(self, body: float, trained_bytes: float) -> float:
+    def bits_per_byte(self, parameters: float, trained_bytes: float, steps: float) -> float:
         """Return the bits per byte of held-out text to expect; ``trained_bytes``: as ``counted_bytes`` has them."""
-        return self.irreducible + self.a / (body / 1e6) ** self.alpha + self.b / (trained_bytes / 1e6) ** self.beta
+        too_small = self.a / (parameters / 1e6) ** self.alpha
+        too_little = self.b / (trained_bytes / 1e6) ** self.beta
+        return self.irreducible + too_small + too_little + self.c / steps**STEPS_POWER
 
-    def forecast(self, body: float, text_bytes: float, passes: float) -> dict[str, float | bool]:
+    def forecast(
+        self, parameters: float, text_bytes: float, passes: float, steps: float
+    ) -> dict[str, float | bool | str]:
         """Return what a run should reach, and what twice the parameters, the text or the passes would.
 
-        ``extrapolated``: whether parameters or bytes are outside of what was measured.
+        Twice the text or the passes are twice the steps. ``extrapolated``: whether the run is outside of what was
+        measured; ``measured``: the limits that it is outside of, in words.
         """
         trained = counted_bytes(text_bytes, passes)
-        known = self.body[0] <= body <= self.body[1] and self.trained[0] <= trained <= self.trained[1]
-        return {
-            "bits_per_byte": self.bits_per_byte(body, trained),
-            "twice_the_parameters": self.bits_per_byte(2 * body, trained),
-            "twice_the_text": self.bits_per_byte(body, counted_bytes(2 * text_bytes, passes)),
-            "twice_the_passes": self.bits_per_byte(body, counted_bytes(text_bytes, 2 * passes)),
-            "extrapolated": not known,
+        limits = {
+            "parameters": (parameters, self.parameters),
+            "bytes of text": (trained, self.trained),
+            "steps": (steps, self.steps),
+            "passes": (passes, [0.0, self.most_passes]),
         }
+        outside = [
+            f"{in_short(least)} to {in_short(most)} {name}"
+            for name, (value, (least, most)) in limits.items()
+            if not least <= value <= most
+        ]
+        return {
+            "bits_per_byte": self.bits_per_byte(parameters, trained, steps),
+            "twice_the_parameters": self.bits_per_byte(2 * parameters, trained, steps),
+            "twice_the_text": self.bits_per_byte(parameters, counted_bytes(2 * text_bytes, passes), 2 * steps),
+            "twice_the_passes": self.bits_per_byte(parameters, counted_bytes(text_bytes, 2 * passes), 2 * steps),
+            "extrapolated": len(outside) > 0,
+            "measured": ", ".join(outside),
+        }
+
+
+def in_short(number: float) -> str:
+    """Return a number as one says it: 16M, 972M, 4,700, 7.87."""
+    if number >= 1e6:
+        return f"{number / 1e6:.3g}M"
+    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"

@@ -11,17 +11,18 @@ from common.accelerator import card_bytes, device_name, memory_gib, synchronize
 from common.arguments import SharedArguments
 from common.console import InputError, duration_in_words, say
 from common.dataset.ledger import Ledger
-from common.model.counts import parameter_report
+from common.model.counts import flops_per_token, parameter_report
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.scaling import LossLaw
 from common.system import GIB
 from common.train.plan import setting_of_trainer
+from common.train.time_budget import Speed
 
 
 def probe(
     trainer, shared: SharedArguments, ledgers: dict[str, Ledger] | None = None, law: LossLaw | None = None
-) -> None:
-    """Train three steps of a PretrainingTrainer's run, keep nothing, and print what the whole run will take.
+) -> Speed:
+    """Train three steps of a PretrainingTrainer's run, keep nothing, print what the whole run takes; return its speed.
 
     With ``--plan_json`` the last line is JSON: ``memory_peak_gib`` is measured, and the log's; ``total_gib`` is what
     --plan says; ``tokens_per_second`` is over all processes, ``hours`` and ``passes`` over the rows to the end of the
@@ -44,12 +45,14 @@ def probe(
         "passes": round(trainer.order.passes_at(trainer.order.rows_in_run), 4),
     }
     if law is not None:
-        body = parameter_report(trainer.accelerator.unwrap_model(trainer.model))["rest"]
-        found["forecast"] = law.forecast(body, bytes_of_training_rows(ledgers), found["passes"])
+        parameters = parameter_report(trainer.accelerator.unwrap_model(trainer.model))["total"]
+        found["forecast"] = law.forecast(parameters, bytes_of_training_rows(ledgers), found["passes"], steps)
         say(forecast_in_words(found["forecast"], law))
     say(probe_in_words(found, arguments.device))
     if shared.plan_json:
         say(json.dumps(found))
+    flops = flops_per_token(trainer.accelerator.unwrap_model(trainer.model), context_length)
+    return Speed(found["tokens_per_second"] * flops, 0.0, f"{device_name(arguments.device)}, measured by the probe")
 
 
 def probe_in_words(found: dict, device: torch.device) -> str:
@@ -88,12 +91,13 @@ def bytes_of_training_rows(ledgers: dict[str, Ledger]) -> float:
 
 def forecast_in_words(forecast: dict, law: LossLaw) -> str:
     """Return a forecast of a LossLaw in two sentences."""
-    doubtful = " This run is outside of what the ladder measured: the law is extrapolated." * forecast["extrapolated"]
+    measured = forecast["measured"]
+    doubtful = f" This run is outside of what the ladder measured ({measured}): the law is extrapolated."
     return (
         "expected at the end: {bits_per_byte:.3f} bits per byte; with twice the parameters {twice_the_parameters:.3f}, "
         "twice the text {twice_the_text:.3f}, twice the passes {twice_the_passes:.3f}".format(**forecast)
         + f". The law was fitted on {law.text}; it missed runs that it had not seen by {law.error:.1%} on average."
-        + doubtful
+        + doubtful * forecast["extrapolated"]
     )
 
 

@@ -4,20 +4,20 @@ import json
 import math
 
 import pytest
-from conftest import ROOT
 
+from common.arguments import SharedArguments
 from common.console import InputError
 from common.model.scaling import (
+    BUNDLED_LAW,
     LossLaw,
     counted_bytes,
     defaults_for,
     learning_rates_for,
     passes_for,
+    read_law,
     tokens_per_step_for,
     vocabulary_for,
 )
-
-BUNDLED = ROOT / "benchmarks" / "results" / "ladder_h200_2026-11-30.json"
 
 
 @pytest.mark.parametrize(
@@ -63,18 +63,30 @@ def test_the_flags_of_a_size_say_whether_they_were_measured(capsys):
 
 
 def test_a_law_forecasts_by_its_formula_and_says_when_it_extrapolates():
-    law = LossLaw(0.5, 2.0, 0.5, 3.0, 0.25, 0.01, "a text", [1e6, 100e6], [1e6, 1e9])
-    found = law.forecast(4e6, 16e6, 1)
-    assert found["bits_per_byte"] == pytest.approx(0.5 + 2 / 2 + 3 / 2)
-    assert found["twice_the_parameters"] == pytest.approx(0.5 + 2 / 8**0.5 + 3 / 2)
-    assert found["twice_the_text"] == pytest.approx(0.5 + 1 + 3 / 32**0.25)
+    law = LossLaw(0.5, 2.0, 0.5, 3.0, 0.25, 8.0, 0.01, "a text", [1e6, 100e6], [1e6, 1e9], [2, 500], 2.0)
+    found = law.forecast(4e6, 16e6, 1, 100)
+    assert found["bits_per_byte"] == pytest.approx(0.5 + 2 / 2 + 3 / 2 + 8 / 1000)
+    assert found["twice_the_parameters"] == pytest.approx(0.5 + 2 / 8**0.5 + 3 / 2 + 8 / 1000)
+    assert found["twice_the_text"] == pytest.approx(0.5 + 1 + 3 / 32**0.25 + 8 / 200**1.5)
     assert found["twice_the_text"] < found["twice_the_passes"] < found["bits_per_byte"]
-    assert not found["extrapolated"] and law.forecast(200e6, 16e6, 1)["extrapolated"]
+    assert not found["extrapolated"] and found["measured"] == ""
+    outside = law.forecast(200e6, 16e6, 2.5, 1000)
+    assert outside["extrapolated"]
+    assert outside["measured"] == "1M to 100M parameters, 2 to 500 steps, 0 to 2 passes"
 
 
 def test_the_bundled_law_predicts_the_ten_minute_run():
-    law = LossLaw.read(str(BUNDLED))
-    assert law.bits_per_byte(77_877_504, counted_bytes(148_534_493, 7.871)) == pytest.approx(1.2602, rel=0.01)
+    law = LossLaw.read(str(BUNDLED_LAW))
+    trained = counted_bytes(148_534_493, 7.871)
+    assert law.bits_per_byte(103_043_328, trained, 4_700) == pytest.approx(1.2602, rel=0.01)
+
+
+def test_a_law_is_read_where_it_counts():
+    plan, probe = SharedArguments(plan=True), SharedArguments(plan=True, probe=True)
+    assert read_law(None, probe) is None
+    assert read_law(None, plan, minutes=3) == read_law(str(BUNDLED_LAW), probe) == LossLaw.read(str(BUNDLED_LAW))
+    with pytest.raises(InputError, match="--ladder .*: it would be ignored"):
+        read_law(str(BUNDLED_LAW), plan)
 
 
 def test_a_file_that_is_no_law_is_refused(tmp_path):
