@@ -137,7 +137,7 @@ WRONG = {
     "modules of an optimizer that has none": (
         dict(optim_target_modules="all-linear"), {}, {}, "trains all modules alike.*--lora_targets"
     ),
-    "a tracker without its package": (dict(report_to=["trackio"]), {}, {}, "--report_to trackio: .*pip install"),
+    "a tracker without its package": (dict(report_to=["comet_ml"]), {}, {}, "--report_to comet_ml: .*pip install"),
     "a tracker that nobody knows": (dict(report_to=["nonsense"]), {}, {}, "--report_to: nonsense is not supported"),
     "SwanLab by the other flag": (dict(report_to=["swanlab"]), {}, {}, "its own flag, --swanlab"),
 }  # fmt: skip
