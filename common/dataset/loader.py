@@ -15,6 +15,7 @@ from common.console import InputError
 
 SHARED_MEMORY = "/dev/shm"  # Linux passes batches from workers to the training process through it
 BATCH_BYTES_PER_TOKEN = 4 * 8  # input_ids, shift_labels, labels and position_ids, each int64
+SPARE_BYTES = 2**20  # for the workers' semaphores, and because each tensor takes whole pages
 PREFETCH_FACTOR = 2  # torch's default: batches that each worker prepares ahead
 
 
@@ -69,7 +70,7 @@ def check_shared_memory(training: TrainingArguments, context_length: int) -> Non
     rows = max(training.per_device_train_batch_size, training.per_device_eval_batch_size)
     ahead = PREFETCH_FACTOR if training.dataloader_prefetch_factor is None else training.dataloader_prefetch_factor
     ready = workers * (ahead + 1)  # batches; one more is being made
-    needed = ready * rows * context_length * BATCH_BYTES_PER_TOKEN
+    needed = ready * rows * context_length * BATCH_BYTES_PER_TOKEN + SPARE_BYTES
     free = shutil.disk_usage(SHARED_MEMORY).free
     if free < needed:
         raise InputError(
