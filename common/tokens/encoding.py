@@ -16,13 +16,15 @@ import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from tokenizers import AddedToken, Tokenizer
 from transformers import PreTrainedTokenizerBase
 
 from common.console import InputError
-from common.tokens.tiktoken_engine import SAFE_CUT, TiktokenEngine, Unsupported, tiktoken_engine
+from common.tokens.proofs import Proof, place_of_proof, read_proof, write_proof
+from common.tokens.tiktoken_engine import SAFE_CUT, TiktokenEngine, Unsupported, find_facts, tiktoken_engine
 
 # One character of each kind that patterns distinguish. All strings of three of them are tried at start.
 KINDS = "aSél中\u0301'1² \n\r\t\u3000.。🙂\u200d"
@@ -57,28 +59,46 @@ class Encoder:
     encode: Callable[[list[str]], list[np.ndarray]]
 
 
-def encoder_of(tokenizer: PreTrainedTokenizerBase) -> Encoder:
+def encoder_of(tokenizer: PreTrainedTokenizerBase, cache_dir: str | Path | None = None) -> Encoder:
     """Return the fastest engine that gives exactly the ids of ``tokenizer``, without its truncation and padding.
 
-    The engine works on a copy and does not change ``tokenizer``. Building it takes seconds for a vocabulary of 150,000.
+    The engine works on a copy and does not change ``tokenizer``. Building it takes seconds for a vocabulary of 150,000,
+    and less than one if the proof that it gives the same ids is in ``cache_dir``, from an earlier time.
     """
     if getattr(tokenizer, "backend_tokenizer", None) is None:
         python_tokenizer = copy.deepcopy(tokenizer)
         note = "the faster engines need a tokenizer that has a tokenizer.json"
         return Encoder("transformers (Python)", note, lambda texts: python_ids(python_tokenizer, texts))
 
-    content = with_ordinary_special_tokens(json.loads(tokenizer.backend_tokenizer.to_str()), tokenizer.eos_token)
+    tokenizer_json = tokenizer.backend_tokenizer.to_str()
+    content = with_ordinary_special_tokens(json.loads(tokenizer_json), tokenizer.eos_token)
     backend = twin_of(tokenizer.backend_tokenizer, content)
     if backend is None:
         backend = Tokenizer.from_str(json.dumps(content))
     backend.encode_special_tokens = True
-    try:
-        engine = tiktoken_engine(content, backend, lambda text: backend_ids(backend, [text])[0])
-        tried = try_awkward_texts(engine, backend)
-    except Unsupported as reason:
-        return Encoder("tokenizers", f"not tiktoken: {reason}", lambda texts: backend_ids(backend, texts))
-    note = f"same ids as tokenizers on {tried:,} awkward texts tried at start"
+    place = None if cache_dir is None else place_of_proof(cache_dir, tokenizer_json, tokenizer.eos_token)
+    proof = None if place is None else read_proof(place)
+    when = "before"
+    if proof is None:
+        proof = prove(content, backend)
+        when = "at start"
+        if place is not None:
+            write_proof(place, proof)
+    if proof.reason:
+        return Encoder("tokenizers", f"not tiktoken: {proof.reason}", lambda texts: backend_ids(backend, texts))
+    engine = tiktoken_engine(content, backend, lambda text: backend_ids(backend, [text])[0], proof.facts)
+    note = f"same ids as tokenizers on {proof.tried:,} awkward texts tried {when}"
     return Encoder("tiktoken", note, engine.encode_batch)
+
+
+def prove(content: dict, backend: Tokenizer) -> Proof:
+    """Find out whether tiktoken gives the ids of ``backend``, whose tokenizer.json is ``content``."""
+    try:
+        facts = find_facts(content, backend)
+        engine = tiktoken_engine(content, backend, lambda text: backend_ids(backend, [text])[0], facts)
+        return Proof("", facts, try_awkward_texts(engine, backend))
+    except Unsupported as reason:
+        return Proof(str(reason))
 
 
 def with_ordinary_special_tokens(content: dict, end_token: str | None) -> dict:

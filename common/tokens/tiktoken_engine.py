@@ -45,6 +45,21 @@ class Unsupported(Exception):
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What takes seconds to find out about a tokenizer.
+
+    Attributes:
+        ranks: token -> rank, in the order of the ranks.
+        id_of_rank: the id of each rank: uint32, (ranks,).
+        disputed: code points on which the engines could disagree: bool, (CODE_POINTS,).
+    """
+
+    ranks: dict[bytes, int]
+    id_of_rank: np.ndarray
+    disputed: np.ndarray
+
+
+@dataclass(frozen=True)
 class TiktokenEngine:
     """Text -> ids for one tokenizer. Threads may share it: tiktoken releases the GIL."""
 
@@ -154,8 +169,8 @@ def segments(text: str, segment_characters: int) -> Iterator[str]:
     yield text[begin:]
 
 
-def tiktoken_engine(content: dict, backend: Tokenizer, reference: Callable[[str], np.ndarray]) -> TiktokenEngine:
-    """Build the engine for the tokenizer.json ``content`` of ``backend``.
+def find_facts(content: dict, backend: Tokenizer) -> Facts:
+    """Find out what the engine for the tokenizer.json ``content`` of ``backend`` is built from.
 
     Raises:
         Unsupported: its ids could differ from those of ``backend``.
@@ -166,6 +181,38 @@ def tiktoken_engine(content: dict, backend: Tokenizer, reference: Callable[[str]
         raise Unsupported(f"its normaliser is {content['normalizer']['type']}, not NFC or none")
     pattern = split_pattern(content["pre_tokenizer"])
     ranks, id_of_rank = byte_level_ranks(content["model"], backend)
+    encoding_of(pattern, ranks)  # raises if it cannot be
+    return Facts(ranks, id_of_rank, disputed_characters(pattern, content["normalizer"] is not None))
+
+
+def encoding_of(pattern: str, ranks: dict[bytes, int]) -> tiktoken.Encoding:
+    """Build tiktoken's own object.
+
+    Raises:
+        Unsupported: tiktoken refuses the pattern, or would drop text that no match of it covers and tokenizers keeps.
+    """
+    try:
+        special = {SEPARATOR: len(ranks)}
+        encoding = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        covered = encoding.decode_bytes(encoding.encode_ordinary(examined_characters()))
+    except ValueError as error:
+        raise Unsupported(f"tiktoken refuses it ({error})") from None
+    if covered != examined_characters().encode():
+        raise Unsupported("its pattern leaves some characters out")
+    return encoding
+
+
+def tiktoken_engine(
+    content: dict, backend: Tokenizer, reference: Callable[[str], np.ndarray], facts: Facts | None = None
+) -> TiktokenEngine:
+    """Build the engine for the tokenizer.json ``content`` of ``backend``; ``facts``: if they are known already.
+
+    Raises:
+        Unsupported: its ids could differ from those of ``backend``.
+    """
+    if facts is None:
+        facts = find_facts(content, backend)
+    encoding = encoding_of(split_pattern(content["pre_tokenizer"]), facts.ranks)
     normalize = backend.normalizer.normalize_str if content["normalizer"] else None
     added = content["added_tokens"]
     # tokenizers looks for some added tokens in the text as it is, and for the normalised form of others in the
@@ -173,19 +220,11 @@ def tiktoken_engine(content: dict, backend: Tokenizer, reference: Callable[[str]
     names = {form for token in added for form in (token["content"], unicodedata.normalize("NFC", token["content"]))}
     alternatives = "|".join(map(re.escape, sorted(names)))
     take_neighbours = any(token["lstrip"] or token["rstrip"] or token["single_word"] for token in added)
-    try:
-        separator = {SEPARATOR: len(ranks)}
-        encoding = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens=separator)
-        covered = encoding.decode_bytes(encoding.encode_ordinary(examined_characters()))
-    except ValueError as error:
-        raise Unsupported(f"tiktoken refuses it ({error})") from None
-    if covered != examined_characters().encode():  # tiktoken drops text that no match covers, tokenizers keeps it
-        raise Unsupported("its pattern leaves some characters out")
     return TiktokenEngine(
         encoding=encoding,
-        id_of_rank=id_of_rank,
-        rank_is_id=np.array_equal(id_of_rank, np.arange(len(id_of_rank))),
-        disputed=disputed_characters(pattern, normalize is not None),
+        id_of_rank=facts.id_of_rank,
+        rank_is_id=np.array_equal(facts.id_of_rank, np.arange(len(facts.id_of_rank))),
+        disputed=facts.disputed,
         added_tokens=re.compile(alternatives if alternatives else NOTHING),
         may_cut=not take_neighbours and not any(re.search("[ \n,.，。]", name) for name in names),
         normalize=normalize,
@@ -209,7 +248,7 @@ def split_pattern(pre_tokenizer: dict | None) -> str:
         raise Unsupported("its pre-tokenizer is not one regular expression and ByteLevel")
     split = steps[0]
     pattern = split["pattern"].get("Regex")
-    # The two give the same pieces if the matches cover all text, which tiktoken_engine checks.
+    # The two give the same pieces if the matches cover all text, which encoding_of checks.
     if pattern is None or (split["behavior"], split["invert"]) not in (("Isolated", False), ("Removed", True)):
         raise Unsupported("its pre-tokenizer splits in another way than into the matches of a regular expression")
     if not COMMON_SYNTAX.fullmatch(CHARACTER_CLASS.sub("", pattern)):

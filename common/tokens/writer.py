@@ -56,16 +56,10 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: Shar
             "was made from, or leave the flag out."
         )
     if place is None:
-        place = _tokenized_before(source, tokenizer, arguments)
-    if place is None:
-        source = with_cached_files(source)  # what is read now, if no hub has the whole data set
-        place = _tokenized_before(source, tokenizer, arguments) if source.cached_files else None
-    if place is None:
         origin = origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed, limit)
-        place = mark_as_cache(Path(arguments.cache_dir, f"{source.name}-{_key(origin)}")) / "tokens"
-        counts = CorpusCounts()
-        documents = read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
-        write_token_store(documents, counts, tokenizer, place, origin, source.size_bytes, max_tokens=limit)
+        place = _tokenized_before(origin, arguments)
+        if place is None:
+            place = _tokenize_now(source, tokenizer, arguments, origin)
     store = TokenStore(place, arguments.cache_dir, tokenizer.eos_token_id)
     store.check_tokenizer(tokenizer_fingerprint(tokenizer), vocabulary_size(tokenizer))
     store.id_hashes()  # computed once, before other processes ask for them
@@ -75,15 +69,29 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: Shar
     return store
 
 
-def _tokenized_before(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments) -> Path | None:
-    """Return the prefix of the token store that an earlier run made of ``source``; None if there is none."""
-    limit = arguments.max_data_tokens
-    key = _key(origin_of([source], tokenizer, arguments.text_field, arguments.skip_malformed, limit))
+def _tokenized_before(origin: dict, arguments: SharedArguments) -> Path | None:
+    """Return the prefix of the token store that an earlier run made of ``origin``; None if there is none."""
     # By the key alone, because the source may have had another name.
-    for found in Path(arguments.cache_dir).glob(f"*-{key}/tokens{SIDECAR}"):
+    for found in Path(arguments.cache_dir).glob(f"*-{_key(origin)}/tokens{SIDECAR}"):
         say(f"tokenized before: {found.with_suffix('.bin')}")
         return found.with_suffix("")
     return None
+
+
+def _tokenize_now(source: Source, tokenizer: PreTrainedTokenizerBase, arguments: SharedArguments, origin: dict) -> Path:
+    """Tokenize ``source``, whose origin is ``origin``, into the cache; return the prefix of its token store."""
+    source = with_cached_files(source)  # what is read now, if no hub has the whole data set
+    if source.cached_files:
+        origin = origin | {"sources": [source.fingerprint()]}
+        place = _tokenized_before(origin, arguments)
+        if place is not None:
+            return place
+    place = mark_as_cache(Path(arguments.cache_dir, f"{source.name}-{_key(origin)}")) / "tokens"
+    counts, limit = CorpusCounts(), arguments.max_data_tokens
+    documents = read_documents(source, arguments.text_field, arguments.skip_malformed, counts)
+    options = dict(max_tokens=limit, cache_dir=arguments.cache_dir)
+    write_token_store(documents, counts, tokenizer, place, origin, source.size_bytes, **options)
+    return place
 
 
 def _key(origin: dict) -> str:
@@ -161,6 +169,7 @@ def write_token_store(
     workers: int | None = None,
     drop_duplicates: bool = False,
     max_tokens: int | None = None,
+    cache_dir: str | Path | None = None,
 ) -> TokenStore:
     """Tokenize ``documents`` into the store ``prefix``, with an end-of-document token after each; return the store.
 
@@ -177,6 +186,7 @@ def write_token_store(
         max_tokens: end before the first document with which the store would have more tokens, end tokens included. The
             documents that were tokenized together with it are left out, and the sidecar counts them. Reading runs ahead
             of tokenizing by a few batches, whose documents are not counted anywhere.
+        cache_dir: where the proof of equal ids is kept: ``encoder_of``.
 
     Raises:
         InputError: the disk is full, or ``max_tokens`` is too small for the first document. Half-written files are
@@ -188,7 +198,7 @@ def write_token_store(
     with _only_writer(prefix) as already_written:
         if already_written:
             return TokenStore(prefix)
-        encoder = encoder_of(tokenizer)
+        encoder = encoder_of(tokenizer, cache_dir)
         note = f" ({encoder.note})" if encoder.note else ""
         say(f"tokenizing into {prefix}.bin with {encoder.name}{note}")
         batches = _batches(documents, counts)

@@ -45,7 +45,7 @@ def tokenizer(tmp_path_factory):
 def encoder(monkeypatch):
     """Use the plain tokenizer: choosing an engine takes a second, and there are many shards here."""
 
-    def encoder_of(tokenizer) -> Encoder:
+    def encoder_of(tokenizer, cache_dir=None) -> Encoder:
         return Encoder("plain", "", lambda texts: [np.array(tokenizer.encode(text), np.uint32) for text in texts])
 
     monkeypatch.setattr(token_writer, "encoder_of", encoder_of)
