@@ -279,8 +279,10 @@ class PretrainingTrainer(Trainer):
         """Keep the tokens' loss of every micro-batch, on its device, until the step is checked.
 
         Replaces: launching every kernel from Python, where a CUDA graph is faster; logging the sum of the tokens' and
-        the router's losses.
+        the router's losses; adding up the gradients of copies (HSDP) after each micro-batch.
         """
+        if self.launch.replicas > 1:
+            model.set_requires_all_reduce(self.accelerator.sync_gradients)  # in the last micro-batch of a step
         if self.micro_batch is None:
             self.micro_batch = super().training_step
             if use_graph(self.cuda_graph, self.model, setting_of_trainer(self), self.args.device):

@@ -263,6 +263,45 @@ def test_a_run_continues_exactly_after_a_change_of_how_it_saves(alone, tmp_path)
     assert losses(tmp_path / "kinds") == pytest.approx(losses(alone / "muon, recompute"), rel=2e-5)
 
 
+COPIES = FSDP2 | {"ACCELERATE_USE_PARALLELISM_CONFIG": "true", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2"}
+COPIES |= {"PARALLELISM_CONFIG_DP_SHARD_SIZE": "2"}
+
+
+def check_copies(rank: int, folder: Path) -> None:
+    """Note how many numbers the copies exchange in each micro-batch."""
+    recipe, trainers, _ = watched_recipe()
+    exchanged, all_reduce = [], torch.distributed.all_reduce
+
+    def counted(tensor, *args, **kwargs):
+        exchanged[-1:] = [count + tensor.numel() for count in exchanged[-1:]]
+        return all_reduce(tensor, *args, **kwargs)
+
+    class Counted(recipe.PretrainingTrainer):
+        def training_step(self, *args, **kwargs):
+            exchanged.append(0)
+            loss = super().training_step(*args, **kwargs)
+            exchanged.append(0)  # what follows is no micro-batch
+            return loss
+
+    recipe.PretrainingTrainer = Counted
+    torch.distributed.all_reduce = counted
+    flags = [*runs(folder)["isolated, clipped"], "--tokens_per_step", "512", "--per_device_train_batch_size", "1"]
+    recipe.main(small_run(folder / "cache", folder / "copies", *flags))
+    first, last = exchanged[0:24:4], exchanged[2:24:4]
+    whole, _ = numbers(trainers[0].model)
+    assert first == [0] * 6 and all(whole / 2 <= count < 0.6 * whole for count in last)
+
+
+@pytest.mark.heavy
+def test_copies_add_up_their_gradients_once_a_step(wiki, alone, cache_dir, tmp_path):
+    """Steps of 8 rows on four processes: the shards of a copy are summed in both micro-batches, copies in the last."""
+    for name in ("cache", "tied", "untied"):
+        (tmp_path / name).symlink_to(alone / name)
+    wiki.main(small_run(cache_dir, tmp_path / "one", *runs(alone)["isolated, clipped"], "--tokens_per_step", "512"))
+    in_launched_processes(4, check_copies, tmp_path, **COPIES)
+    assert_same_run(tmp_path / "copies", tmp_path / "one")
+
+
 CONTINUED = "--max_steps 3 --context_length 64 --tokens_per_step 256 --logging_steps 1 --eval_strategy no".split()
 CONTINUED += "--max_eval_rows 5 --swanlab off --disable_tqdm true --held_out_fraction 0.1".split()
 
