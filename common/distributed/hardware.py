@@ -11,7 +11,7 @@ from transformers import TrainingArguments
 
 from common.accelerator import computes_in_bf16, device_name
 from common.console import InputError
-from common.distributed.strategy import DDP, SINGLE, Strategy
+from common.distributed.strategy import DDP, FSDP2, SINGLE, Strategy
 
 WHERE_TRITON = {
     "cuda": "which comes with torch on Linux (on Windows: pip install triton-windows)",
@@ -107,8 +107,11 @@ def check_fp8(strategy: Strategy, training: TrainingArguments) -> None:
             f"{training.device.type.upper()} has {'.'.join(map(str, capability)) if any(capability) else 'none'}. Use "
             "another YAML, or --mixed_precision bf16."
         )
-    if strategy not in (SINGLE, DDP):
-        raise InputError(f"mixed_precision fp8 under {strategy}: not tried here. Use fp8.yaml, or bf16 with this YAML.")
+    if strategy not in (SINGLE, DDP, FSDP2):
+        raise InputError(
+            f"mixed_precision fp8 under {strategy}: DeepSpeed changes the layers' parameters itself, which was not "
+            "tried with layers in FP8. Use fsdp2.yaml with the flags that fp8.yaml names, or bf16 with this YAML."
+        )
     if backend.lower() != "ao":
         raise InputError(f"mixed_precision fp8 with backend {backend}: only torchao's is tried here. Use fp8.yaml.")
     if gathered:  # seen with accelerate 1.15 and torchao 0.18

@@ -322,6 +322,7 @@ def check_precision(launch: Launch, training: TrainingArguments) -> None:
     decided = asked if launch.precision is None else launch.precision
     if decided == "fp8" and asked == "bf16":
         check_fp8(launch.strategy, training)
+        check_fp8_alone(launch)
         training.mixed_precision = "fp8"  # Trainer hands it to Accelerator; TrainingArguments have no flag for it
     elif asked != decided:
         raise InputError(
@@ -334,6 +335,17 @@ def check_precision(launch: Launch, training: TrainingArguments) -> None:
             torch.cuda.get_device_name(), torch.cuda.get_device_capability(), torch.cuda.get_arch_list(), asked
         )
     check_bf16(training.device, asked)
+
+
+def check_fp8_alone(launch: Launch) -> None:
+    """Refuse FP8 beside what divides or moves the parameters in another way than DDP and FSDP2 do."""
+    beside = launch.dimensions
+    if launch.loaded_by_one:  # accelerate refuses it
+        beside = "fsdp_cpu_ram_efficient_loading"
+    elif launch.offloads:
+        beside = "parameters in main memory"
+    if beside:
+        raise InputError(f"mixed_precision fp8 with {beside}: not tried here. Use ddp.yaml or fsdp2.yaml, or bf16.")
 
 
 # What gloo, NCCL and torch say when a process at the other end is gone.

@@ -306,11 +306,11 @@ def add_up_in_fp32(launch, training: TrainingArguments) -> None:
 def reduce_in_fp32(accelerator: Accelerator) -> None:
     """Have FSDP2 add up the gradients of all processes in fp32, before the model is sharded.
 
-    Accelerate's own policy (1.15) adds up in bf16 or fp16. It also returns the loss in that precision: three digits of
-    it, or inf. It can go when accelerate takes the two dtypes apart.
+    Accelerate's own policy (1.15) adds up in bf16 or fp16; of layers in FP8, in bf16. It also returns the loss in that
+    precision: three digits of it, or inf. It can go when accelerate takes the two dtypes apart.
     """
     plugin = getattr(accelerator.state, "fsdp_plugin", None)
-    half_precisions = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    half_precisions = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp8": torch.bfloat16}
     if plugin is not None and accelerator.mixed_precision in half_precisions:
         computed = half_precisions[accelerator.mixed_precision]
         plugin.mixed_precision_policy = MixedPrecisionPolicy(param_dtype=computed, reduce_dtype=torch.float32)

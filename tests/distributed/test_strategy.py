@@ -30,7 +30,10 @@ def test_micro_batches_are_added_up_in_fp32():
         assert vars(training.accelerator_config) == settings
 
 
-@pytest.mark.parametrize(("precision", "computed"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("no", None)])
+@pytest.mark.parametrize(
+    ("precision", "computed"),
+    [("bf16", torch.bfloat16), ("fp8", torch.bfloat16), ("fp16", torch.float16), ("no", None)],
+)
 def test_fsdp2_adds_up_in_fp32_and_returns_the_loss_as_it_is(precision, computed):
     plugin = SimpleNamespace(mixed_precision_policy=None)
     reduce_in_fp32(SimpleNamespace(mixed_precision=precision, state=SimpleNamespace(fsdp_plugin=plugin)))
