@@ -18,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
 
 from common.dataset.packing import JoinedRows, PackedRows
 from common.distributed.launch import Launch
+from common.model.from_config import planned_model
 from common.model.fused_loss import use_fused_loss
 
 sys.path.insert(0, str(ROOT / "benchmarks"))  # as for a script there
@@ -33,7 +34,7 @@ def load(name: str):
 
 
 data, gpu, learning, low_memory = load("data"), load("gpu"), load("learning"), load("low_memory")
-scaling, multi_gpu = load("scaling"), load("multi_gpu")
+scaling, multi_gpu, equivalence = load("scaling"), load("multi_gpu"), load("equivalence")
 token_store, saves = load("token_store"), load("saves")
 
 
@@ -293,7 +294,9 @@ def test_seconds_to_a_goal_lie_on_a_line_between_points():
     assert learning.seconds_to(points, 1.0) is None
 
 
-@pytest.mark.parametrize("module", [data, gpu, learning, low_memory, multi_gpu, saves, scaling, token_store])
+@pytest.mark.parametrize(
+    "module", [data, equivalence, gpu, learning, low_memory, multi_gpu, saves, scaling, token_store]
+)
 def test_help_is_printed(module, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmark.py", "--help"])
     with pytest.raises(SystemExit) as end:
@@ -453,8 +456,60 @@ def test_traffic_of_a_step_by_hand():
     assert scaling.bytes_sent("fsdp2", 1000, 4, accumulation=8) == 0.75 * 8 * (4000 + 4000)
 
 
-def test_the_tables_of_the_scaling_guide_are_the_scripts(capsys):
+def test_traffic_between_machines_by_hand():
+    """1,000 parameters on 16 cards of two machines, 8 micro-batches; a ring enters and leaves a machine once."""
+    ways = {way.name: way for way in scaling.WAYS}
+    assert scaling.bytes_exchanged(ways["ddp"], 1000, 16, 8) == (15 / 16 * 8000, 15 / 16 * 8000)
+    assert scaling.bytes_exchanged(ways["ddp"], 1000, 8, 8) == (7 / 8 * 8000, 0)
+    # Copies: shards within a machine in each micro-batch, and half of an all-reduce between two machines, once.
+    assert scaling.bytes_exchanged(ways["hsdp"], 1000, 16, 8) == (7 / 8 * 8 * 8000, 1 / 2 * 8000)
+
+
+def test_the_first_of_the_fastest_is_named():
+    sent = {"ddp": 400.0, "zero1": 100.0, "fsdp2": 50.0}
+    steps = [scaling.Step(way, 1, 0.0, 2.0, 1.0, sent[way.name]) for way in scaling.WAYS[:3]]
+    assert scaling.fastest(steps, network=100.0).way.name == "zero1"  # 4, 2 and 2 seconds
+    assert scaling.fastest(steps, network=1000.0).way.name == "ddp"  # all are bound by computing
+
+
+def test_the_shapes_of_the_large_table_have_their_published_numbers_of_parameters():
+    published = {"qwen2.5-32b": 32_763_876_352, "llama-3.1-70b": 70_553_706_496, "llama-2-13b": 13_015_864_320}
+    for name, parameters in published.items():
+        assert planned_model(*scaling.LARGE[name], 2048).num_parameters() == parameters
+
+
+def tables_of(printed: str) -> list[str]:
+    return [part.strip() for part in printed.split("\n\n") if part.startswith("| ")]
+
+
+GUIDE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+
+
+def test_the_tables_of_the_scaling_guide_are_the_scripts(capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "print_large", lambda: None)
     scaling.main([])
-    tables = [part for part in capsys.readouterr().out.split("\n\n") if part.startswith("| ")]
-    guide = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
-    assert len(tables) == 3 and all(table.strip() in guide for table in tables)
+    tables = tables_of(capsys.readouterr().out)
+    assert len(tables) == 3 and all(table in GUIDE for table in tables)
+    model = planned_model(*scaling.LARGE["qwen2.5-0.5b"], 2048)
+    assert scaling.large_row("qwen2.5-0.5b", model, 256) in GUIDE.splitlines()
+
+
+@pytest.mark.heavy
+def test_the_large_table_of_the_scaling_guide_is_the_scripts(capsys):
+    scaling.print_large()
+    [table] = tables_of(capsys.readouterr().out)
+    assert table in GUIDE
+
+
+def test_a_run_that_lacks_a_step_does_not_pass_for_an_equal_one():
+    whole = {step: {"loss": 2.0} for step in range(1, equivalence.STEPS + 1)}
+    assert equivalence.difference({**whole, 7: {"loss": 2.02}}, whole, "loss") == pytest.approx(0.01)
+    with pytest.raises(RuntimeError, match="were logged, not 1 to 30"):
+        equivalence.difference({step: entry for step, entry in whole.items() if step != 7}, whole, "loss")
+
+
+@pytest.mark.heavy
+def test_a_killed_run_of_the_equivalence_table_continues(capsys):
+    equivalence.main(["--only", "one process", "fsdp2, checkpoints"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 2 and all(line.count("|") == 11 and "failed" not in line for line in lines)
