@@ -1,9 +1,14 @@
 """Compare this project's way from text to rows with the tutorials' way, on the same text and cores, in one run.
 
-    python benchmarks/data.py --data corpus.jsonl --tokenizer DIR
+    python benchmarks/data.py --data corpus.jsonl --tokenizer DIR --num_proc 1 2 16
 
 Each variant runs in a process of its own and starts from nothing. It reads, tokenizes, writes, packs into rows of 512,
-and reads every row once. The seconds are of that work, without imports. The tutorials' rules are written out below.
+and reads every row once. The seconds are of that work, without imports, and so are the CPU seconds, of all processes
+together: they say more where other work is on the machine. The tutorials' rules are written out below.
+
+Each number of --num_proc is the number of cores that the variants may use (on Linux), and that of processes of
+``datasets.map``. Where it is above the number of cores, only group_texts runs. A machine without a network must have
+the packages of requirements.txt; what a training run on token stores can do without are datasets and pyarrow.
 """
 
 import argparse
@@ -14,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 
 import datasets
@@ -25,11 +30,13 @@ from transformers import AutoTokenizer
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_source
 from common.dataset.packing import PackedRows
+from common.system import usable_cores
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
 
 CONTEXT_LENGTH = 512
-HEADER = f"{'variant':<28}{'seconds':>9}{'tokens/s':>12}{'ratio':>7}{'bytes/token':>13}{'peak MB':>9}{'dropped':>9}"
+COLUMNS = {"seconds": 9, "cpu": 9, "tokens/s": 12, "ratio": 7, "bytes/token": 13, "peak MB": 9, "dropped": 9}
+HEADER = f"{'variant':<28}" + "".join(f"{name:>{width}}" for name, width in COLUMNS.items())
 
 
 def group_texts(data: str, tokenizer_folder: str, folder: Path, processes: int) -> int:
@@ -80,13 +87,24 @@ VARIANTS = {"group_texts": group_texts, "whole_chunks": whole_chunks, "ours": ou
 
 
 def measure(variant: str, data: str, tokenizer: str, processes: int) -> dict:
-    """Run one variant in this process; return seconds, tokens in rows, bytes on disk, and a process's peak of MB."""
+    """Run one variant in this process, on as many cores as ``processes``.
+
+    Return seconds, CPU seconds, tokens in rows, bytes on disk, and a process's peak of MB.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:processes])
     with tempfile.TemporaryDirectory() as folder:
-        began = time.perf_counter()
+        began, cpu_before = time.perf_counter(), cpu_seconds()
         kept = VARIANTS[variant](data, tokenizer, Path(folder), processes)
-        seconds = time.perf_counter() - began
+        seconds, used = time.perf_counter() - began, cpu_seconds() - cpu_before
         disk = sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
-    return {"seconds": seconds, "kept": kept, "disk": disk, "peak_mb": peak_mb()}
+    return {"seconds": seconds, "cpu_seconds": used, "kept": kept, "disk": disk, "peak_mb": peak_mb()}
+
+
+def cpu_seconds() -> float:
+    """Return the CPU seconds of this process and of its children that have ended."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def peak_mb() -> float:
@@ -100,21 +118,25 @@ def peak_mb() -> float:
 
 
 def totals(data: str, tokenizer_folder: str) -> tuple[int, int]:
-    """Count tokens without and with end-of-document tokens, by transformers, one document at a time."""
+    """Count tokens without and with end-of-document tokens, by transformers."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    documents = tokens = 0
     with open(data, encoding="utf-8") as file:
-        sizes = [len(tokenizer(json.loads(line)["text"], verbose=False)["input_ids"]) for line in file]
-    return sum(sizes), sum(sizes) + len(sizes)
+        while lines := list(islice(file, 1000)):
+            texts = [json.loads(line)["text"] for line in lines]
+            tokens += sum(map(len, tokenizer(texts, verbose=False)["input_ids"]))
+            documents += len(texts)
+    return tokens, tokens + documents
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="a .jsonl file with a field named text")
     parser.add_argument("--tokenizer", required=True, help="a folder")
-    cores = os.cpu_count() or 1
+    cores = usable_cores()
     num_proc = sorted({1, cores, 10})
     parser.add_argument(
-        "--num_proc", type=int, nargs="+", default=num_proc, help="processes of group_texts (default: %(default)s)"
+        "--num_proc", type=int, nargs="+", default=num_proc, help="cores, and processes of map (default: %(default)s)"
     )
     parser.add_argument("--variant", help=argparse.SUPPRESS)
     parser.add_argument("--processes", type=int, default=1, help=argparse.SUPPRESS)
@@ -123,7 +145,9 @@ def main() -> None:
         print(json.dumps(measure(arguments.variant, arguments.data, arguments.tokenizer, arguments.processes)))
         return
     runs = [("group_texts", processes) for processes in arguments.num_proc]
-    runs += [("whole_chunks", arguments.num_proc[-1]), ("ours", cores)]
+    for processes in arguments.num_proc:
+        if processes <= cores:
+            runs += [("whole_chunks", processes), ("ours", processes)]
     text_tokens, tokens = totals(arguments.data, arguments.tokenizer)
     results = {}
     try:
@@ -144,11 +168,17 @@ def launch(variant: str, processes: int, arguments: argparse.Namespace) -> dict 
 
 
 def table(results: dict[tuple[str, int], dict | str], text_tokens: int, tokens: int) -> str:
-    """Return the measurements as lines. The ratios are to the fastest run of group_texts."""
+    """Return the measurements as lines. The ratios are to the fastest run of group_texts on at most as many cores."""
     lines = [HEADER]
+    cores = usable_cores()
     read = {run: text_tokens if run[0] == "whole_chunks" else tokens for run in results}
     rates = {run: read[run] / result["seconds"] for run, result in results.items() if isinstance(result, dict)}
-    best = max((rate for (variant, _), rate in rates.items() if variant == "group_texts"), default=math.nan)
+
+    def best(processes: int) -> float:
+        """The fastest of group_texts on as many cores."""
+        on_these = [min(run[1], cores) <= min(processes, cores) and run[0] == "group_texts" for run in rates]
+        return max((rate for rate, counts in zip(rates.values(), on_these, strict=True) if counts), default=math.nan)
+
     for run, result in results.items():
         variant, processes = run
         name = f"{variant}, {processes} threads" if variant == "ours" else f"{variant}, num_proc={processes}"
@@ -156,7 +186,8 @@ def table(results: dict[tuple[str, int], dict | str], text_tokens: int, tokens: 
             lines.append(f"{name:<28} failed: {(result.splitlines() or ['nothing was printed'])[-1]}")
             continue
         lines.append(
-            f"{name:<28}{result['seconds']:>9.1f}{rates[run]:>12,.0f}{rates[run] / best:>7.2f}"
+            f"{name:<28}{result['seconds']:>9.1f}{result['cpu_seconds']:>9.1f}{rates[run]:>12,.0f}"
+            f"{rates[run] / best(processes):>7.2f}"
             f"{result['disk'] / read[run]:>13.1f}{result['peak_mb']:>9.0f}{1 - result['kept'] / read[run]:>9.2%}"
         )
     return "\n".join(lines)

@@ -129,10 +129,10 @@ def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, m
 
 
 def test_the_table_of_data_names_failures_and_keeps_the_rest():
-    row = dict(seconds=2.0, kept=90, disk=400, peak_mb=50.0)
+    row = dict(seconds=2.0, cpu_seconds=3.0, kept=90, disk=400, peak_mb=50.0)
     found = data.table({("group_texts", 2): row, ("whole_chunks", 2): "Traceback\nError: x", ("ours", 2): row}, 90, 100)
     assert "whole_chunks, num_proc=2     failed: Error: x" in found
-    assert "ours, 2 threads                   2.0          50   1.00          4.0       50   10.00%" in found
+    assert "ours, 2 threads                   2.0      3.0          50   1.00          4.0       50   10.00%" in found
     assert 10 < data.peak_mb() < 1e5
 
 
