@@ -56,7 +56,7 @@ class SharedArguments:
     )
     encoding: str | None = field(
         default=None,
-        metadata={"help": "Encoding of --data's text files if it is not UTF-8: gb18030 for Chinese text in GBK."},
+        metadata={"help": "Encoding of the text files of --data that are not UTF-8: gb18030 for Chinese text in GBK."},
     )
     keep_duplicates: bool = field(
         default=False, metadata={"help": "Train on exact copies of a document too, instead of leaving them out."}
@@ -247,6 +247,9 @@ class SharedArguments:
 # Flags that were renamed or taken out, here or in transformers 5 -> what to write instead.
 RENAMED = {
     "adafactor": "--optim adafactor",
+    "block_size": "--context_length",
+    "config_name": "--model",
+    "dataset_name": "--data",
     "do_lower_case": "nothing: the tokenizer decides it",
     "eval_batch_size": "--per_device_eval_batch_size",
     "evaluation_strategy": "--eval_strategy",
@@ -260,6 +263,8 @@ RENAMED = {
     "jit_mode_eval": "nothing: the launcher's YAML owns compiling",
     "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment",
     "lr": "--learning_rate",
+    "max_seq_len": "--context_length",
+    "max_seq_length": "--context_length",
     "model_name_or_path": "--model",
     "no_cuda": "--use_cpu",
     "overwrite_output_dir": "nothing, the same command continues; or another --output_dir",
@@ -267,13 +272,17 @@ RENAMED = {
     "per_gpu_train_batch_size": "--per_device_train_batch_size",
     "push_to_hub_model_id": "--hub_model_id",
     "save_safetensors": "nothing: weights are always saved as safetensors",
+    "seq_length": "--context_length",
     "tokenizer_name": "--tokenizer",
     "tokenizer_name_or_path": "--tokenizer",
+    "torch_dtype": "nothing: the launcher's YAML owns the precision",
     "torchdynamo": "nothing: the launcher's YAML owns compiling, --dynamo_backend",
     "train_batch_size": "--per_device_train_batch_size",
     "train_file": "--data",
+    "tensor_parallel_degree": "nothing: the launcher's YAML owns the strategy",
     "use_ipex": "nothing: torch has what it did",
     "use_mps_device": "nothing: an accelerator that is there is used",
+    "validation_split_percentage": "--held_out_fraction, a share: 0.05 for 5",
     "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps",
 }
 # The smallest values of numbers that nobody checks further on.

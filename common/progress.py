@@ -72,7 +72,9 @@ class Progress:
             self.next_line = time.monotonic() + max(LINE_SECONDS, seconds / 20)  # of a day, not thousands of lines
 
     def reach(self, done: float) -> None:
-        """Say that ``done`` of the total is done."""
+        """Say that ``done`` of the total is done. More than the total, of what is read twice, counts as the total."""
+        if self.total is not None:
+            done = min(done, self.total)
         self.update(done - self.done)
 
     def __enter__(self) -> "Progress":

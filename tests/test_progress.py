@@ -33,6 +33,16 @@ def test_a_line_says_how_much_is_done_and_what_is_left():
     assert progress_line("reading", 0, 100, "B", 30) == "reading: 0%, 0.00 of 100B, ? left"
 
 
+def test_more_than_the_total_is_the_total():
+    """Of a file some parts may be read twice; the time left is never below zero."""
+    with Progress("reading", 100, "B") as progress:
+        progress.reach(259)
+        assert progress.done == 100
+    with Progress("reading", None, "B") as progress:
+        progress.reach(259)
+        assert progress.done == 259
+
+
 def test_a_file_gets_a_line_now_and_then_and_only_from_the_main_process(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])

@@ -44,6 +44,7 @@ FORMATS = {".json", ".jsonl", ".ndjson", ".txt", *TABLE_DELIMITERS, *COLUMN_FORM
 LARGEST_DOCUMENT_BYTES = 1 << 28  # more is not one document, but a file without separators
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+LONGEST_UTF8 = 4  # bytes of a character
 LARGEST_POINTER_BYTES = 1024  # by the specification of Git LFS
 DAMAGE = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises
 BUFFER_BYTES = 1 << 20
@@ -147,11 +148,11 @@ def open_decompressed(name: str, open_raw: Callable[[], BinaryIO], encoding: str
 
     Args:
         encoding: of the text, as ``known_encoding`` returns it; bytes that are not of it become bytes that are not
-            UTF-8, so that the reader can name their place.
+            UTF-8, so that the reader can name their place. A file in UTF-8 is recognised, and read as it is.
 
     Raises:
         One of DAMAGE, here or at any later read: the file is damaged or cut off.
-        InputError: it is UTF-16 or UTF-8, and not ``encoding``; or ``refuse_what_is_not_data``.
+        InputError: it is UTF-16, and not ``encoding``; or ``refuse_what_is_not_data``.
     """
     stream = io.BufferedReader(open_raw(), BUFFER_BYTES)
     try:
@@ -160,8 +161,6 @@ def open_decompressed(name: str, open_raw: Callable[[], BinaryIO], encoding: str
         stream = _buffered(_decompressed(_compression(name, start), stream))
         start = stream.peek()
         if encoding is not None:
-            if _is_utf8(start):
-                raise InputError(f"{name}: is UTF-8, not {encoding}. Give files of one encoding only.")
             stream = _buffered(_DecodedFile(name, stream, encoding))
             start = stream.peek()
         elif start.startswith(UTF16_MARKS):
@@ -229,13 +228,17 @@ class CountedFile(io.FileIO):
 
 
 class _DecodedFile(io.RawIOBase):
-    """Text of another encoding, as UTF-8. A byte that is not of it becomes three bytes that are not UTF-8."""
+    """Text of another encoding, as UTF-8. A byte that is not of it becomes three bytes that are not UTF-8.
+
+    The first part that is not ASCII decides whether the file is in UTF-8: then it is given out as it is.
+    """
 
     def __init__(self, name: str, file: io.BufferedReader, encoding: str):
         self._name = name
         self._file = file
         self._encoding = encoding
         self._decode = codecs.getincrementaldecoder(encoding)("surrogateescape").decode
+        self._is_utf8: bool | None = None  # None: not decided yet
         self._pending = b""  # UTF-8, not yet given out
 
     def readable(self) -> bool:
@@ -243,18 +246,28 @@ class _DecodedFile(io.RawIOBase):
 
     def readinto(self, buffer) -> int:
         while not self._pending:
-            chunk = self._file.read1(BUFFER_BYTES)
-            try:
-                text = self._decode(chunk, final=not chunk)
-            except UnicodeError as error:
-                raise InputError(f"{self._name}: is not {self._encoding} ({error}). Give another --encoding.") from None
-            self._pending = text.encode("utf-8", "surrogatepass")
+            chunk = self._next_chunk()
+            self._pending = chunk if self._is_utf8 else self._decoded(chunk)
             if not chunk:
                 break
         given = self._pending[: len(buffer)]
         buffer[: len(given)] = given
         self._pending = self._pending[len(given) :]
         return len(given)
+
+    def _next_chunk(self) -> bytes:
+        chunk = self._file.read1(BUFFER_BYTES)
+        if self._is_utf8 is None and not chunk.isascii():
+            if chunk[:-LONGEST_UTF8].isascii():  # there may be only a part of the first character that decides
+                chunk += self._file.read1(BUFFER_BYTES)
+            self._is_utf8 = _is_utf8(chunk)
+        return chunk
+
+    def _decoded(self, chunk: bytes) -> bytes:
+        try:
+            return self._decode(chunk, final=not chunk).encode("utf-8", "surrogatepass")
+        except UnicodeError as error:
+            raise InputError(f"{self._name}: is not {self._encoding} ({error}). Give another --encoding.") from None
 
     def close(self) -> None:
         self._file.close()

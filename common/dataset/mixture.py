@@ -164,13 +164,19 @@ def training_order(
                 "Ask for more: --num_train_epochs, or --max_steps, which counts from here."
             )
     order.begin_at(0, rows_before, training)
-    if order.rows_asked is not None and rows_before == 0 and training.max_steps < FEW_STEPS:
-        say(f"warning: {_ways_to_more_steps(order, training, rows.context_length)}")
+    if rows_before == 0 and training.max_steps < FEW_STEPS:
+        say(_few_steps(order, training, rows.context_length))
     return order
 
 
-def _ways_to_more_steps(order: TrainingOrder, training: TrainingArguments, context_length: int) -> str:
-    """Return how few steps the run has, and the flags that give FEW_STEPS."""
+def _few_steps(order: TrainingOrder, training: TrainingArguments, context_length: int) -> str:
+    """Return how few steps the run has, and the flags that give FEW_STEPS. Asked for in steps, it is only a note."""
+    if order.rows_asked is None:
+        return (
+            f"note: --max_steps {training.max_steps}: {order.rows_in_run:,} rows, "
+            f"{order.passes_at(order.rows_in_run):.2g} passes over the text. In fewer than {FEW_STEPS} steps little is "
+            "learnt. For a whole pass: --max_steps -1 --num_train_epochs 1."
+        )
     passes = math.ceil(training.num_train_epochs * FEW_STEPS / training.max_steps)
     ways = [f"--num_train_epochs {passes}", "more text"]
     rows_per_step = order.rows_in_run // FEW_STEPS
@@ -179,9 +185,9 @@ def _ways_to_more_steps(order: TrainingOrder, training: TrainingArguments, conte
         ways.insert(0, f"--tokens_per_step {rows_per_step * context_length}")
     steps = f"{training.max_steps} step{'s' * (training.max_steps > 1)}"
     return (
-        f"the run has only {steps} of {order.rows_per_step:,} rows: {order.rows_in_run:,} rows of {context_length:,} "
-        f"tokens in {training.num_train_epochs:g} passes. With so few, the learning rate hardly leaves its warmup, and "
-        f"little is learnt. {FEW_STEPS} steps or more: {', or '.join(ways)}."
+        f"warning: the run has only {steps} of {order.rows_per_step:,} rows: {order.rows_in_run:,} rows of "
+        f"{context_length:,} tokens in {training.num_train_epochs:g} passes. With so few, the learning rate hardly "
+        f"leaves its warmup, and little is learnt. {FEW_STEPS} steps or more: {', or '.join(ways)}."
     )
 
 

@@ -42,7 +42,7 @@ def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> Pre
 
 
 def check_config(config: PretrainedConfig) -> None:
-    """Raise InputError unless ``config`` is that of a causal language model with attention, and its heads divide.
+    """Raise InputError unless ``config`` is that of a causal language model with attention, and its sizes can be.
 
     Whatever else does not fit is noticed by transformers when it builds the model, or by ``check_targets_hidden``.
     """
@@ -62,6 +62,12 @@ def check_config(config: PretrainedConfig) -> None:
             f"model_type {name} has no attention heads: state-space and recurrent models (Mamba, RWKV, xLSTM) are not "
             "trained here, because their FLOPs and memory are not known. Take one with attention, or a hybrid (Jamba)."
         )
+    layers = getattr(text, "num_hidden_layers", 1)
+    if isinstance(layers, int) and layers < 1:
+        raise InputError(f"model_type {name}: {layers} layers. Write 1 or more as num_hidden_layers in its config.")
+    for field, value in text.to_dict().items():
+        if "drop" in field and type(value) in (int, float) and not 0 <= value < 1:
+            raise InputError(f"model_type {name}: {field} {value}: must be at least 0, and below 1.")
     if isinstance(heads, int) and isinstance(key_heads, int) and key_heads and heads % key_heads:
         raise InputError(
             f"model_type {name}: {heads} attention heads are not a multiple of {key_heads} key-value heads. Change "

@@ -337,6 +337,8 @@ def mlp_width(model: PreTrainedModel) -> tuple[int, int]:
     gated = any("gate_proj" in name or "gate_up" in name for name, _ in model.named_parameters())
     experts = experts_per_token(config)
     width = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * config.hidden_size
+    if isinstance(width, list | tuple):  # one for each layer, as in Gemma 3n
+        width = round(sum(width) / len(width))
     if experts:
         width = experts * (getattr(config, "moe_intermediate_size", None) or width)
         width += shared_width(model)

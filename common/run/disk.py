@@ -14,8 +14,12 @@ from common.run.checkpoints import checkpoints
 LONGEST_NAME = 255  # bytes, of a file or folder, on all usual file systems
 
 
-def check_path(folder: str) -> None:
-    """Raise InputError if ``folder``, which need not be there yet, cannot be a folder that is written to."""
+def check_path(folder: str, flag: str = "--output_dir") -> None:
+    """Raise InputError if ``folder``, which need not be there yet, cannot be a folder that is written to.
+
+    Args:
+        flag: that gave it.
+    """
     path = Path(folder).absolute()
     try:
         there = next(parent for parent in (path, *path.parents) if parent.is_symlink() or parent.exists())
@@ -33,7 +37,7 @@ def check_path(folder: str) -> None:
         problem = error.strerror
     if problem is not None:
         shown = folder if len(folder) <= 100 else f"{folder[:100]}..."
-        raise InputError(f"--output_dir {shown}: {problem}. Choose another folder.")
+        raise InputError(f"{flag} {shown}: {problem}. Choose another folder.")
 
 
 def check_disk_space(

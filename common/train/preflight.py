@@ -61,6 +61,7 @@ def preflight(
         InputError: with what works.
     """
     check_path(training.output_dir)
+    check_path(shared.cache_dir, "--cache_dir")
     prepare_trackers(training, shared.swanlab)
     check_launch(launch, training)
     take_over_recompute(launch, training)

@@ -62,8 +62,13 @@ def keep_settings(optimizer: torch.optim.Optimizer, schedule: LRScheduler, setti
 
 
 def make_schedule(training: TrainingArguments, optimizer: torch.optim.Optimizer, steps: int) -> LRScheduler:
-    """Return the learning-rate schedule of a run of ``steps``."""
+    """Return the learning-rate schedule of a run of ``steps``; warn if most of them are its warmup."""
     warmup, settings = training.get_warmup_steps(steps), schedule_settings(training, steps)
+    if warmup > max(1, steps / 2):
+        say(
+            f"warning: --warmup_steps {warmup}: the learning rate rises in more than half of the {steps} steps. Use "
+            "fewer, or a share such as 0.03."
+        )
     return get_scheduler(training.lr_scheduler_type, optimizer, warmup, steps, settings)
 
 

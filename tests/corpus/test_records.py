@@ -1,6 +1,7 @@
 """Files -> records: every layout gives the same records, and every fault of a file is one clear error."""
 
 import bz2
+import codecs
 import gzip
 import io
 import json
@@ -565,12 +566,22 @@ def test_text_that_is_not_of_the_encoding():
     line = json.dumps(CHINESE[0], ensure_ascii=False).encode("gb18030")
     found = records(line + b'\n{"text": "\xff\xff"}\n' + line)
     assert [record for _, record in found[::2]] == [CHINESE[0]] * 2 and isinstance(found[1][1], NotUtf8)
-    with pytest.raises(InputError, match="^a.jsonl: is UTF-8, not gb18030"):
-        records(json.dumps(CHINESE[0], ensure_ascii=False).encode())
     with pytest.raises(InputError, match="^a.jsonl: is not utf-16 "):
         records(b'\xff\xfe{\0"\0\x00\xd8x\0', "utf-16")
     assert [record for _, record in records(b'{"text": "ascii"}\n')] == [{"text": "ascii"}]
     refused("a.json", json.dumps(CHINESE, ensure_ascii=False).encode("gbk")[:-3], ": .*--encoding gb18030")
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "big5", "shift_jis", "cp1252"])
+@pytest.mark.parametrize("ascii_bytes", [0, 100, 199, 200, 201])
+def test_utf8_is_recognised_beside_another_encoding(monkeypatch, encoding, ascii_bytes):
+    """Also where the text begins in ASCII, and where a buffer ends within its first character that is not ASCII."""
+    monkeypatch.setattr("common.corpus.formats.BUFFER_BYTES", 100)
+    before = "a" * (ascii_bytes - len('{"text": "')) if ascii_bytes else ""
+    record = {"text": f"{before}数学是研究数量、结构的学科。" + "é" * 200}
+    for line in (json.dumps(record, ensure_ascii=False).encode(), codecs.BOM_UTF8 + b'{"text": "ascii"}'):
+        found = list(file_records("a.jsonl", lambda line=line: io.BytesIO(line), encoding=encoding))
+        assert [each for _, each in found] == [json.loads(line.decode("utf-8-sig"))]
 
 
 def test_names_of_encodings():

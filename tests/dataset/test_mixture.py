@@ -201,8 +201,18 @@ def test_a_run_of_few_steps_is_a_warning_with_the_flags_that_give_more(capsys):
 def test_a_run_of_100_steps_has_no_warning(capsys, enough):
     _, training = run_of(**enough)
     assert training.max_steps >= 100 and "warning" not in capsys.readouterr().out
-    run_of(8, max_steps=3)  # asked for in steps
-    assert "warning" not in capsys.readouterr().out
+    run_of(8, max_steps=100)  # asked for in steps
+    assert not capsys.readouterr().out
+
+
+def test_few_steps_that_were_asked_for_are_a_note(capsys):
+    """3 steps of 8 rows are 24 of the 33 rows."""
+    run_of(8, max_steps=3)
+    said = capsys.readouterr().out
+    assert said.startswith("note: --max_steps 3: 24 rows, 0.73 passes over the text.") and len(said.splitlines()) == 1
+    assert "--max_steps -1 --num_train_epochs 1" in said
+    run_of(8, max_steps=3, rows_before=8)  # the run of --init_from had more
+    assert not capsys.readouterr().out
 
 
 @settings(max_examples=100)

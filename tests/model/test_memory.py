@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from common.model.memory import CONTEXT_BYTES, Setting, activation_bytes, optimizer_bytes, predict
+from common.model.memory import CONTEXT_BYTES, Setting, activation_bytes, mlp_width, optimizer_bytes, predict
 from common.system import GIB
 
 QWEN2 = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)
@@ -193,3 +193,12 @@ def test_each_choice_of_recompute_needs_less_than_the_one_before(models):
     settings += [Setting(16, 2048, recompute=True, recomputed=choice) for choice in choices]
     needs = [predict(models["0.5B"], setting).total for setting in settings]
     assert needs == sorted(needs, reverse=True) and len(set(needs)) == len(needs)
+
+
+def test_an_mlp_whose_width_differs_by_layer_counts_with_its_mean():
+    """As Gemma 3n's config has it."""
+    with torch.device("meta"):
+        shape = dict(num_hidden_layers=2, hidden_size=64, intermediate_size=128, num_attention_heads=4)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", num_key_value_heads=2, **shape))
+    model.config.__dict__["intermediate_size"] = [128, 256]
+    assert mlp_width(model) == (192, 3)

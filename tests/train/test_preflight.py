@@ -162,6 +162,8 @@ def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_read(monkeypa
     ):
         with pytest.raises(InputError, match=f"--output_dir .*: .*{problem}"):
             run(monkeypatch, folder, {})
+    with pytest.raises(InputError, match="--cache_dir .*: .*file is a file"):
+        run(monkeypatch, tmp_path / "run", {}, dict(cache_dir=str(tmp_path / "file" / "cache")))
     assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "nowhere").exists()
     run(monkeypatch, tmp_path / ("x" * 255), {})
 

@@ -10,7 +10,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments, get_s
 from common.console import InputError
 from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.muon import MuonWithAdamW
-from common.train.schedule import check_schedule, keep_settings, schedule_settings, settings_of
+from common.train.schedule import check_schedule, keep_settings, make_schedule, schedule_settings, settings_of
 
 
 def training_of(kind: str, settings: dict, **more) -> TrainingArguments:
@@ -57,6 +57,15 @@ def test_steps_stay_steps_and_other_schedules_do_not_change():
 def test_settings_that_do_not_fit_the_run_are_refused(kind, settings, warmup, message):
     with pytest.raises(InputError, match=message):
         schedule_settings(training_of(kind, settings, warmup_steps=warmup), 20)
+
+
+def test_a_warmup_of_most_of_the_run_is_a_warning(capsys):
+    for warmup, steps, warned in ((6, 10, True), (10, 10, True), (5, 10, False), (1, 1, False), (0.03, 10, False)):
+        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+        make_schedule(training_of("cosine", None, warmup_steps=warmup), optimizer, steps)
+        said = capsys.readouterr().out
+        assert (f"warning: --warmup_steps {warmup}: the learning rate rises in more than half" in said) == warned
+        assert bool(said) == warned
 
 
 def test_the_end_of_a_schedule_must_be_below_the_learning_rate():
