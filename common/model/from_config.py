@@ -31,6 +31,7 @@ def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> Pre
         InputError: transformers refuses the shape, or see ``check_config``.
     """
     settings = {"vocab_size": padded_vocabulary(vocabulary_size), "max_position_embeddings": context_length, **shape}
+    settings = {"pad_token_id": None, **settings}  # a family's own (GLM: 151,329) may be beyond this vocabulary
     build_whole()
     try:
         config = AutoConfig.for_model(**settings)

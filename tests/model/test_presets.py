@@ -109,6 +109,13 @@ def test_a_local_config_gives_its_shape_but_not_its_vocabulary(tmp_path):
     assert shape_of_config(built.config) == shape
 
 
+def test_a_familys_own_padding_token_may_be_beyond_the_vocabulary():
+    """GLM's is 151,329. The embedding has as many rows as the tokenizer needs all the same."""
+    glm = dict(model_type="glm", hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4)
+    built = planned_model(glm | dict(num_key_value_heads=2, head_dim=16), 1000, 64)
+    assert built.get_input_embeddings().weight.shape == (1024, 64)
+
+
 def test_the_recipes_own_shape_is_built_without_flags():
     assert shape_of(None, None, 1000) == QWEN2
 
