@@ -33,6 +33,11 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
             f"dp_shard x {dimension}), and these are {launch.processes}. Use "
             f"--parallelism_config_dp_shard_size {max(1, shards)} before the recipe, or --num_processes {asked}."
         )
+    if launch.replicas > 1 and launch.shards * sharing == 1:  # accelerate's own message comes late
+        raise InputError(
+            f"parallelism_config_dp_replicate_size {launch.replicas} with dp_shard_size 1: copies of one process each, "
+            "which shard nothing. Use accelerate_configs/ddp.yaml, or --parallelism_config_dp_shard_size 2 or more."
+        )
     if launch.row_pieces == 1:
         return
     if isolated and launch.context_parallel > 1:

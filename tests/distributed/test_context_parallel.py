@@ -70,6 +70,13 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
         (dict(cp=2), 8, 512, False, "1 x 1 x 2 processes .* these are 8. Use --parallelism_config_dp_shard_size 4"),
         (dict(cp=2, dp_shard=2), 3, 512, False, "or --num_processes 4"),
         (dict(dp_replicate=2, dp_shard=2), 8, 512, False, "--parallelism_config_dp_shard_size 4"),
+        (
+            dict(dp_replicate=2),
+            2,
+            512,
+            False,
+            "dp_replicate_size 2 with dp_shard_size 1: .*Use accelerate_configs/ddp.yaml",
+        ),
         (dict(cp=2), 2, 510, False, "--context_length 510: 2 cards share each row as 4 equal pieces. Use 512"),
         (dict(cp=2), 2, 512, True, "--packing isolated under context parallelism"),
     ],
