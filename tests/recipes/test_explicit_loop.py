@@ -8,6 +8,7 @@ from dataclasses import fields
 import pytest
 import torch
 from conftest import ROOT, load_recipe, small_run
+from launched_processes import FSDP2, in_launched_processes, meet_again
 from safetensors import safe_open
 from test_distributed import launch
 from transformers import AutoModelForCausalLM, TrainingArguments
@@ -159,6 +160,48 @@ def test_a_rate_and_a_step_that_may_change_are_applied(loop, cache_dir, tmp_path
     assert [entry["learning_rate"] for entry in entries] == [1e-3] * 3 + [3e-4] * 3
     assert [entry["tokens_seen"] for entry in entries] == [256, 512, 768, 1280, 1792, 2304]
     assert json.loads((tmp_path / "run.json").read_text())["training"]["learning_rate"] == 3e-4
+
+
+def test_more_steps_are_refused_with_the_flag_that_allows_them(loop, cache_dir, tmp_path):
+    """The schedule depends on the number of steps, and with it the losses; the message names the flag."""
+    flags = [*small_run(cache_dir, tmp_path), "--max_steps"]
+    loop.main([*flags, "2"])
+    with pytest.raises(InputError, match=r"data.rows: 8 in the folder, 16 now\n.*\n  --allow_changes data.rows"):
+        loop.main([*flags, "4"])
+    loop.main([*flags, "4", "--allow_changes", "data.rows"])
+    assert list(logged(tmp_path)) == [1, 2, 3, 4]
+
+
+FORMS = {"one file": {}, "parts": {"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}}
+FORMS["recompute"] = {"FSDP_ACTIVATION_CHECKPOINTING": "true"}
+CONSTANT = "--lr_scheduler_type constant --lr_scheduler_kwargs {} --warmup_steps 0".split()
+
+
+def check_fsdp2(rank: int, folder) -> None:
+    """Train in two halves."""
+    loop = load_recipe("explicit_loop")
+    for flags in (["--max_steps", "3"], ["--allow_changes", "data.rows"]):
+        more = [*CONSTANT, "--per_device_train_batch_size", "1", *flags]
+        loop.main(small_run(folder / "cache", folder / "two", *more))
+        meet_again()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("form", FORMS)
+def test_fsdp2_on_two_processes_is_the_run_of_one_and_continues(loop, cache_dir, tmp_path, form):
+    """Checkpoints of one file and in parts, recompute by the YAML; the model at the end is an ordinary one."""
+    loop.main(small_run(cache_dir, tmp_path / "one", *CONSTANT))
+    (tmp_path / "cache").symlink_to(cache_dir)
+    in_launched_processes(2, check_fsdp2, tmp_path, **FSDP2 | FORMS[form])
+    runs = [logged(tmp_path / name) for name in ("two", "one")]
+    norms = [[entry.pop("grad_norm") for entry in run.values()] for run in runs]
+    assert_same(*runs, tolerance=2e-5)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)  # of halves: fp32 adds up in another order
+    parts = [*(tmp_path / "two" / "checkpoint-6").glob("**/*.distcp")]
+    assert bool(parts) == (form == "parts")
+    found, expected = (AutoModelForCausalLM.from_pretrained(tmp_path / name).state_dict() for name in ("two", "one"))
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-3, atol=1e-4, msg=name)
 
 
 def test_a_finished_run_is_shown_and_not_trained_again(loop, odd, cache_dir, capsys):
