@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, losses, small_run
+from conftest import ROOT, load_recipe, losses, small_run
+from launched_processes import FSDP2, in_launched_processes, meet_again
 from safetensors.torch import load_file
 
 from common.arguments import SharedArguments
@@ -16,6 +17,7 @@ from common.console import InputError
 from common.dataset.packing import JoinedRows
 
 CHINESE, ENGLISH = (str(ROOT / "data" / f"sample_{language}.jsonl") for language in ("zh", "en"))
+STATES = ("optimizer", "rng_state", "scheduler")  # files of a checkpoint begin so, whatever the strategy
 NOISE = ["--neftune_noise_alpha", "5"]  # drawn in every step: the random states must be those of the run
 
 
@@ -60,7 +62,9 @@ def assert_same_end(one: Path, other: Path) -> None:
         assert logged(one, name) == logged(other, name)
     assert same(load_file(one / "model.safetensors"), load_file(other / "model.safetensors"))
     ends = [folder / f"checkpoint-{read(folder / 'trainer_state.json')['global_step']}" for folder in (one, other)]
-    for name in ("optimizer.pt", "scheduler.pt", "rng_state.pth"):
+    states = [sorted(file.name for file in end.iterdir() if file.name.startswith(STATES)) for end in ends]
+    assert states[0] == states[1] and len(states[0]) >= len(STATES)
+    for name in states[0]:
         assert same(*(torch.load(end / name, weights_only=False) for end in ends)), name
 
 
@@ -112,6 +116,17 @@ def test_decay_now_by_hand_and_the_branch_needs_the_run_no_more(quick, cache_dir
     capsys.readouterr()
     quick.main(small_run(cache_dir, tmp_path / "cut", *NOISE, *decay))
     assert "is finished; nothing to train" in capsys.readouterr().out
+
+
+def test_a_batch_that_grows_is_a_branch(quick, cache_dir, trunk, tmp_path, capsys):
+    """Three steps of 4 rows, then two of 8: the next rows of the same order."""
+    grown = ["--branch_from", str(trunk / "checkpoint-3"), "--tokens_per_step", "512", "--max_steps", "5"]
+    quick.main(small_run(cache_dir, tmp_path, *NOISE, *grown))
+    rows = {1: 4, 2: 8, 3: 12, 4: 20, 5: 28}
+    assert logged(tmp_path, "tokens_seen") == {step: 64 * trained for step, trained in rows.items()}
+    assert read_results(tmp_path)["ledger"]["rows_trained"] == 28
+    assert read(tmp_path / "branch.json")["changed"] == {"data.rows_per_step": [4, 8], "max_steps": [6, 5]}
+    assert "the order of rows is the same, and continues at the next row" in capsys.readouterr().out
 
 
 def test_a_source_continues_after_its_rows_in_another_mixture(quick, cache_dir, tmp_path, monkeypatch, capsys):
@@ -188,3 +203,71 @@ def test_what_cannot_branch_is_refused(quick, cache_dir, trunk, tmp_path, flags,
 def test_it_goes_with_no_other_start():
     with pytest.raises(InputError, match="Leave --init_from out"):
         SharedArguments(branch_from="a", init_from="b")
+
+
+MIXED = {  # folder -> where it branches off, and its flags
+    "run": (None, ["--data", CHINESE, "--max_steps", "3"]),
+    "mixed": ("run/checkpoint-3", ["--data", CHINESE, ENGLISH, "--data_weights", "3", "1", "--max_steps", "5"]),
+    "more": ("mixed/checkpoint-5", ["--data", CHINESE, ENGLISH, "--data_weights", "1", "1", "--max_steps", "6"]),
+    "decayed": ("mixed/checkpoint-5", ["--data", CHINESE, ENGLISH, "--data_weights", "3", "1", "--max_steps", "7",
+                                       "--weight_decay", "0.2", "--lr_scheduler_kwargs", '{"num_decay_steps": 2}']),
+}  # fmt: skip
+
+
+def make_runs(folder: Path, *flags: str, between=lambda: None) -> None:
+    """Make the runs of MIXED in ``folder``, with the tokenizer that is there."""
+    recipe = load_recipe("wiki_zh_scratch")
+    recipe.PROMPTS = recipe.PROMPTS[:1]
+    for name, (branch_from, own) in MIXED.items():
+        own = [*own, *flags, "--tokenizer", str(folder / "tokenizer"), "--optimizer", "adamw"]
+        if branch_from is not None:
+            own += ["--branch_from", str(folder / branch_from)]
+        recipe.main(small_run(folder / "cache", folder / name, *own))
+        between()
+
+
+def check_branches(rank: int, folder: Path) -> None:
+    """A run of 6 steps and its branch from step 3 with nothing changed; then the runs of MIXED."""
+    recipe = load_recipe("wiki_zh_scratch")
+    recipe.PROMPTS = recipe.PROMPTS[:1]
+    two = [*NOISE, "--per_device_train_batch_size", "2", "--tokenizer", str(folder / "tokenizer")]
+    recipe.main(small_run(folder / "cache", folder / "trunk", *two))
+    meet_again()
+    recipe.main(small_run(folder / "cache", folder / "same", *two, "--branch_from", str(folder / "trunk/checkpoint-3")))
+    meet_again()
+    make_runs(folder, "--per_device_train_batch_size", "2", between=meet_again)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("environment", [{}, FSDP2], ids=["ddp", "fsdp2"])
+def test_branches_of_two_processes(quick, cache_dir, trunk, tmp_path, environment):
+    """To the bit where nothing differs; else the decisions, the rows and, within 2e-5, the losses of one process.
+
+    A branch of one process from the checkpoint of two continues with the same rows, too.
+    """
+    one, two = tmp_path / "one", tmp_path / "two"
+    for folder in (one, two):
+        folder.mkdir()
+        (folder / "cache").symlink_to(cache_dir)
+        (folder / "tokenizer").symlink_to(trunk)
+    in_launched_processes(2, check_branches, two, **environment)
+    assert_same_end(two / "same", two / "trunk")
+    assert len([*(two / "same" / "checkpoint-6").glob("rng_state_*.pth")]) == 2
+    assert read(two / "same" / "branch.json")["changed"] == {}
+    assert read_results(two / "same")["ledger"] == read_results(two / "trunk")["ledger"]
+
+    make_runs(one)
+    for name in MIXED:
+        assert losses(two / name) == pytest.approx(losses(one / name), rel=2e-5), name
+        assert logged(two / name, "learning_rate") == logged(one / name, "learning_rate")
+        assert read_results(two / name)["ledger"] == read_results(one / name)["ledger"]
+        assert read_results(two / name)["eval_loss"] == pytest.approx(read_results(one / name)["eval_loss"], rel=2e-5)
+        if name != "run":
+            branch, other = (read(folder / name / "branch.json") for folder in (two, one))
+            assert branch | {"checkpoint": ""} == other | {"checkpoint": ""}
+    trained = {name: source["rows_trained"] for name, source in read_results(two / "more")["sources"].items()}
+    assert trained == {"sample_zh": 12 + 6 + 2, "sample_en": 2 + 2}
+
+    branch = ["--branch_from", str(two / "mixed" / "checkpoint-5"), "--tokenizer", str(two / "tokenizer")]
+    quick.main(small_run(cache_dir, tmp_path / "by_one", *MIXED["more"][1], "--optimizer", "adamw", *branch))
+    assert losses(tmp_path / "by_one") == pytest.approx(losses(one / "more"), rel=2e-5)
