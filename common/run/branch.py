@@ -61,7 +61,7 @@ def check_branch(recipe: str, shared: SharedArguments, training: TrainingArgumen
     Raises:
         InputError: the checkpoint is not whole or not of a run, is in --output_dir, or is of another model or recipe.
     """
-    if not shared.branch_from or _started(training.output_dir):
+    if not shared.branch_from or branch_started(training.output_dir):
         return
     checkpoint = Path(shared.branch_from)
     check_whole(shared.branch_from)
@@ -98,7 +98,7 @@ def begin_branch(
     """
     if not shared.branch_from:
         return None
-    if _started(training.output_dir):
+    if branch_started(training.output_dir):
         branch = Branch(**_read(Path(training.output_dir) / BRANCH_FILE))
         _begin(order, branch, training)
         return branch
@@ -121,7 +121,7 @@ def _begin(order: TrainingOrder, branch: Branch, training: TrainingArguments) ->
     order.begin_at(branch.step, branch.position, training)
 
 
-def _started(folder: str) -> bool:
+def branch_started(folder: str) -> bool:
     """Whether a branch in ``folder`` has checkpoints of its own, or results: it needs the other run no more."""
     path = Path(folder)
     return (path / BRANCH_FILE).exists() and bool([*checkpoints(path), *path.glob("all_results.json")])

@@ -23,9 +23,10 @@ from common.model.memory import optimizer_name, predict
 from common.model.placement import check_expert_plan, check_plan
 from common.model.presets import ModelSize, PretrainedSize
 from common.model.recompute import choose_recompute
-from common.run.branch import check_branch
+from common.run.branch import branch_started, check_branch
 from common.run.disk import check_disk_space, check_path
 from common.run.folder import check_folder
+from common.run.init_from import check_resumable
 from common.run.lock import lock_folder
 from common.run.tracking import prepare_trackers
 from common.system import GIB, take_cores, usable_cores
@@ -94,6 +95,8 @@ def preflight(
         check_disk_space(training.output_dir, model.num_parameters(), launch.strategy, training)
         say(f"disk: checkpoints of {model.num_parameters():,} parameters fit {training.output_dir}")
     check_branch(recipe, shared, training)
+    if shared.branch_from and not branch_started(training.output_dir):
+        check_resumable(shared.branch_from, launch)  # the same again when it is loaded, but by then there is a folder
     say(f"folder: {check_folder(training.output_dir, recipe, shared, training)}")
     if not shared.probe and Path(training.output_dir).exists():
         lock = lock_folder(training.output_dir)

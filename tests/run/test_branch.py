@@ -243,7 +243,8 @@ def check_branches(rank: int, folder: Path) -> None:
 def test_branches_of_two_processes(quick, cache_dir, trunk, tmp_path, environment):
     """To the bit where nothing differs; else the decisions, the rows and, within 2e-5, the losses of one process.
 
-    A branch of one process from the checkpoint of two continues with the same rows, too.
+    A branch of one process from the checkpoint of two under DDP continues with the same rows, too. From one under FSDP2
+    it is refused before it has a folder.
     """
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
@@ -269,5 +270,11 @@ def test_branches_of_two_processes(quick, cache_dir, trunk, tmp_path, environmen
     assert trained == {"sample_zh": 12 + 6 + 2, "sample_en": 2 + 2}
 
     branch = ["--branch_from", str(two / "mixed" / "checkpoint-5"), "--tokenizer", str(two / "tokenizer")]
-    quick.main(small_run(cache_dir, tmp_path / "by_one", *MIXED["more"][1], "--optimizer", "adamw", *branch))
-    assert losses(tmp_path / "by_one") == pytest.approx(losses(one / "more"), rel=2e-5)
+    by_one = small_run(cache_dir, tmp_path / "by_one", *MIXED["more"][1], "--optimizer", "adamw", *branch)
+    if environment:
+        with pytest.raises(InputError, match="checkpoint-5 was written under FSDP2; single on 1 processes cannot"):
+            quick.main(by_one)
+        assert not (tmp_path / "by_one").exists()
+    else:
+        quick.main(by_one)
+        assert losses(tmp_path / "by_one") == pytest.approx(losses(one / "more"), rel=2e-5)
