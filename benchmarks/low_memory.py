@@ -52,6 +52,7 @@ from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.presets import PRESETS
+from common.model.recompute import ALL, choose_recompute
 from common.system import GIB
 from common.tokens.store import TokenStore
 from common.tokens.token_index import write_index
@@ -141,11 +142,13 @@ JOBS = {  # of --loss; every=20: every 20th document is held out
 
 
 def training_arguments(described: dict, folder: str, **settings) -> TrainingArguments:
+    launch = read_launch()
     training = TrainingArguments(
-        output_dir=folder, optim=described["optim"], gradient_checkpointing=described["recompute"],
-        gradient_accumulation_steps=1, weight_decay=0.1, adam_beta2=0.95, logging_nan_inf_filter=False,
-        report_to="none", save_strategy="no", disable_tqdm=True, **settings, **read_launch().defaults(),
+        output_dir=folder, optim=described["optim"], gradient_accumulation_steps=1, weight_decay=0.1, adam_beta2=0.95,
+        logging_nan_inf_filter=False, report_to="none", save_strategy="no", disable_tqdm=True, **settings,
+        **launch.defaults(),
     )  # fmt: skip
+    choose_recompute(ALL if described["recompute"] else None, launch, training)
     assert training.n_gpu <= 1, "one GPU is measured; Trainer would spread the batch over several GPUs"
     return training
 

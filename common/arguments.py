@@ -1,7 +1,6 @@
 """The flags: those that every recipe shares, and how a recipe's dicts and the command line become arguments."""
 
 import argparse
-import difflib
 import json
 import math
 import re
@@ -12,6 +11,7 @@ from typing import TypeVar
 from common.command_line import OneLineErrors, ShowHelp, help_on_one_screen
 from common.console import InputError
 from common.late_compile import compiling_late
+from common.other_names import hints
 
 with compiling_late():
     from transformers import HfArgumentParser, TrainingArguments
@@ -222,6 +222,7 @@ class SharedArguments:
         metadata={"help": "Continue a run although these differ; the refusal names them: training.weight_decay ..."},
     )
     given: dict[str, object] = field(init=False, repr=False, default_factory=dict)  # flags of the command line itself
+    own: dict[str, object] = field(init=False, repr=False, default_factory=dict)  # the values of the recipe's own flags
 
     def __post_init__(self):
         """Raise InputError for flags that would be ignored."""
@@ -244,47 +245,6 @@ class SharedArguments:
             raise InputError(f"--eval_tasks_every {self.eval_tasks_every}: must be at least 1 step.")
 
 
-# Flags that were renamed or taken out, here or in transformers 5 -> what to write instead.
-RENAMED = {
-    "adafactor": "--optim adafactor",
-    "block_size": "--context_length",
-    "config_name": "--model",
-    "dataset_name": "--data",
-    "do_lower_case": "nothing: the tokenizer decides it",
-    "eval_batch_size": "--per_device_eval_batch_size",
-    "evaluation_strategy": "--eval_strategy",
-    "fp16_backend": "nothing: the launcher's YAML owns the precision",
-    "fp16_opt_level": "nothing: the launcher's YAML owns the precision",
-    "fsdp_min_num_params": "nothing: the launcher's YAML owns the strategy",
-    "fsdp_transformer_layer_cls_to_wrap": "nothing: the launcher's YAML owns the strategy",
-    "group_by_length": "nothing: all rows are equally long",
-    "half_precision_backend": "nothing: the launcher's YAML owns the precision",
-    "include_tokens_per_second": "nothing: the log has tokens_per_second_per_device",
-    "jit_mode_eval": "nothing: the launcher's YAML owns compiling",
-    "logging_dir": "TENSORBOARD_LOGGING_DIR in the environment",
-    "lr": "--learning_rate",
-    "max_seq_len": "--context_length",
-    "max_seq_length": "--context_length",
-    "model_name_or_path": "--model",
-    "no_cuda": "--use_cpu",
-    "overwrite_output_dir": "nothing, the same command continues; or another --output_dir",
-    "per_gpu_eval_batch_size": "--per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "--per_device_train_batch_size",
-    "push_to_hub_model_id": "--hub_model_id",
-    "save_safetensors": "nothing: weights are always saved as safetensors",
-    "seq_length": "--context_length",
-    "tokenizer_name": "--tokenizer",
-    "tokenizer_name_or_path": "--tokenizer",
-    "torch_dtype": "nothing: the launcher's YAML owns the precision",
-    "torchdynamo": "nothing: the launcher's YAML owns compiling, --dynamo_backend",
-    "train_batch_size": "--per_device_train_batch_size",
-    "train_file": "--data",
-    "tensor_parallel_degree": "nothing: the launcher's YAML owns the strategy",
-    "use_ipex": "nothing: torch has what it did",
-    "use_mps_device": "nothing: an accelerator that is there is used",
-    "validation_split_percentage": "--held_out_fraction, a share: 0.05 for 5",
-    "warmup_ratio": "--warmup_steps, which below 1 is a share of all steps",
-}
 # The smallest values of numbers that nobody checks further on.
 AT_LEAST = {
     "learning_rate": 0, "weight_decay": 0, "adam_beta1": 0, "adam_beta2": 0, "adam_epsilon": 0, "max_grad_norm": 0,
@@ -406,8 +366,9 @@ def parse_flags(
         if new in values and values[new] is None:
             values[new], values[old] = values[old], None  # TrainingArguments give the old name the value of the new one
     shared = _made(SharedArguments, values)
-    shared.given = given
-    return _made(own_flags, values), shared, _made(TrainingArguments, values)
+    own = _made(own_flags, values)
+    shared.given, shared.own = given, dict(vars(own))
+    return own, shared, _made(TrainingArguments, values)
 
 
 def _made(kind: type, values: dict):
@@ -418,22 +379,6 @@ def _made(kind: type, values: dict):
     except (ValueError, TypeError, ImportError, OSError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(f"transformers refuses these flags: {reason}") from None
-
-
-def hints(unknown: list[str], names: list[str]) -> str:
-    """Return what may have been meant by flags that are unknown, as a sentence after their names."""
-    found = []
-    for word in unknown:
-        if not word.startswith("--"):
-            continue
-        name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-        longer = [known for known in names if name and known.startswith(name)]
-        close = difflib.get_close_matches(name, names, n=1, cutoff=0.7)
-        if name in RENAMED:
-            found.append(f". Instead of --{name}: {RENAMED[name]}")
-        elif longer or close:
-            found.append(f". Did you mean --{(close or longer)[0]}?")
-    return "".join(found)
 
 
 def check_numbers(values: dict) -> None:

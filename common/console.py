@@ -5,6 +5,8 @@ name these, each with its reason. Errors still show, and so does every warning t
 everything: PRETRAINING_VERBOSE=1.
 """
 
+import errno
+import io
 import logging
 import os
 import re
@@ -86,6 +88,39 @@ def duration_in_words(seconds: float) -> str:
     return f"{of_hours} and {rest} minute{'s' * (rest != 1)}" if rest else of_hours
 
 
+class OutlivingStream(io.FileIO):
+    """A file descriptor whose text goes nowhere once nobody is there to read it."""
+
+    NOBODY_READS = (errno.EIO, errno.EPIPE)  # a terminal that was closed; a pipe whose reader has ended
+
+    def write(self, data) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in self.NOBODY_READS:
+                raise
+            return len(data)
+
+
+def outlive_terminal() -> None:
+    """Let a run go on whose terminal was closed (``disown``, a lost ssh) or whose ``| tee`` has ended.
+
+    Everything that prints, libraries included, would raise otherwise. Other streams, such as a notebook's, stay.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        buffer = getattr(stream, "buffer", None)
+        raw = getattr(buffer, "raw", buffer)  # python -u has no buffer between
+        if type(raw) is io.FileIO and raw.fileno() in (1, 2):
+            stream.flush()
+            outliving = OutlivingStream(raw.fileno(), "w", closefd=False)
+            text = io.TextIOWrapper(
+                outliving if raw is buffer else io.BufferedWriter(outliving), stream.encoding, stream.errors,
+                line_buffering=stream.line_buffering, write_through=stream.write_through,
+            )  # fmt: skip
+            setattr(sys, name, text)
+
+
 MESSAGES = {  # logger -> beginnings of messages that are left out
     # Said while peft loads bitsandbytes on CPUs. It concerns 4-bit products on CPUs, which no recipe has.
     "bitsandbytes.backends.cpu.ops": ("Failed to load CPU gemm_4bit_forward",),
@@ -101,6 +136,8 @@ WARNINGS = {  # beginnings of warnings that are left out
     "TensorFloat32 tensor cores for float32 matrix multiplication available but not enabled": UserWarning,
     # From barriers of accelerate and transformers: each process has chosen its device long before.
     r"barrier\(\): using the device under current context": UserWarning,
+    # transformers 5.23 renamed them. The versions before, which are taken here, too, and peft know the old names only.
+    "`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated": FutureWarning,
 }
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from common.console import InputError, say
 from common.model_folder import custom_code, refuse_pointers
 
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
-DATA_SET_ID = re.compile(rf"({HUB_ID.pattern})(?::(.+))?")  # owner/name, owner/name:subset or owner/name:file
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+", re.ASCII)  # owner/name
+DATA_SET_ID = re.compile(rf"({HUB_ID.pattern})(?::(.+))?", re.ASCII)  # owner/name, owner/name:subset or owner/name:file
 PROBE_SECONDS = 8  # all hubs are probed at once; one that has not answered after this time is given up
 # Names of published models without their owner, as the shapes of model/presets.py are called.
 SHORT_NAMES = {

@@ -84,8 +84,11 @@ class Progress:
         self.close()
 
     def close(self) -> None:
-        if self.bar is not None:
-            self.bar.close()
+        if self.bar is None:
+            return
+        if not in_notebook():  # a line above it has drawn a bar that closing takes for one that was never seen
+            self.bar.clear()
+        self.bar.close()
 
 
 def progress_line(what: str, done: float, total: float | None, unit: str, seconds: float, already: float = 0) -> str:

@@ -1,10 +1,10 @@
-"""The pictures of the docs: the bundled sample run in a terminal, its report, and SwanLab's dashboard of it.
+"""The pictures of the docs: the bundled sample run in a terminal, its report, a comparison, SwanLab's dashboard.
 
     pip install -e '.[test-all]'
     python docs/pictures.py
 
-The first line installs the dashboard. Chromium has to be on your system. The second line trains the sample, which takes
-three minutes on two cores, and writes docs/pictures/.
+The first line installs the dashboard. Chromium and a font with Chinese letters have to be on your system. The second
+line trains the sample twice, which takes four minutes on two cores, and writes docs/pictures/.
 """
 
 import contextlib
@@ -15,7 +15,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -25,12 +24,19 @@ from pathlib import Path
 import pyte
 from PIL import Image
 
+from common.run.compare import main as compare
+from common.run.labels import labels
+from common.run.record import RunRecord
+from common.run.report import page
+
 ROOT = Path(__file__).resolve().parent.parent
 PICTURES = ROOT / "docs" / "pictures"
 RUN = ROOT / "outputs" / "pictures"
+OTHER = ROOT / "outputs" / "higher_rate"  # a third of the steps at three times the learning rate, to compare
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-COLUMNS = 120
+COLUMNS, NARROW = 120, 46  # of a terminal on a desk, and on a phone
 LINES = 40
+DESK, PHONE = 1280, 390  # pixels
 TERMINAL = (
     "<body style='margin:0;background:#1d1f21;color:#d7d7d7'>"
     "<pre style='padding:12px;font:13px/1.45 monospace;white-space:pre-wrap'>"
@@ -38,24 +44,38 @@ TERMINAL = (
 
 
 def main() -> None:
-    shutil.rmtree(RUN, ignore_errors=True)
     PICTURES.mkdir(exist_ok=True)
-    flags = ["--sample", "--swanlab", "local", "--logging_steps", "10", "--output_dir", str(RUN.relative_to(ROOT))]
-    screen = []
-    with tempfile.TemporaryDirectory() as folder:
-        page = Path(folder, "terminal.html")
-        for screen in seen_in_terminal([sys.executable, "recipes/wiki_zh_scratch.py", *flags]):
-            # The first picture shows the run at step 650 of 900, or soon after it.
-            if not page.exists() and re.search(r" 6[5-9]\d/900", " ".join(screen)):
-                page.write_text(as_page(screen), encoding="utf-8")
-        photograph(page.as_uri(), PICTURES / "terminal.png", 1000, 780)
-        page.write_text(as_page(screen), encoding="utf-8")
-        photograph(page.as_uri(), PICTURES / "terminal_end.png", 1000, 780)
-    report = (RUN / "report.html").as_uri()
-    photograph(report, PICTURES / "report.png", 1280, 1600)
-    photograph(report, PICTURES / "report_phone.png", 390, 1700)
+    middle, end = screens_of(RUN, COLUMNS, 900, ["--swanlab", "local"])
+    photograph(middle, PICTURES / "terminal.png", 1000, 780)
+    photograph(end, PICTURES / "terminal_end.png", 1000, 780)
+    middle, _ = screens_of(OTHER, NARROW, 300, ["--swanlab", "off", "--learning_rate", "3e-3", "--eval_steps", "100"])
+    photograph(middle, PICTURES / "terminal_phone.png", PHONE, 780)
+    for language, ending in {"en": "", "zh": "_zh"}.items():
+        report, comparison = RUN / f"report{ending}.html", RUN / f"compare{ending}.html"
+        report.write_text(page(RunRecord.of(RUN), labels(language)), encoding="utf-8")
+        compare([str(RUN), str(OTHER), "--output", str(comparison), "--language", language])
+        for name, path in {"report": report, "compare": comparison}.items():
+            photograph(path.as_uri(), PICTURES / f"{name}{ending}.png", DESK, 1600)
+            photograph(path.as_uri(), PICTURES / f"{name}_phone{ending}.png", PHONE, 1700)
     with dashboard(RUN / "swanlog") as address:
-        photograph(f"{address}/experiment/1/chart", PICTURES / "dashboard.png", 1280, 900)
+        photograph(f"{address}/experiment/1/chart", PICTURES / "dashboard.png", DESK, 900)
+
+
+def screens_of(folder: Path, columns: int, steps: int, flags: list[str]) -> list[str]:
+    """Train the sample into ``folder``; return pages of its terminal after 7 of 10 steps and at its end."""
+    shutil.rmtree(folder, ignore_errors=True)
+    flags = ["--max_steps", str(steps), "--logging_steps", "10", "--output_dir", str(folder.relative_to(ROOT)), *flags]
+    middle, screen = [], []
+    for screen in seen_in_terminal([sys.executable, "recipes/wiki_zh_scratch.py", "--sample", *flags], columns):
+        made = re.search(rf"\b(\d+)/{steps}\b", " ".join(screen))
+        if not middle and made is not None and int(made[1]) >= 0.7 * steps:
+            middle = screen
+    pages = []
+    for name, lines in {"middle": middle, "end": screen}.items():
+        path = folder / f"terminal_{name}.html"
+        path.write_text(as_page(lines), encoding="utf-8")
+        pages.append(path.as_uri())
+    return pages
 
 
 def as_page(screen: list[str]) -> str:
@@ -110,7 +130,7 @@ def answers(address: str) -> bool:
         return False
 
 
-def seen_in_terminal(command: list[str]) -> Iterator[list[str]]:
+def seen_in_terminal(command: list[str], columns: int) -> Iterator[list[str]]:
     """Run ``command`` in a pseudo-terminal, and yield the lines of its screen each time that it prints something."""
     # Imported here, because Windows has none of these modules. The other functions do not need them.
     import fcntl
@@ -119,10 +139,10 @@ def seen_in_terminal(command: list[str]) -> Iterator[list[str]]:
     import termios
 
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, columns, 0, 0))
     process = subprocess.Popen(command, cwd=ROOT, stdin=follower, stdout=follower, stderr=follower)
     os.close(follower)
-    screen = pyte.Screen(COLUMNS, LINES)
+    screen = pyte.Screen(columns, LINES)
     stream = pyte.ByteStream(screen)
     with contextlib.suppress(OSError):  # Linux raises it when the command has closed its end
         while True:

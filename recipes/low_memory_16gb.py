@@ -33,7 +33,7 @@ from common.console import say
 from common.corpus.download import download
 from common.corpus.sources import resolve_sources
 from common.dataset.mixture import training_order
-from common.dataset.rows import build_rows, unigram_loss
+from common.dataset.rows import beginnings, build_rows, unigram_loss
 from common.distributed.launch import read_launch
 from common.model.adapters import ALL_LINEAR, add_adapters, check_adapters, four_bits, unpacked_gguf
 from common.model.attention import set_attention
@@ -114,7 +114,7 @@ TRAINING = dict(
 # --method lora, qlora: they learn best at about ten times the rate. Source: https://thinkingmachines.ai/blog/lora/
 ADAPTERS = dict(output_dir=str(ROOT / "outputs" / "low_memory_lora"), learning_rate=2e-4, weight_decay=0.0)
 
-PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
+PROMPTS = None  # None: how some of the held-out text begins; otherwise a list, such as ["The meaning of life is"]
 
 
 # fmt: off
@@ -147,6 +147,7 @@ def main(argv: list[str] | None = None) -> None:
     # Flags: the dicts are defaults, --method lora or qlora swaps in ADAPTERS, any flag overrides, unknown ones fail.
     own, shared, training = parse_flags(RecipeArguments, argv, DATA | TRAINING | launch.defaults(), method=ADAPTERS)
     size = PretrainedSize(own.model)
+    size.shorten_rows(shared)
     adapters = own.method != "full"
     if own.merge_only:  # by one process, whatever the YAML
         if training.process_index == 0:
@@ -229,7 +230,8 @@ def main(argv: list[str] | None = None) -> None:
         parameters = sum(parameter.numel() for parameter in trained)
         weight_bytes = trained[0].itemsize
         run.check_disk_space(parameters, launch.strategy, training, weight_bytes, state_bytes, merged_bytes)
-        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
+        prompts = beginnings(rows.held_out, tokenizer) if PROMPTS is None else PROMPTS
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, prompts, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)

@@ -33,7 +33,7 @@ from common.console import InputError, say
 from common.corpus.download import download
 from common.corpus.sources import resolve_sources
 from common.dataset.mixture import training_order
-from common.dataset.rows import build_rows, unigram_loss
+from common.dataset.rows import beginnings, build_rows, unigram_loss
 from common.distributed.launch import read_launch
 from common.model.attention import set_attention
 from common.model.counts import parameters_in_words
@@ -121,7 +121,7 @@ FROM_SCRATCH = dict(
     save_steps=1000,
 )
 
-PROMPTS = ["The meaning of life is", "In 1969, the first", "A computer program"]
+PROMPTS = None  # None: how some of the held-out text begins; otherwise a list, such as ["The meaning of life is"]
 
 
 @dataclass
@@ -159,6 +159,7 @@ def main(argv: list[str] | None = None) -> None:
     defaults = DATA | TRAINING | launch.defaults()
     own, shared, training = parse_flags(RecipeArguments, argv, defaults, from_scratch=FROM_SCRATCH)
     size = PretrainedSize(own.model)
+    size.shorten_rows(shared)
 
     # Before anything is loaded: --plan prints what the run needs; otherwise print what will run, refuse what cannot.
     if shared.plan and not shared.probe:
@@ -218,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
             probe(trainer, shared)
             return
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
-        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, PROMPTS, trainer.clock.interval))
+        prompts = beginnings(rows.held_out, tokenizer) if PROMPTS is None else PROMPTS
+        trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, prompts, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval
         trainer.add_callback(tasks)

@@ -6,11 +6,13 @@ import warnings
 from dataclasses import dataclass, field, fields
 
 import pytest
+from conftest import ROOT
 from transformers import HfArgumentParser, TrainingArguments
 
-from common.arguments import RENAMED, SharedArguments, parse_flags
+from common.arguments import SharedArguments, parse_flags
 from common.command_line import launch_command
 from common.console import InputError
+from common.other_names import RENAMED
 from common.trainer_fields import REFUSED
 
 
@@ -128,6 +130,8 @@ def test_what_is_not_understood_is_refused(words, message, capsys):
         (["--max-step", "1"], r"Did you mean --max_steps\?"),
         (["--context", "5"], r"Did you mean --context_length\?"),
         (["--from_scrach"], r"Did you mean --from_scratch\?"),
+        (["--input_dir", "data"], "Instead of --input_dir: --data"),
+        (["llm/config/qwen/pretrain_argument_0p5b.json"], "Settings are the recipe's dicts and flags"),
     ],
 )
 def test_a_flag_that_was_renamed_or_mistyped_gets_its_name_in_one_line(words, hint, capsys):
@@ -140,10 +144,26 @@ def test_a_flag_that_was_renamed_or_mistyped_gets_its_name_in_one_line(words, hi
 
 def test_the_names_that_replace_old_ones_are_flags():
     parser = HfArgumentParser([Own, SharedArguments, TrainingArguments])
-    known = {option for action in parser._actions for option in action.option_strings} | {"--model"}
+    known = {option for action in parser._actions for option in action.option_strings}
+    of_recipes = {"--model", "--target_parameters", "--retain", "--pipeline_processes", "--stages_per_process"}
+    of_the_launcher = {"--dynamo_backend", "--parallelism_config_tp_size"}
     for old, new in RENAMED.items():
-        assert f"--{old}" not in known, f"transformers has --{old} again"
-        assert {word.strip(",;.") for word in new.split() if word.startswith("--")} <= known | {"--dynamo_backend"}
+        assert f"--{old}" not in known | of_recipes, f"transformers has --{old} again"
+        named = {word.strip(",;.") for word in new.split() if word.startswith("--")}
+        assert named <= known | of_recipes | of_the_launcher, named
+
+
+def test_every_flag_of_the_table_for_those_who_come_from_elsewhere_is_known_or_has_its_name_here():
+    """docs/coming_from.md, the flags of PaddleNLP, happy-llm, run_clm.py, PaddleFormers and minimind."""
+    page = (ROOT / "docs" / "coming_from.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| .* \|$", page.split("## Flags\n")[1].split("\n## ")[0], flags=re.MULTILINE)
+    cells = [row.strip("| ").split(" | ") for row in rows if not row.startswith("| what")]
+    theirs = [cell for row in cells for cell in (row[1:3] + row[5:6] if len(row) == 7 else row[1:3])]
+    names = {name for cell in theirs for name in re.findall(r"`(?:--)?(\w+)(?:: [^`]*| 1)?`", cell)}
+    assert {"input_dir", "block_size", "tensor_parallel_degree", "train_file", "max_seq_len", "hidden_size"} <= names
+    parser = HfArgumentParser([SharedArguments, TrainingArguments])
+    known = {option.removeprefix("--") for action in parser._actions for option in action.option_strings}
+    assert names - known - set(RENAMED) == {"WarmupLR", "visualdl"}, "values, and no flags"
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])

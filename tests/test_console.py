@@ -54,6 +54,11 @@ def test_only_the_named_warnings_are_left_out():
             stacklevel=1,
         )
         warnings.warn("barrier(): using the device under current context. You can specify", stacklevel=1)
+        # As in PreTrainedModel.gradient_checkpointing_enable of transformers 5.24.
+        warnings.warn(
+            "`gradient_checkpointing_enable` is deprecated and will be removed in v6. Use", FutureWarning, stacklevel=1
+        )
+        warnings.warn("`is_gradient_checkpointing` is deprecated and will be removed", FutureWarning, stacklevel=1)
         warnings.warn("something else", stacklevel=1)
     assert [str(warning.message) for warning in heard] == ["something else"]
 
@@ -111,3 +116,53 @@ def test_ctrl_c_outside_training_is_one_line():
     done = said_at_the_end("import common\nraise KeyboardInterrupt", ACCELERATE_MIXED_PRECISION="no")
     assert done.stderr == f"{sentence} (a traceback here is the launcher's own)\n"
     assert "Traceback" in said_at_the_end("import common\nraise ValueError").stderr
+
+
+WORK = """
+import common
+import sys, time
+from common.console import say
+from common.progress import Progress
+from tqdm.auto import tqdm
+say("begins")
+bar = tqdm(total=300)
+with Progress("working", 300, " steps") as progress:
+    for step in range(300):
+        say(f"step {step}")
+        print("to stderr", file=sys.stderr, flush=True)
+        bar.update(1)
+        progress.update(1)
+        time.sleep(0.005)
+bar.close()
+open(sys.argv[1], "w").write("finished")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize("unbuffered", [[], ["-u"]], ids=["buffered", "unbuffered"])
+@pytest.mark.parametrize("end", ["terminal", "pipe"])
+def test_work_goes_on_when_nobody_can_read_what_it_prints(end, unbuffered, tmp_path):
+    """The terminal is closed, or ``| tee`` ends, while the work prints in every way that a run does."""
+    import pty
+
+    leader, follower = pty.openpty() if end == "terminal" else os.pipe()
+    command = [sys.executable, *unbuffered, "-c", WORK, str(tmp_path / "done")]
+    process = subprocess.Popen(command, stdout=follower, stderr=follower, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    os.close(follower)
+    seen = b""
+    while b"step 3" not in seen:
+        seen += os.read(leader, 65536)
+    os.close(leader)
+    assert process.wait(60) == 0
+    assert (tmp_path / "done").read_text() == "finished"
+
+
+def test_another_error_of_writing_is_raised(tmp_path):
+    """A full disk: /dev/full of Linux."""
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full")
+    command = f"{sys.executable} -c 'import common; print(1, flush=True)' > /dev/full"
+    done = subprocess.run(
+        command, shell=True, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode != 0 and "No space left" in done.stderr

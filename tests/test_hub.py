@@ -263,7 +263,7 @@ def test_what_is_local_is_returned_as_it_is(tmp_path):
     assert fetch_tokenizer(str(tmp_path)) == str(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["small", "a/b/c", "./owner", "/no/such", "../small"])
+@pytest.mark.parametrize("name", ["small", "a/b/c", "./owner", "/no/such", "../small", "outputs/小说"])
 def test_a_name_that_is_no_hub_id(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="no such folder, and not a hub id like owner/name"):

@@ -85,6 +85,28 @@ def test_a_bar_fits_its_terminal(columns):
     assert all(("█" in part) == (columns == 100) for part in halves)
 
 
+SHORT = """
+from common.console import say
+from common.progress import Progress
+with Progress("tokenizing", 100, "B") as bar:
+    say("a line while it works")
+    bar.update(100)
+say("the next line")
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pseudo-terminals")
+@pytest.mark.parametrize("columns", [40, 100])
+def test_nothing_is_left_of_work_that_was_too_short_for_a_bar(columns):
+    """A line that is printed meanwhile draws the bar below it."""
+    pyte = pytest.importorskip("pyte")
+    screen = pyte.Screen(columns, 10)
+    pyte.Stream(screen).feed(
+        said_in_terminal([sys.executable, "-c", SHORT], columns, os.environ | {"PYTHONPATH": str(ROOT)})
+    )
+    assert [line.rstrip() for line in screen.display if line.strip()] == ["a line while it works", "the next line"]
+
+
 def test_a_notebook_gets_its_own_bar(monkeypatch):
     """tqdm.auto is tqdm's bar of widgets there: every bar is made by it, with a layout that it can show."""
 

@@ -7,7 +7,7 @@ from functools import partial
 from itertools import chain, islice
 
 from common.console import InputError, say
-from common.corpus.formats import ANOTHER_ENCODING, CountedFile, NotUtf8, Records, format_of, not_utf8
+from common.corpus.formats import ANOTHER_ENCODING, WITHIN_GB18030, CountedFile, NotUtf8, Records, format_of, not_utf8
 from common.corpus.records import NOT_BLANK, TEXT_FIELDS, file_records
 from common.corpus.sources import Source
 
@@ -143,7 +143,8 @@ def _reason(error: ValueError, encoding: str | None) -> str:
     if not isinstance(error, UnicodeEncodeError | NotUtf8):
         return str(error)
     if encoding is not None:
-        return f"not valid {encoding}"
+        larger = ". gb18030 has the characters of GBK, and more: --encoding gb18030" * (encoding in WITHIN_GB18030)
+        return f"not valid {encoding}{larger}"
     found = "not valid Unicode or not UTF-8" if isinstance(error, UnicodeEncodeError) else error
     return f"{found}. {ANOTHER_ENCODING}"
 

@@ -48,7 +48,13 @@ LONGEST_UTF8 = 4  # bytes of a character
 LARGEST_POINTER_BYTES = 1024  # by the specification of Git LFS
 DAMAGE = (OSError, EOFError, lzma.LZMAError)  # what reading a damaged file raises
 BUFFER_BYTES = 1 << 20
-ANOTHER_ENCODING = "If the text is in another encoding, name it: --encoding gb18030 for Chinese text in GBK"
+ANOTHER_ENCODING = (
+    "If the text is in another encoding, name it: --encoding gb18030 for Chinese text in GBK, big5 for traditional "
+    "characters of Taiwan and Hong Kong"
+)
+
+
+WITHIN_GB18030 = ("gbk", "gb2312")  # Python's names; Windows calls its own gb18030 GBK, too
 
 
 class NotUtf8(ValueError):

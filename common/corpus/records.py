@@ -33,7 +33,10 @@ from common.corpus.formats import (
 from common.corpus.tables import arrow_records, parquet_records, table_records
 
 # The names that published corpora usually give to the field with a document's text.
-TEXT_FIELDS = ("text", "content", "contents", "raw_content", "body", "document", "article", "story", "passage")
+TEXT_FIELDS = (
+    "text", "content", "contents", "raw_content", "body", "document", "article", "story", "passage",
+    "正文", "内容", "文本",
+)  # fmt: skip
 MOST_VALUES = 1 << 23  # of a JSON record; at most the commas, braces and brackets in it, also those of its text
 # A document without text, and a blank line, have only white space, control and format characters.
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}

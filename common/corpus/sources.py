@@ -40,6 +40,8 @@ CACHE_SIGNATURE = "Signature: 8a477f597d28d172789f06886806bc55\n"
 # What datasets.save_to_disk writes beside its .arrow files; and into the folder of several splits.
 STATE_OF_SAVED = "state.json"
 SPLITS_OF_SAVED = "dataset_dict.json"
+BOOKS = (".doc", ".docx", ".epub", ".htm", ".html", ".md", ".mobi", ".odt", ".pdf", ".rtf")  # texts with a layout
+PACKED = (".7z", ".rar", ".zip")
 FILES_LISTED = 8  # in a fingerprint; a longer list is hashed, so that the fingerprint stays small
 NAMES_SHOWN = 10
 
@@ -186,7 +188,7 @@ def find_source(given: str) -> Source:
     if path.exists():
         refuse_pointers([path])
         if format_of(path.name) is None and format_by_content(path.name, partial(path.open, "rb")) is None:
-            raise InputError(f"{given}: unknown format. Known are {known_formats()}.")
+            raise InputError(f"{given}: unknown format. Known are {known_formats()}.{way_to_text(path)}")
         return Source(given, _short_name(_stem(path)), (path,))
     if glob.has_magic(given):
         matches = [Path(match) for match in set(glob.glob(str(path), recursive=True)) if Path(match).is_file()]
@@ -334,6 +336,13 @@ def _is_beside_pair(path: Path) -> bool:
             prefix = str(path).removesuffix(ending)
             return any(Path(prefix + suffixes[0]).exists() for suffixes in PAIRS)
     return False
+
+
+def way_to_text(path: Path) -> str:
+    """Return, as a sentence, how a file of another kind becomes one that is known; "" if it is of none of these."""
+    if path.suffix.lower() in BOOKS:
+        return " Save its text as a .txt file."
+    return " Unpack it, and give the folder." if path.suffix.lower() in PACKED else ""
 
 
 def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:

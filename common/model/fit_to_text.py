@@ -1,6 +1,7 @@
 """``--target_parameters auto``: a model that fits the text and this machine, and the settings that follow from both."""
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -8,7 +9,7 @@ from transformers import TrainingArguments
 from common.arguments import SharedArguments
 from common.command_line import as_word
 from common.console import InputError, duration_in_words, say
-from common.corpus.formats import COMPRESSIONS
+from common.corpus.formats import COLUMN_FORMATS, COMPRESSIONS, DAMAGE, format_of, known_encoding, open_decompressed
 from common.corpus.sources import Source, find_source
 from common.model.counts import cpu_flops
 from common.model.presets import parameters_of, shape_of_width
@@ -17,7 +18,8 @@ from common.system import usable_cores
 
 # Heads of 64, as many layers, and the vocabulary: 4 is the model of --sample, 12 that of wiki_zh_scratch.py.
 SIZES = ((2, 2_048), (3, 4_096), (4, 4_096), (5, 8_192), (6, 8_192), (8, 16_384), (10, 32_768), (12, 32_768))
-BYTES_A_TOKEN = 4  # of the text; with --sample 3.7, with 30 short Chinese texts 5.4
+BYTES_A_TOKEN = 4  # of the text in UTF-8; with --sample 3.7, with 30 short Chinese texts 5.4
+SAMPLE_BYTES = 1 << 20  # of a file in another encoding, to see what it takes in UTF-8: GBK has 2 bytes where that has 3
 PACKED = 3  # text has about so many times the bytes of its .gz or .zst
 PARAMETERS_A_TOKEN = 50  # at most. --sample has 46: the only measurement with so little text
 SECONDS_ON_A_CPU = 3600
@@ -53,7 +55,7 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
     if "sample" in shared.given:
         raise InputError("--target_parameters auto with --sample, which has a size of its own. Leave one out.")
     sources = [find_source(given) for given in shared.data]
-    tokens = sum(tokens_of(source) for source in sources)
+    tokens = sum(tokens_of(source, known_encoding(shared.encoding)) for source in sources)
     if shared.max_data_tokens is not None:
         tokens = min(tokens, shared.max_data_tokens * len(sources))
     on_cpu = training.device.type == "cpu"
@@ -66,10 +68,12 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
     for name, value in chosen.items():
         setattr(shared if hasattr(shared, name) else training, name, value)
     measured = "" if SMALLEST <= fit.parameters <= LARGEST else " (measured were 16M to 125M: this is extrapolated)"
-    time = f", about {duration_in_words(fit.seconds)} on {usable_cores()} CPU cores" * on_cpu
+    minutes = "less than a minute" if fit.seconds < 60 else f"about {duration_in_words(fit.seconds)}"
+    time = f", {minutes} of training on {usable_cores()} CPU cores" * on_cpu
+    files = sum(len(source.files) for source in sources)
     flags = " ".join(f"--{name} {as_word(value)}" for name, value in chosen.items())
     say(
-        f"fitted to the text: about {tokens:,.0f} tokens in {sum(len(source.files) for source in sources):,} files\n"
+        f"fitted to the text: about {tokens:,.0f} tokens in {files:,} file{'s' * (files != 1)}\n"
         f"  model: {fit.heads} layers of {64 * fit.heads}, {fit.parameters / 1e6:.1f}M parameters with a vocabulary of "
         f"{fit.vocabulary:,}; {why}{measured}\n"
         f"  run: {fit.tokens:,.0f} tokens in {fit.passes:.3g} passes ({TOKENS_A_PARAMETER} tokens a parameter, at most "
@@ -79,13 +83,13 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
     return shape_of_width(family, fit.heads, fit.heads)
 
 
-def tokens_of(source: Source) -> float:
-    """Return about how many tokens the text of ``source`` has.
+def tokens_of(source: Source, encoding: str | None = None) -> float:
+    """Return about how many tokens the text of ``source`` has; ``encoding``: as ``known_encoding`` returns it.
 
     Raises:
         InputError: that is not known without fetching or reading it.
     """
-    text_bytes = bytes_of(source)
+    text_bytes = bytes_of(source, encoding)
     if text_bytes is None:
         raise InputError(
             f"--target_parameters auto: {source.given} is no text on this machine, so its size is not known. Give "
@@ -94,12 +98,26 @@ def tokens_of(source: Source) -> float:
     return max(1.0, text_bytes / BYTES_A_TOKEN)
 
 
-def bytes_of(source: Source) -> float | None:
-    """Return about how many bytes of text the files of ``source`` have; None: they are not here, or are no text."""
+def bytes_of(source: Source, encoding: str | None = None) -> float | None:
+    """Return about how many bytes of text, in UTF-8, the files of ``source`` have; None: not here, or no text."""
     if source.token_store is not None or source.hub_id is not None:
         return None
     packed = [PACKED if path.suffix.lower() in {*COMPRESSIONS, ".parquet"} else 1 for path in source.files]
-    return sum(path.stat().st_size * factor for path, factor in zip(source.files, packed, strict=True))
+    in_utf8 = 1.0 if encoding is None else bytes_in_utf8(source.files[0], encoding)
+    sizes = (path.stat().st_size * factor for path, factor in zip(source.files, packed, strict=True))
+    return in_utf8 * sum(sizes)
+
+
+def bytes_in_utf8(path: Path, encoding: str) -> float:
+    """Return how many bytes a byte of a text file becomes in UTF-8, judging by its beginning."""
+    if format_of(path.name) in COLUMN_FORMATS:
+        return 1.0
+    try:
+        with open_decompressed(str(path), partial(path.open, "rb"), encoding) as stream:
+            in_utf8 = stream.read(SAMPLE_BYTES)
+    except DAMAGE:  # reading the file will say where
+        return 1.0
+    return len(in_utf8) / max(1, len(in_utf8.decode(errors="ignore").encode(encoding, errors="ignore")))
 
 
 def best_fit(family: dict, tokens: float, most_seconds: float | None) -> tuple[Fit, str]:

@@ -142,6 +142,24 @@ class PretrainedSize:
     model: str
     guessed = False
 
+    def shorten_rows(self, shared: SharedArguments) -> None:
+        """Make the rows as long as the model in a folder knows positions, if the recipe's are longer; print it.
+
+        A row length of the command line stays as it is.
+        """
+        if "context_length" in shared.given or not Path(self.model, "config.json").is_file():
+            return
+        try:
+            config = AutoConfig.from_pretrained(self.model, trust_remote_code=False)
+        except Exception:  # whatever is wrong with it, loading it will say
+            return
+        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+        if positions is not None and positions < shared.context_length:
+            say(
+                f"note: rows of {positions:,} tokens, not {shared.context_length:,}: {self.model} has no more positions"
+            )
+            shared.context_length = positions
+
     def planned(self, context_length: int, for_plan: bool = False) -> PreTrainedModel | None:
         """Return the model without memory, on torch's meta device; None if its config is still on a hub.
 

@@ -10,7 +10,6 @@ The YAML's recompute, or --gradient_checkpointing, means all; --recompute narrow
 selective activation checkpointing. Source: https://pytorch.org/blog/activation-checkpointing-techniques/
 """
 
-import warnings
 from dataclasses import replace
 
 import torch
@@ -89,9 +88,7 @@ def keep_results(model: PreTrainedModel, recomputed: str, compiled: bool) -> Non
 
     def enable_keeping(gradient_checkpointing_kwargs: dict | None = None, **settings) -> None:
         given = gradient_checkpointing_kwargs or {}
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # the name is deprecated; transformers 5.17 has no other
-            enable({**given, "use_reentrant": False, "context_fn": contexts}, **settings)
+        enable({**given, "use_reentrant": False, "context_fn": contexts}, **settings)
 
     model.gradient_checkpointing_enable = enable_keeping
 

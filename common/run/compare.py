@@ -28,6 +28,7 @@ PLOTS = [  # title, name in the log, x axis, whether to draw each point
     ("tokens/s per device", "tokens_per_second_per_device", "tokens_seen", False),
 ]
 DIFFERENT = "settings that affect the losses and differ: {names}"
+OWN_FLAG = "a flag of the recipe's own that differs: {name}: {values}"
 
 
 def compared(runs: list[RunRecord], label: Label) -> list[list[str]]:
@@ -75,6 +76,11 @@ def notes_on(runs: list[RunRecord], label: Label) -> list[str]:
     unlike = [difference for run in runs[1:] for difference in differences(runs[0].identity, run.identity)]
     changed = [*dict.fromkeys(name for name, _, _ in unlike)]
     notes = [label(DIFFERENT).format(names=", ".join(changed) if changed else label("nothing"))]
+    flags = [run.launches[-1].get("arguments", {}).get("recipe", {}) if run.launches else {} for run in runs]
+    for name in dict.fromkeys(name for each in flags for name in each) if all(flags) else []:
+        values = [str(each.get(name, "-")) for each in flags]
+        if len(set(values)) > 1:  # whether it decides the losses, only the recipe knows
+            notes.append(label(OWN_FLAG).format(name=name, values=", ".join(values)))
     if len({figures(run).get("held-out tokens") for run in runs} - {None}) > 1:
         notes.append(
             label("note: the runs were evaluated on different held-out tokens. Their held-out figures do not compare.")

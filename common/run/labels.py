@@ -119,6 +119,7 @@ CHINESE = {
     "training loss, nats a token": "训练损失，nats/token",
     "settings that affect the losses and differ: {names}": "影响损失且不同的设置：{names}",
     "nothing": "没有",
+    "a flag of the recipe's own that differs: {name}: {values}": "配方自己的参数，值不同：{name}：{values}",
     "note: the runs were evaluated on different held-out tokens. Their held-out figures do not compare.": "注意："
     "几次训练的验证集 token 不同，验证集上的数字不能互相比较。",
     "curves: {page}": "曲线：{page}",

@@ -40,7 +40,8 @@ PACKAGES = ("torch", "transformers", "accelerate", "deepspeed", "torchao", "nump
 LAUNCHER = ("ACCELERATE_", "FSDP_", "OMP_NUM_THREADS", "WORLD_SIZE")
 SECRET = ("TOKEN", "KEY", "SECRET", "PASSWORD")
 NO_SECRET = "end_token"  # the flag for the end-of-document token, which is no credential
-ALWAYS_DIFFERENT = {"time", "commit", "python", "command"}
+# Of the last: as a whole it differs only where an older launch has none.
+ALWAYS_DIFFERENT = {"time", "commit", "python", "command", "arguments.recipe"}
 
 
 def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dict:
@@ -54,6 +55,8 @@ def describe_launch(shared: SharedArguments, training: TrainingArguments) -> dic
     # to_dict replaces the values of tokens.
     arguments = {"shared": asdict(shared), "training": training.to_dict()}
     del arguments["shared"]["given"]  # the command has them
+    own = arguments["shared"].pop("own")
+    arguments["recipe"] = {name: own[name] for name in own if not any(word in name.upper() for word in SECRET)}
     versions = {name: installed(name) for name in PACKAGES}
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

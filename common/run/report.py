@@ -32,7 +32,8 @@ td,th{border-bottom:1px solid var(--edge);padding:.25rem 1rem .25rem 0;text-alig
 th{overflow-wrap:normal;font-weight:600}.wide{overflow-x:auto;overflow-wrap:normal}.dim{color:var(--dim)}
 .key{white-space:nowrap;margin-right:.7rem}
 .plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,22rem),1fr));gap:1rem}
-svg{width:100%;height:auto}svg text{fill:var(--dim);font-size:11px}svg .title{fill:var(--text);font-size:13px}
+svg{width:100%;height:auto;overflow:visible}svg text{fill:var(--dim);font-size:11px}
+svg .title{fill:var(--text);font-size:13px}
 .end{text-anchor:end}.middle{text-anchor:middle}.grid{stroke:var(--edge);stroke-width:.6}
 .line{fill:none;stroke-width:1.6;stroke-linejoin:round}
 """

@@ -5,10 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from common.dataset.ledger import Ledger
+from common.run.labels import labels
 from common.run.model_card import write_card
 from common.run.record import RunRecord, mean_logged_loss, score_text
 from common.run.report import write_report
 from common.run.tracking import finish_tracking
+
+# Fonts that have Chinese letters: of Windows, macOS, Linux.
+CHINESE_FONTS = (
+    "Microsoft YaHei", "SimHei", "PingFang SC", "Hiragino Sans GB", "Heiti TC", "Noto Sans CJK SC", "Noto Sans CJK JP",
+    "Source Han Sans SC", "WenQuanYi Micro Hei", "WenQuanYi Zen Hei", "Droid Sans Fallback",
+)  # fmt: skip
 
 
 def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]) -> dict:
@@ -51,7 +58,7 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
     with trainer.run.writing("the results", needed=True):
         trainer.save_state()
         if trainer.is_world_process_zero():
-            plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png")
+            plot_loss_curve(history, Path(trainer.args.output_dir) / "loss_curve.png", trainer.run.language)
         trainer.save_metrics("eval", held_out)
     trainer.run.write_status("finished")
     results = {**held_out, **train}
@@ -111,9 +118,15 @@ def summary(results: dict) -> str:
 
 
 def where_to_look(folder: str) -> str:
-    """Return what the terminal says last: where the run's files are, and how to compare them with another run's."""
+    """Return what the terminal says last: where the run's files are, how to try the model, how to compare the run."""
+    code = f"from transformers import pipeline; print(pipeline('text-generation', {folder!r})('FIRST WORDS'))"
+    in_quotes = shlex.quote(code) if set(folder) & set("\"'$`\\!") else f'"{code}"'  # the latter also on Windows
     compare = f"python -m common.run.compare {shlex.quote(folder)} OTHER --output compare.html"
-    return f"model, results and report.html are in {folder}\ncompare it with another run: {compare}"
+    return (
+        f"model, results and report.html are in {folder}\n"
+        f"let it continue a text: python -c {in_quotes}\n"
+        f"compare it with another run: {compare}"
+    )
 
 
 def _branch_lines(branch: dict | None) -> list[str]:
@@ -126,11 +139,20 @@ def _branch_lines(branch: dict | None) -> list[str]:
     return lines
 
 
-def plot_loss_curve(log_history: list[dict], path: Path) -> None:
-    """Draw training and held-out loss (nats a token) over tokens seen into ``path``, a .png file."""
+def plot_loss_curve(log_history: list[dict], path: Path, language: str = "en") -> None:
+    """Draw training and held-out loss (nats a token) over tokens seen into ``path``, a .png file.
+
+    ``language``: as in ``labels``; Chinese needs one of CHINESE_FONTS on this machine, otherwise it is English.
+    """
     # Imported here, because it takes time at startup. This canvas needs no display and no global state.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.font_manager import fontManager
+
+    known = {font.name for font in fontManager.ttflist}
+    fonts = [name for name in CHINESE_FONTS if name in known]
+    label = labels(language if fonts else "en")
+    family = ["sans-serif", *fonts]  # the Chinese ones for what the first does not have
 
     train = [(entry["tokens_seen"], entry["loss"]) for entry in log_history if "tokens_seen" in entry]
     tokens_at = {entry["step"]: entry["tokens_seen"] for entry in log_history if "tokens_seen" in entry}
@@ -141,12 +163,14 @@ def plot_loss_curve(log_history: list[dict], path: Path) -> None:
     ]
     figure = Figure(figsize=(8, 5), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot(xlabel="tokens seen", ylabel="loss (nats a token)")
+    axes = figure.add_subplot()
+    axes.set_xlabel(label("tokens seen"), family=family)
+    axes.set_ylabel(label("loss, nats a token"), family=family)
     if train:
-        axes.plot(*zip(*train, strict=True), label="training", linewidth=1)
+        axes.plot(*zip(*train, strict=True), label=label("training"), linewidth=1)
     if held_out:
-        axes.plot(*zip(*held_out, strict=True), "o-", label="held out", markersize=4)
+        axes.plot(*zip(*held_out, strict=True), "o-", label=label("held out"), markersize=4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g}M")
     axes.grid(alpha=0.3)
-    axes.legend()
+    axes.legend(prop={"family": family})
     figure.savefig(path, dpi=120)

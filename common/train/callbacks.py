@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallb
 
 from common.accelerator import torch_random_states_kept
 from common.arguments import SharedArguments
-from common.console import no_bars_while_training, say
+from common.console import no_bars_while_training, printable, say
 from common.distributed.strategy import Strategy
 from common.io import append_lines
 from common.model.attention import generating
@@ -74,7 +74,8 @@ class ScreenCallback(ProgressCallback):
         self.compiler = compiler
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.began, self.first_step = time.time(), state.global_step
+        self.began, self.timed_from = time.time(), state.global_step
+        self.warm_after = state.global_step + 1
         self.bar = shows_bars() and not args.disable_tqdm
         self.bits_per_byte = float("nan")
         no_bars_while_training()
@@ -102,6 +103,8 @@ class ScreenCallback(ProgressCallback):
         bar.refresh()
 
     def on_step_end(self, args, state, control, **kwargs):
+        if state.global_step == self.warm_after:  # the first step compiles, which says nothing of those to come
+            self.began, self.timed_from = time.time(), state.global_step
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
@@ -125,8 +128,8 @@ class ScreenCallback(ProgressCallback):
         elif "loss" in logs and self.training_bar is not None:
             self._lay_out(logs)
         elif "loss" in logs:
-            steps = state.global_step - self.first_step
-            left = (time.time() - self.began) / max(steps, 1) * (state.max_steps - state.global_step)
+            steps, to_come = state.global_step - self.timed_from, state.max_steps - state.global_step
+            left = math.nan if steps == 0 else (time.time() - self.began) / steps * to_come
             print(step_line(logs, state.global_step, state.max_steps, left), flush=True)
 
 
@@ -152,8 +155,11 @@ def expert_shares(logs: dict) -> str:
 
 
 def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str:
-    """Return what a training step's log says, on one line."""
-    minutes, seconds = divmod(round(seconds_left), 60)
+    """Return what a training step's log says, on one line; ``seconds_left``: NaN if it is not known yet."""
+    left = "?"
+    if seconds_left == seconds_left:
+        minutes, seconds = divmod(round(seconds_left), 60)
+        left = f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"
     parts = [
         f"step {step}/{max_steps} {step / max_steps:4.0%}",
         f"loss {logs['loss']:.4f}" + (f" + router {logs['router_loss']:.4f}" if "router_loss" in logs else ""),
@@ -164,7 +170,7 @@ def step_line(logs: dict, step: int, max_steps: int, seconds_left: float) -> str
         f"{logs['tokens_per_second_per_device']:,.0f} tokens/s/device",
         f"{logs['tflops_per_device']:.3g} TFLOP/s" + (f" ({logs['mfu']:.1%} MFU)" if "mfu" in logs else ""),
         f"{logs['memory_allocated_gib']:.2f} GiB (peak {logs['memory_peak_gib']:.2f})",
-        f"left {minutes // 60}:{minutes % 60:02}:{seconds:02}",
+        f"left {left}",
     ]
     return "  ".join(parts)
 
@@ -218,13 +224,18 @@ class SampleCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         for prompt, text in zip(prompts, texts, strict=True):
-            tqdm.write(f"sample     step {state.global_step}  {prompt}|{text!r}")
+            tqdm.write(f"sample     step {state.global_step}  {on_one_line(prompt)}|'{on_one_line(text)}'")
         entries = [
             {"step": state.global_step, "prompt": prompt, "text": text}
             for prompt, text in zip(prompts, texts, strict=True)
         ]
         with self.run.writing(SAMPLES_FILE):
             append_lines(Path(args.output_dir) / SAMPLES_FILE, entries)
+
+
+def on_one_line(text: str) -> str:
+    """Return ``text`` as it can be printed on one line, its spaces and letters of any language as they are."""
+    return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
 def computing(args: TrainingArguments) -> AbstractContextManager:

@@ -5,6 +5,7 @@ Large micro-batches keep the card busy while the CPU prepares the next layers, a
 something for each layer. The losses do not depend on the micro-batch: ``--tokens_per_step`` says what a step trains on.
 """
 
+import difflib
 import json
 import math
 from dataclasses import replace
@@ -190,6 +191,10 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         sharing *= int(parallelism.get("parallelism_config_sp_size", 1))
         processes = processes or int(config.get("num_processes", 1))
         compiled = str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no"
+    except FileNotFoundError:
+        near = difflib.get_close_matches(Path(path).stem, [known.stem for known in CONFIGS.glob("*.yaml")], n=1)
+        meant = f"Did you mean accelerate_configs/{near[0]}.yaml?" if near else "Those here are in accelerate_configs/."
+        raise InputError(f"--plan_config {path}: no such file. {meant}") from None
     except (OSError, yaml.YAMLError, TypeError, KeyError, AttributeError, ValueError) as error:
         raise InputError(f"--plan_config {path}: not an accelerate configuration ({error!r}).") from None
     strategies = {"NO": SINGLE, "MULTI_GPU": DDP, "MULTI_CPU": DDP, "FSDP": FSDP2}

@@ -34,7 +34,7 @@ from common.train.batch import card_gib, derive_micro_batch, set_batch
 from common.train.combinations import check_combinations, check_optimizer, choose_optimizer
 from common.train.eval_tasks import check_eval_tasks
 from common.train.plan import setting_of_run
-from common.train.schedule import check_schedule
+from common.train.schedule import check_schedule, leave_out_settings_of_another
 
 LONG_STEP_SECONDS = 60  # on a CPU: a thousand steps would take a day
 STATE_DICT_TYPES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -83,6 +83,8 @@ def preflight(
     say_time_on_cpu(model, size, training, launch.rows_per_step * shared.context_length)
     if learning_rates is not None and training.learning_rate == 0:
         training.learning_rate = learning_rates[launch.optimizer]
+    if "lr_scheduler_type" in shared.given and "lr_scheduler_kwargs" not in shared.given:
+        leave_out_settings_of_another(training)
     check_schedule(training)
     check_optimizer(launch, training)
     by_muon = "Muon for the layers' matrices, AdamW for the rest"
@@ -118,7 +120,7 @@ def say_launch(
     moved = f", offloading to main memory, with {threads} threads there" if launch.offloads else ""
     shared_out = f", {launch.dimensions}" if launch.dimensions else ""
     say(f"strategy: {launch.strategy}{shared_out}{moved}; trained: {method}")
-    say(f"precision: {precision(training)}")
+    say(f"precision: {precision(training, shared)}")
     if launch.recompute and not getattr(model, "supports_gradient_checkpointing", True):
         name = type(model).__name__
         raise InputError(f"recompute ({launch.recompute}): transformers has none for {name}. Leave it out.")
@@ -135,13 +137,15 @@ def processes(launch: Launch, training: TrainingArguments) -> str:
     return f"{launch.processes} on {machines}, {launch.local_processes} here on {devices}"
 
 
-def precision(training: TrainingArguments) -> str:
-    """Return what is computed in, and on which device."""
+def precision(training: TrainingArguments, shared: SharedArguments) -> str:
+    """Return what is computed in, on which device, and what says so."""
     asked = precision_of(training)
     kind = {"no": "fp32", "fp8": "fp8 in the layers, bf16 elsewhere,"}.get(asked, asked)
     where = "CPU" if training.device.type == "cpu" else device_name(training.device)
     scaled = ", with a loss scaler" if training.fp16 else ""
-    return f"{kind} on {where}{scaled} (the YAML's mixed_precision)"
+    flags = [f"--{name}" for name in ("bf16", "fp16") if name in shared.given]
+    decided_by = " ".join(flags) if flags else "the YAML's mixed_precision"
+    return f"{kind} on {where}{scaled} ({decided_by})"
 
 
 def memory(model: PreTrainedModel, launch: Launch, training: TrainingArguments, context_length: int) -> str:

@@ -1,15 +1,33 @@
 """The learning-rate schedule: a recipe gives shares of the run, and transformers needs steps. What is due when."""
 
+import inspect
 import math
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 from transformers import TrainingArguments, get_scheduler
+from transformers.optimization import TYPE_TO_SCHEDULER_FUNCTION
 
 from common.console import InputError, say
 
 # What a checkpoint's optimizer brings along, and the flags of this launch decide: initial_lr is --learning_rate.
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")
+
+
+def leave_out_settings_of_another(training: TrainingArguments) -> None:
+    """Leave out of --lr_scheduler_kwargs what the schedule does not take, and print it.
+
+    Call this if the command line names the schedule and no settings: these are then the recipe's, for its own schedule.
+    """
+    takes = inspect.signature(TYPE_TO_SCHEDULER_FUNCTION[training.lr_scheduler_type]).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in takes.values()):  # it says itself what it takes
+        return
+    given = training.lr_scheduler_kwargs or {}
+    foreign = {name: value for name, value in given.items() if name not in takes}
+    if foreign:
+        training.lr_scheduler_kwargs = {name: value for name, value in given.items() if name in takes}
+        kind = training.lr_scheduler_type.value
+        say(f"note: --lr_scheduler_type {kind}: without {foreign}, which this recipe has for its own schedule")
 
 
 def check_schedule(training: TrainingArguments) -> None:

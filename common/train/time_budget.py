@@ -11,6 +11,7 @@ from common.accelerator import computes_in_bf16, device_name
 from common.arguments import SharedArguments, count_of
 from common.command_line import launch_command
 from common.console import InputError, duration_in_words, say
+from common.corpus.formats import known_encoding
 from common.corpus.sources import find_source
 from common.distributed.launch import Launch
 from common.model.counts import PEAK_TFLOPS, flops_per_token, peak_by_name
@@ -224,6 +225,6 @@ def text_of(shared: SharedArguments) -> Text:
     """Return how much text --data has on this machine, and how much of it is read."""
     if shared.data is None:
         return Text()
-    sizes = [bytes_of(find_source(given)) for given in shared.data]
+    sizes = [bytes_of(find_source(given), known_encoding(shared.encoding)) for given in shared.data]
     limit = math.inf if shared.max_data_tokens is None else shared.max_data_tokens * len(sizes)
     return Text(None if None in sizes else max(1.0, sum(sizes)), limit)

@@ -86,6 +86,7 @@ def test_a_folder_of_formats_is_read_in_order(read, capsys):
         ({"title": "t", "tags": ["x"], "text": "one"}, "text"),  # wiki-zh
         ({"id": 1, "content": "one", "meta": {"text": "m"}}, "content"),
         ({"raw_content": "one", "doc_id": "x"}, "raw_content"),
+        ({"编号": "1", "正文": "one", "标题": "x"}, "正文"),
         ({"Text": "one", "id": "2"}, "Text"),
         ({"article": "one", "body": None}, "article"),
         ({"story": "one", "summary": "x"}, "story"),
@@ -439,3 +440,13 @@ def test_another_encoding_is_named(name, tmp_path, monkeypatch):
     Path(name).write_bytes(layout.format("\xff\xff").encode("latin-1"))
     with pytest.raises(InputError, match=rf"^{name}, line \d: not valid gb18030\. Repair it"):
         read("gb18030")
+
+
+def test_text_of_windows_that_is_more_than_gbk_gets_the_name_of_its_encoding(tmp_path):
+    """Windows writes GB 18030 under the name GBK: the letter of four bytes is in the second paragraph."""
+    (tmp_path / "novel.txt").write_bytes("第一章\r\n\r\n\u3400\U00020000".encode("gb18030"))
+    source = resolve_source(str(tmp_path / "novel.txt"), "gbk")
+    with pytest.raises(
+        InputError, match="not valid gbk. gb18030 has the characters of GBK, and more: --encoding gb18030"
+    ):
+        list(read_documents(source, None, False, CorpusCounts()))

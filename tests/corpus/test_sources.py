@@ -157,7 +157,7 @@ def test_no_such_file(files, given):
 
 def test_names_that_are_refused(files):
     files("a.docx", "b")
-    refused("a.docx", r"^a\.docx: unknown format\. Known are \.arrow .* \.zst")
+    refused("a.docx", r"^a\.docx: unknown format\. Known are \.arrow .* \.zstd\. Save its text as a \.txt file\.$")
     refused("b", r"^b: unknown format")
     refused("", "^'': an empty name")
     refused(" ", "^' ': an empty name")

@@ -10,7 +10,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from common.arguments import SharedArguments
 from common.console import InputError
-from common.model.fit_to_text import SIZES, best_fit, fit_to_text
+from common.corpus.formats import known_encoding
+from common.corpus.sources import find_source
+from common.model.fit_to_text import SIZES, best_fit, fit_to_text, tokens_of
 from common.model.presets import parameters_of, shape_of_width
 
 TEXTS = texts_of(ROOT / "data" / "sample_zh.jsonl")
@@ -67,12 +69,24 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     assert (training.num_train_epochs, training.eval_steps, training.logging_steps) == (8, 312, 78)
     assert training.output_dir == "outputs/novel"
     printed = capsys.readouterr().out
-    assert "about 100,000 tokens in 1 files" in printed and "--vocabulary_size 4096 --context_length 128" in printed
+    assert "about 100,000 tokens in 1 file\n" in printed and "--vocabulary_size 4096 --context_length 128" in printed
     given = dict(context_length=256, learning_rate=3e-3, max_steps=70)
     shared, training = given_to(monkeypatch, data=[str(tmp_path / "novel.txt")], **given)
     fit_to_text(wiki.MODEL, shared, training)
     assert (shared.context_length, training.learning_rate) == (256, 0.0), "as the command line has them"
     assert shared.tokens_per_step == 512 and not hasattr(training, "num_train_epochs")
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "big5"])
+def test_a_text_is_as_long_in_every_encoding(encoding, tmp_path):
+    """Chinese letters have 3 bytes in UTF-8 and 2 in the others."""
+    text = "\r\n".join("天地玄黃宇宙洪荒 heaven" for _ in range(3000))
+    sizes = []
+    for name, content in {"utf8.txt": text.encode(), "other.txt": text.encode(encoding)}.items():
+        (tmp_path / name).write_bytes(content)
+        known = known_encoding(encoding if name == "other.txt" else None)
+        sizes.append(tokens_of(find_source(str(tmp_path / name)), known))
+    assert sizes[0] == len(text.encode()) / 4 and sizes[1] == pytest.approx(sizes[0], rel=0.001)
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,18 @@ def test_published_weights_have_a_known_size_and_others_on_a_hub_do_not(tmp_path
     assert PretrainedSize(str(tmp_path)).planned(512).config.vocab_size == 777
 
 
+@pytest.mark.parametrize(("given", "wanted"), [({}, 32), ({"context_length": 512}, 512)])
+def test_the_rows_are_no_longer_than_the_model_in_a_folder_has_positions(given, wanted, tmp_path, capsys):
+    """Unless the command line says how long: that is refused later, and not changed."""
+    AutoConfig.for_model(**QWEN2, max_position_embeddings=32).save_pretrained(tmp_path)
+    shared = SharedArguments(context_length=512)
+    shared.given = given
+    for model in (str(tmp_path), "Qwen/Qwen2.5-0.5B", str(tmp_path / "none")):
+        PretrainedSize(model).shorten_rows(shared)
+        assert shared.context_length == wanted
+    assert ("note: rows of 32 tokens, not 512" in capsys.readouterr().out) is (not given)
+
+
 def folder_of(tmp_path, **config) -> str:
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return str(tmp_path)

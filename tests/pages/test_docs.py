@@ -10,6 +10,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from conftest import ROOT, load_recipe, small_run
 from test_readme import MADE_BY_USERS, PATH, Understood, stop
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from common.console import InputError
+
 PAGES = sorted(path.relative_to(ROOT).as_posix() for path in [*ROOT.glob("docs/*.md"), ROOT / "CONTRIBUTING.md"])
-MADE_HERE = MADE_BY_USERS | {"recipes/essays_en.py", "data/openwebtext", "recipes/x.py"}
+MADE_HERE = MADE_BY_USERS | {"recipes/essays_en.py", "recipes/z_loss.py", "data/openwebtext", "recipes/x.py"}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -123,14 +126,12 @@ def test_every_launch_line_is_understood_by_the_recipe(name, monkeypatch):
             module.main(words[words.index(recipe) + 1 :])
 
 
-def test_the_worked_example_applies_and_trains(cache_dir, tmp_path):
-    """The lines of docs/next_steps.md, taken out and put in where it says, make a recipe that runs."""
+def changed_recipe(name: str, folder: Path):
+    """Return the module of wiki_zh_scratch.py with the changes that docs/next_steps.md has for recipes/``name``.py."""
     page = (ROOT / "docs" / "next_steps.md").read_text(encoding="utf-8")
-    diff = re.search(r"```diff\n(.*?)```", page, flags=re.DOTALL)[1]
+    diff = re.search(rf"```diff\n--- a/recipes/{name}.py\n(.*?)```", page, flags=re.DOTALL)[1]
     text = (ROOT / "recipes" / "wiki_zh_scratch.py").read_text(encoding="utf-8")
-    hunks = re.split(r"^@@ .* @@\n", diff, flags=re.MULTILINE)[1:]
-    assert len(hunks) == 4
-    for hunk in hunks:
+    for hunk in re.split(r"^@@ .* @@\n", diff, flags=re.MULTILINE)[1:]:
         lines = hunk.splitlines()
         old = "\n".join(line[1:] for line in lines if line[0] in " -") + "\n"
         new = "\n".join(line[1:] for line in lines if line[0] in " +") + "\n"
@@ -138,15 +139,46 @@ def test_the_worked_example_applies_and_trains(cache_dir, tmp_path):
         text = text.replace(old, new)
     added = [line for line in diff.splitlines() if line.startswith("+") and not line.startswith("+++")]
     assert 10 <= len(added) <= 20
-    recipe = tmp_path / "essays_en.py"
+    recipe = folder / f"{name}.py"
     recipe.write_text(text.replace("Path(__file__).resolve().parent.parent", f"Path({str(ROOT)!r})"), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("essays_en", recipe)
+    spec = importlib.util.spec_from_file_location(name, recipe)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_worked_example_applies_and_trains(cache_dir, tmp_path):
+    """The lines of docs/next_steps.md, taken out and put in where it says, make a recipe that runs."""
+    module = changed_recipe("essays_en", tmp_path)
     flags = [flag for flag in small_run(cache_dir, tmp_path / "run") if flag != "--sample"]
     module.main([*flags, "--optimizer", "adamw"])
     samples = (tmp_path / "run" / "samples.jsonl").read_text(encoding="utf-8")
     assert "The earth is" in samples and "language: en" in (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
+
+
+def losses_of(folder: Path) -> list[float]:
+    history = json.loads((folder / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    return [entry[name] for entry in history for name in ("loss", "eval_loss") if name in entry]
+
+
+def test_the_example_of_another_loss_is_its_formula_and_part_of_the_run(wiki, cache_dir, tmp_path, monkeypatch):
+    """With weight 0 the losses of the recipe itself; with another, one refused in the same folder, and named."""
+    monkeypatch.setitem(sys.modules, "z_loss", changed_recipe("z_loss", tmp_path))
+    module = sys.modules["z_loss"]
+    logits, targets = torch.randn(2, 5, 7), torch.randint(7, (2, 5))
+    targets[1, 3:] = -100
+    z = logits.exp().sum(-1).log()
+    token = z - logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+    kept = (targets >= 0).float()
+    for training, extra in ((True, 0.3 * z**2), (False, 0.0)):
+        for items in (None, 20):
+            found = module.loss_with_z(SimpleNamespace(training=training), 0.3, logits, None, 7, items, targets)
+            assert found.item() == pytest.approx((((token + extra) * kept).sum() / (items or 8)).item(), rel=1e-5)
+    wiki.main(small_run(cache_dir, tmp_path / "wiki"))
+    module.main(small_run(cache_dir, tmp_path / "run"))
+    assert losses_of(tmp_path / "run") == pytest.approx(losses_of(tmp_path / "wiki"), rel=1e-4)
+    with pytest.raises(InputError, match="data.z_loss: 0.0 in the folder, 0.1 now"):
+        module.main([*small_run(cache_dir, tmp_path / "run"), "--z_loss", "0.1"])
 
 
 @pytest.mark.heavy

@@ -150,25 +150,31 @@ def test_every_launch_is_recorded_and_what_changed_is_said(tmp_path, capsys):
         "time": "1",
         "commit": "a",
         "versions": {"torch": "2.11"},
-        "arguments": {"training": {"logging_steps": 1}},
+        "arguments": {"training": {"logging_steps": 1}},  # of before the recipe's own flags were recorded
     }
     record_launch(tmp_path, launch)
     assert capsys.readouterr().out == ""
     with open(tmp_path / "launches.jsonl", "a") as file:
         file.write('{"time": "cut o')
-    later = launch | {"time": "2", "commit": "b", "versions": {"torch": "2.13"}}
+    arguments = {"training": {"logging_steps": 1}, "recipe": {"z_loss": 0.1}}
+    later = launch | {"time": "2", "commit": "b", "versions": {"torch": "2.13"}, "arguments": arguments}
     record_launch(tmp_path, later)
     said = capsys.readouterr().out
     assert said == "note: versions.torch was '2.11' at the last launch, and is '2.13' now\n"
+    record_launch(tmp_path, later | {"arguments": arguments | {"recipe": {"z_loss": 0.2}}})
+    assert capsys.readouterr().out == "note: arguments.recipe.z_loss was 0.1 at the last launch, and is 0.2 now\n"
 
 
 def test_no_secret_reaches_the_record(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_API_KEY", "hunter2")
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     training = TrainingArguments(output_dir=str(tmp_path), hub_token="hunter2", use_cpu=True, report_to="none")
-    launch = json.dumps(describe_launch(SharedArguments(), training))
+    shared = SharedArguments()
+    shared.own = {"api_key": "hunter2", "z_loss": 0.1}  # flags of a copied recipe
+    launch = json.dumps(describe_launch(shared, training))
     assert "hunter2" not in launch
     found = json.loads(launch)
+    assert found["arguments"]["recipe"] == {"z_loss": 0.1}
     assert found["launcher"]["ACCELERATE_MIXED_PRECISION"] == "no" and found["versions"]["torch"]
     assert found["arguments"]["training"]["learning_rate"] == training.learning_rate
 

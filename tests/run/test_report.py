@@ -16,6 +16,7 @@ from common.run.labels import CHINESE, labels, system_language
 from common.run.plots import Line, clock, line_plot, short, stacked_bar, ticks
 from common.run.record import RunRecord, read_samples
 from common.run.report import EXPLANATIONS, page, reproduce, write_report
+from common.run.results import plot_loss_curve
 
 HOSTILE = "</td><script>alert(1)</script><img src=x onerror=alert(1)> & \"quoted' \u202e"
 
@@ -225,6 +226,22 @@ def test_the_systems_language(environment, language, monkeypatch):
     assert labels("auto")("perplexity") == ("困惑度" if language == "zh" else "perplexity")
 
 
+@pytest.mark.parametrize("installed", [True, False])
+def test_the_picture_of_the_losses_is_in_the_language_if_a_font_has_its_letters(installed, tmp_path, monkeypatch):
+    """Without one, the letters would be empty boxes. (A font that everybody has stands in for a Chinese one.)"""
+    drawn = []
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, *_, **__: drawn.append(figure.axes[0]))
+    monkeypatch.setattr("common.run.results.CHINESE_FONTS", ("DejaVu Sans",) if installed else ("no such font",))
+    plot_loss_curve(history(), tmp_path / "loss_curve.png", "zh")
+    plot_loss_curve(history(), tmp_path / "loss_curve.png", "en")
+    texts = [
+        [axes.get_xlabel(), axes.get_ylabel(), *[text.get_text() for text in axes.get_legend().get_texts()]]
+        for axes in drawn
+    ]
+    english = ["tokens seen", "loss, nats a token", "training", "held out"]
+    assert texts == [[CHINESE[text] for text in english] if installed else english, english]
+
+
 def test_units_are_explained_where_they_stand():
     shown = Elements(page(whole_run())).texts
     assert all(text in shown for text in EXPLANATIONS.values()) and len(EXPLANATIONS) == 3
@@ -284,13 +301,17 @@ def test_the_end_of_a_run_names_the_comparison_and_it_runs(two_runs, tmp_path, c
     from common.run.results import where_to_look
 
     (folder, other), _ = two_runs
-    last = where_to_look(str(folder)).splitlines()[-1]
+    *_, generate, last = where_to_look(str(folder)).splitlines()
+    code = shlex.split(generate.partition(": ")[2])[2].replace("FIRST WORDS", "地球是")
+    exec(code, {})
+    assert "地球是" in capsys.readouterr().out
     words = shlex.split(last.partition("python -m ")[2].replace("OTHER", str(other)))
     assert words[0] == compare.__name__
     monkeypatch.chdir(tmp_path)
     compare.main(words[1:])
     assert (tmp_path / "compare.html").exists()
-    assert shlex.split(where_to_look("a b").partition("python ")[2])[2] == "a b"
+    generate, last = (shlex.split(line.partition("python ")[2]) for line in where_to_look("a 'b").splitlines()[1:])
+    assert last[2] == "a 'b" and "'text-generation', \"a 'b\")" in generate[1]
 
 
 def test_two_runs_are_compared(two_runs, tmp_path, capsys):
@@ -313,6 +334,16 @@ def test_two_runs_are_compared(two_runs, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "影响损失且不同的设置：training.seed" in printed and "held-out" not in printed
     assert "held-out" not in (tmp_path / "zh.html").read_text(encoding="utf-8")
+
+
+def test_a_flag_of_a_copied_recipe_that_differs_is_named():
+    """Also where the recipe does not write it into run.json; launches of before the record have none."""
+    launches = [{"arguments": {"recipe": {"z_loss": weight, "sample": True}}} for weight in (0.0, 0.1)]
+    runs = [RunRecord(name="run", history=[], launches=[launch]) for launch in launches]
+    named = "a flag of the recipe's own that differs: z_loss: 0.0, 0.1"
+    assert compare.notes_on(runs, labels("en"))[1:] == [named]
+    assert compare.notes_on([runs[0], RunRecord(name="old", history=[])], labels("en"))[1:] == []
+    assert compare.notes_on([runs[0], runs[0]], labels("en"))[1:] == []
 
 
 def test_columns_stand_below_each_other_in_a_terminal():

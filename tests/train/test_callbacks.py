@@ -15,7 +15,7 @@ from terminal import said_in_terminal
 from transformers import TrainerControl
 
 from common.train import callbacks
-from common.train.callbacks import SampleCallback, bar_text
+from common.train.callbacks import SampleCallback, bar_text, on_one_line
 from common.train.metrics import Stopwatch
 
 LOGS = {"loss": 3.14159, "tokens_per_second_per_device": 451_000.0, "memory_peak_gib": 11.04, "mfu": 0.355}
@@ -28,6 +28,28 @@ def test_what_stands_behind_the_bar():
         assert bar_text(LOGS, 1.9114, room) == whole[:kept]
     without = {name: value for name, value in LOGS.items() if name != "mfu"}
     assert bar_text(without, math.nan) == "loss 3.142, 451,000 tokens/s/device, 11.0 GiB"
+
+
+def test_a_sample_is_one_line_with_the_letters_as_they_are():
+    """The ideographic space begins each paragraph of a Chinese novel; an escape sequence acts on no terminal."""
+    assert on_one_line("\u3000\u3000第一章\n'它'\t说\x1b[2J") == "\u3000\u3000第一章\\n'它'\\t说\\x1b[2J"
+
+
+def test_the_time_left_does_not_count_the_first_step(monkeypatch, capsys):
+    """By hand: a first step of 20 s, then 2 s each. Of 10 steps, 7 are left after the third: 14 s."""
+    now = [1000.0]
+    monkeypatch.setattr(callbacks.time, "time", lambda: now[0])
+    monkeypatch.setattr(callbacks, "shows_bars", lambda: False)
+    screen, args = callbacks.ScreenCallback(), SimpleNamespace(disable_tqdm=True)
+    state = SimpleNamespace(global_step=0, max_steps=10, is_world_process_zero=True)
+    screen.on_train_begin(args, state, None)
+    logs = LOGS | {"learning_rate": 1e-3, "tokens_seen": 1, "tflops_per_device": 1.0, "memory_allocated_gib": 1.0}
+    for seconds in (20, 2, 2):
+        now[0] += seconds
+        state.global_step += 1
+        screen.on_step_end(args, state, None)
+        screen.on_log(args, state, None, logs)
+    assert [line.rpartition("left ")[2] for line in capsys.readouterr().out.splitlines()] == ["?", "0:00:16", "0:00:14"]
 
 
 def shown(cache_dir, tmp_path, columns: int | None) -> str:

@@ -284,6 +284,12 @@ def test_what_only_a_plan_reads_is_refused_without_it(recipe, flag):
             load_recipe(recipe).main(["--plan", "--probe", *flag.split()])
 
 
+@pytest.mark.parametrize("name", ["fsdp2", "fsdp2.yaml", "configs/fsdp.yaml"])
+def test_a_yaml_that_is_not_there_gets_the_name_that_may_be_meant(name, wiki):
+    with pytest.raises(InputError, match=r"no such file. Did you mean accelerate_configs/fsdp2.yaml\?"):
+        wiki.main(["--plan", "--plan_config", name])
+
+
 def test_a_trained_tokenizer_has_the_vocabulary_that_was_asked_for(wiki, capsys):
     wiki.main(["--sample", "--plan"])
     assert "vocabulary of 4,096 rows" in capsys.readouterr().out

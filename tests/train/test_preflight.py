@@ -299,3 +299,28 @@ def test_a_guessed_size_refuses_nothing(monkeypatch, tmp_path, capsys):
     assert preflight("a.py", Launch(), size, shared, training_of(tmp_path)).rows_per_step == 8
     printed = capsys.readouterr().out
     assert "memory: " not in printed and "disk: " not in printed and "folder: " in printed
+
+
+@pytest.mark.parametrize("given", [{}, {"bf16": True}])
+def test_the_precision_names_what_decides_it(given, monkeypatch, tmp_path, capsys):
+    training = training_of(tmp_path, bf16=bool(given))
+    shared = SharedArguments(context_length=64, tokens_per_step=512, optimizer="adamw")
+    shared.given = given
+    preflight("a.py", read_launch(), size_of(None), shared, training)
+    wanted = "bf16 on CPU (--bf16)" if given else "fp32 on CPU (the YAML's mixed_precision)"
+    assert f"precision: {wanted}\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", [["lr_scheduler_type"], ["lr_scheduler_type", "lr_scheduler_kwargs"]])
+def test_another_schedule_needs_no_settings_of_its_own(given, monkeypatch, tmp_path):
+    """A flag names it: the recipe's settings are for its own schedule. Those of the command line are refused."""
+    settings = dict(lr_scheduler_type=SchedulerType("cosine"), lr_scheduler_kwargs={"num_decay_steps": 0.3})
+    shared = SharedArguments(context_length=64, tokens_per_step=512, optimizer="adamw")
+    shared.given = dict.fromkeys(given)
+    training = training_of(tmp_path, **settings)
+    if len(given) == 1:
+        preflight("a.py", read_launch(), size_of(None), shared, training)
+        assert training.lr_scheduler_kwargs == {}
+    else:
+        with pytest.raises(InputError, match="unexpected keyword argument 'num_decay_steps'"):
+            preflight("a.py", read_launch(), size_of(None), shared, training)

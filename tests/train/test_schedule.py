@@ -10,7 +10,14 @@ from transformers import Qwen2Config, Qwen2ForCausalLM, TrainingArguments, get_s
 from common.console import InputError
 from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.muon import MuonWithAdamW
-from common.train.schedule import check_schedule, keep_settings, make_schedule, schedule_settings, settings_of
+from common.train.schedule import (
+    check_schedule,
+    keep_settings,
+    leave_out_settings_of_another,
+    make_schedule,
+    schedule_settings,
+    settings_of,
+)
 
 
 def training_of(kind: str, settings: dict, **more) -> TrainingArguments:
@@ -66,6 +73,20 @@ def test_a_warmup_of_most_of_the_run_is_a_warning(capsys):
         said = capsys.readouterr().out
         assert (f"warning: --warmup_steps {warmup}: the learning rate rises in more than half" in said) == warned
         assert bool(said) == warned
+
+
+def test_a_schedule_of_the_command_line_leaves_out_what_the_recipe_has_for_its_own(capsys):
+    training = training_of("cosine", {"num_decay_steps": 0.3, "num_cycles": 0.25})
+    leave_out_settings_of_another(training)
+    assert training.lr_scheduler_kwargs == {"num_cycles": 0.25}
+    note = "note: --lr_scheduler_type cosine: without {'num_decay_steps': 0.3}, which this recipe has for its own"
+    assert capsys.readouterr().out == f"{note} schedule\n"
+    fitting = {"warmup_stable_decay": {"num_decay_steps": 0.3}, "linear": {}, "reduce_lr_on_plateau": {"patience": 1}}
+    for kind, settings in fitting.items():
+        training = training_of(kind, settings, eval_strategy="steps", eval_steps=1)
+        leave_out_settings_of_another(training)
+        assert training.lr_scheduler_kwargs == settings
+    assert capsys.readouterr().out == ""
 
 
 def test_the_end_of_a_schedule_must_be_below_the_learning_rate():
