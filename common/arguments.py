@@ -254,7 +254,9 @@ AT_LEAST = {
     "eval_delay": 0, "save_total_limit": 0, "ddp_timeout": 1, "ddp_bucket_cap_mb": 1, "max_bad_steps": 0,
     "save_minutes": 0, "plan_processes": 1, "plan_memory_gib": 0.01,
 }  # fmt: skip
-BELOW = {"adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32}
+BELOW = {
+    "adam_beta1": 1, "adam_beta2": 1, "seed": 2**32, "data_seed": 2**32, "max_steps": 2**31, "num_train_epochs": 10**6
+}  # fmt: skip
 JSON_FIELDS = ("lr_scheduler_kwargs", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
 
 

@@ -13,6 +13,7 @@ data/prepare_distributed.py.
 
 import argparse
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from common.corpus.download import download
 from common.corpus.hub_dataset import with_cached_files
 from common.corpus.near_duplicates import NearDuplicateCounts, without_near_duplicates
 from common.corpus.sources import PAIR_SUFFIXES, Source, resolve_sources
+from common.run.disk import check_path
 from common.tokens.merge import merge_token_stores
 from common.tokens.store import TokenStore
 from common.tokens.tokenizer import load_tokenizer, tokenizer_fingerprint, vocabulary_size
@@ -43,6 +45,7 @@ from common.tokens.writer import COMPLETE, FILES, origin_of, write_token_store
 
 HELD_OUT_FRACTION = 0.005  # of the documents: a recipe's default, so train-tokenizer reports on the same documents
 REPORT_BYTES = 20_000_000  # of held-out text, at most
+LONGEST_PREFIX = 200  # bytes: file systems take names of 255, and suffixes follow
 
 
 def tokenize(arguments: argparse.Namespace) -> None:
@@ -201,7 +204,18 @@ def store_prefix(text: str) -> str:
             f"{text}: names a folder. Give the beginning of the file names too, such as "
             f"{os.path.join(os.path.dirname(prefix), 'corpus')}"
         )
+    length = len(os.fsencode(os.path.basename(prefix)))
+    if length > LONGEST_PREFIX:
+        raise argparse.ArgumentTypeError(f"a name of {length} bytes, and {LONGEST_PREFIX} is the limit")
     return prefix
+
+
+def megabytes(text: str) -> float:
+    """Return ``text`` as a finite number; for argparse."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text}: must be a finite number")
+    return number
 
 
 def add_source_flags(sub: argparse.ArgumentParser) -> None:
@@ -246,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
     add_source_flags(sub)
     sub.add_argument("--vocabulary_size", type=int, default=32_000, help="Tokens (32000).")
     sub.add_argument(
-        "--sample_mb", type=float, default=SAMPLE_BYTES / 1e6, help="Text to train on, in MB (%(default)s)."
+        "--sample_mb", type=megabytes, default=SAMPLE_BYTES / 1e6, help="Text to train on, in MB (%(default)s)."
     )
     sub.add_argument("--reference", help="A tokenizer to compare with, such as Qwen/Qwen2-0.5B.")
     sub.add_argument("--hidden_size", type=int, default=512, help="To count the embedding's parameters (512).")
@@ -257,6 +271,9 @@ def main(argv: list[str] | None = None) -> None:
     sub.add_argument("name", help=f"{', '.join(CORPORA)}, or a data set id like owner/name.")
 
     arguments = parser.parse_args(argv)
+    if "output" in arguments:
+        is_prefix = arguments.run in (tokenize, merge)
+        check_path(os.path.dirname(arguments.output) if is_prefix else arguments.output, "--output")
     arguments.run(arguments)
 
 

@@ -31,6 +31,7 @@ from pathlib import Path
 from common.command_line import OneLineErrors
 from common.console import InputError, say
 from common.corpus.sources import resolve_sources
+from common.run.disk import check_path
 from common.system import usable_cores
 from common.tokens.shards import WORK_FOLDER, plan_shards, report_shards, write_shard
 
@@ -125,6 +126,7 @@ def main(argv: list[str] | None = None) -> None:
     except ImportError:
         raise InputError(f"running the tasks needs datatrove, which is not installed: {INSTALL}") from None
     folder = os.path.abspath(arguments.output)
+    check_path(folder, "--output")
     plan_shards(
         folder,
         resolve_sources(arguments.input, arguments.encoding),

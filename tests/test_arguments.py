@@ -191,6 +191,8 @@ def test_no_number_is_nan_or_infinite(value):
         ("--adam_beta1 1", "must be below 1"),
         ("--seed -1", "must be at least 0"),
         ("--seed 4294967296", "must be below 4294967296"),
+        ("--max_steps 99999999999999999999", "must be below 2147483648"),
+        ("--num_train_epochs 1e300", "must be below 1000000"),
         ("--tokens_per_step 0", "must be at least 1"),
         ("--plan --plan_memory_gib -1", "must be at least 0.01"),
         ("--save_steps -5", "must be at least 0"),

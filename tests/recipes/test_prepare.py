@@ -213,3 +213,23 @@ def test_bad_input_is_one_clear_error_and_leaves_nothing(tokenizer, tmp_path, fl
         prepare.main(["tokenize", "--tokenizer", tokenizer, "--output", str(tmp_path / "out" / "a"), *flags])
     left = [path.name for path in (tmp_path / "out").iterdir()] if (tmp_path / "out").exists() else []
     assert left in ([], ["a.lock"], ["a.near_duplicates.jsonl"])
+
+
+def test_an_output_that_cannot_be_written_is_one_line(tokenizer, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    below, long = str(tmp_path / "file" / "x"), str(tmp_path / ("x" * 201))
+    for flags in (
+        ["tokenize", "--input", str(SAMPLE), "--tokenizer", tokenizer],
+        ["train-tokenizer", "--input", str(SAMPLE), "--vocabulary_size", "300"],
+        ["merge", "--input", str(tmp_path / "no-store")],
+        ["download", "owner/name"],
+    ):
+        with pytest.raises(InputError, match="--output .*file is a file. Choose another folder"):
+            prepare.main([*flags, "--output", below])
+    for flags in (["--output", long], ["--output", str(tmp_path / "t"), "--sample_mb", "nan"]):
+        command = ["merge", "--input", "a"] if long in flags else ["train-tokenizer", "--input", str(SAMPLE)]
+        with pytest.raises(SystemExit):
+            prepare.main([*command, *flags])
+    printed = capsys.readouterr().err
+    assert "201 bytes, and 200 is the limit" in printed and "nan: must be a finite number" in printed
+    assert (tmp_path / "file").read_text() == "mine" and not (tmp_path / "t").exists()
