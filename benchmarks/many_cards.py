@@ -2,7 +2,7 @@
 
     python benchmarks/many_cards.py --cards 4 --data zh.jsonl en.jsonl --tokenizer qwen2.5-tokenizer --folder runs
     python benchmarks/many_cards.py --cards 8 --data zh.jsonl en.jsonl --tokenizer qwen2.5-tokenizer --folder runs
-    python benchmarks/many_cards.py --cards 2 --rehearse --folder runs    # on CPU processes, with the bundled sample
+    python benchmarks/many_cards.py --cards 2 --rehearse --folder runs    # on CPU processes; --cards 4 for hybrid
 
 Most runs are multi_gpu.py's: 30 steps of one job under each YAML, with the memory that --plan predicts. The pipeline
 has a recipe of its own. The last run kills one process in the middle and continues on half as many cards. The output of
@@ -34,6 +34,10 @@ TINY = dict(
     model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,
 )  # fmt: skip
+TINY_EXPERTS = TINY | dict(
+    model_type="qwen3_moe", head_dim=16, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+    output_router_logits=True, router_aux_loss_coef=0.01,
+)  # fmt: skip
 
 
 def runs_of(cards: int) -> dict[str, list[str]]:
@@ -45,18 +49,13 @@ def runs_of(cards: int) -> dict[str, list[str]]:
     found = {}
     for job in ("123M", "0.5B"):
         found[job] = ["--job", job, "--yamls", *plain]
-        found[f"{job}, hybrid"] = ["--job", job, "--yamls", "hsdp", *hybrid]
+        if half > 1:  # copies on one card each are ddp
+            found[f"{job}, hybrid"] = ["--job", job, "--yamls", "hsdp", *hybrid]
         found[f"{job}, tensor 2 x shard"] = ["--job", job, "--yamls", "fsdp2_tensor_parallel", "--launcher", two_by]
         found[f"{job}, context 2 x shard"] = ["--job", job, "--yamls", "fsdp2_context_parallel", "--launcher", two_by]
-    found["experts"] = [
-        "--job",
-        "123M",
-        "--yamls",
-        "single_gpu",
-        "expert_parallel",
-        "--recipe",
-        "--model qwen3-moe-a60m",
-    ]
+    all_cards = ["--launcher", f"--parallelism_config_dp_shard_size {cards}"]
+    experts = ["--recipe", "--model qwen3-moe-a60m"]
+    found["experts"] = ["--job", "123M", "--yamls", "single_gpu", "fsdp2", "expert_parallel", *all_cards, *experts]
     found["7B"] = ["--job", "7B", "--yamls", "fsdp2", "zero3", "zero2_recompute"]
     found["7B, tensor 2 x shard"] = ["--job", "7B", "--yamls", "fsdp2_tensor_parallel", "--launcher", two_by]
     tensor = f"--parallelism_config_tp_size {cards} --parallelism_config_dp_shard_size 1"
@@ -76,8 +75,8 @@ def multi_gpu(name: str, wanted: list[str], arguments: argparse.Namespace) -> li
     command += ["--num_processes", str(arguments.cards), "--folder", str(arguments.folder / name.replace(" ", "_"))]
     if arguments.rehearse:
         command = with_more(command, "--launcher", ON_CPUS)
-        small = f"{SAMPLE} --model {arguments.folder / 'tiny'}"
-        return [*with_more(command, "--recipe", small), "--rows", "2"]
+        small = f"{SAMPLE} --model {arguments.folder / ('tiny_experts' if name == 'experts' else 'tiny')}"
+        return [*with_more(command, "--recipe", small), "--rows", "2", "--limit", str(arguments.limit)]
     return [*command, "--data", *arguments.data, *(["--tokenizer", arguments.tokenizer] if arguments.tokenizer else [])]
 
 
@@ -152,8 +151,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     if arguments.rehearse:
         os.environ |= {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-        (arguments.folder / "tiny").mkdir(parents=True, exist_ok=True)
-        (arguments.folder / "tiny" / "config.json").write_text(json.dumps(TINY))
+        for name, shape in (("tiny", TINY), ("tiny_experts", TINY_EXPERTS)):
+            (arguments.folder / name).mkdir(exist_ok=True)
+            (arguments.folder / name / "config.json").write_text(json.dumps(shape))
     commands = {name: multi_gpu(name, wanted, arguments) for name, wanted in runs_of(arguments.cards).items()}
     for stages in sorted({2, arguments.cards}):
         flags = f"--pipeline_processes {stages} --output_dir {arguments.folder / f'pipeline_{stages}'}"
