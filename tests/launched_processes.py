@@ -20,6 +20,14 @@ FSDP2 = {
 }
 
 
+def zero(stage: int) -> dict[str, str]:
+    """Return what the launcher says of DeepSpeed's ZeRO, with everything else left to the recipe."""
+    said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}
+    said |= {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "auto", "ACCELERATE_GRADIENT_CLIPPING": "auto"}
+    said |= {"ACCELERATE_DEEPSPEED_ZERO3_SAVE_16BIT_MODEL": "true"}  # as zero3.yaml
+    return said | {"ACCELERATE_DYNAMO_BACKEND": "NO"}
+
+
 def in_launched_processes(processes: int, check, folder: Path, **environment: str) -> None:
     """Run ``check(rank, folder)``, a function of a test module, in processes that a launcher would have started.
 

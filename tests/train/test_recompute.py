@@ -1,5 +1,6 @@
 """Recompute, of all layers, of some, or of cheap operations, changes no gradient: compiled, sharded, fused loss."""
 
+import os
 from collections import Counter
 from pathlib import Path
 
@@ -7,8 +8,9 @@ import pytest
 import torch
 from accelerate.utils import compile_regions
 from accelerate.utils.other import compile_regions_deepspeed, compile_regions_fsdp2
-from conftest import losses, small_run
+from conftest import load_recipe, losses, small_run
 from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from launched_processes import FSDP2, in_launched_processes, zero
 from test_fused_loss import assert_same_gradients, batch, gradients, tiny_model
 from torch._dynamo import lookup_backend
 from torch._dynamo.backends.common import aot_autograd
@@ -219,3 +221,24 @@ def test_a_run_with_recompute_has_the_same_losses(wiki, cache_dir, tmp_path):
     for flags in ("--gradient_checkpointing true", *[f"--recompute {choice}" for choice in CHOICES]):
         wiki.main(small_run(cache_dir, tmp_path / flags, *short, *flags.split()))
         assert losses(tmp_path / flags) == pytest.approx(losses(tmp_path / "plain"), rel=1e-6)
+
+
+def check_choice(rank: int, folder: Path) -> None:
+    choice = os.environ["CHOICE"]
+    flags = ["--recompute", choice, "--per_device_train_batch_size", "2", *SHORT]
+    load_recipe("wiki_zh_scratch").main(small_run(folder / "cache", folder / choice, *flags))
+
+
+SHORT = ["--max_steps", "3", "--eval_strategy", "no", "--save_strategy", "no", "--optimizer", "adamw"]
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("strategy", [{}, FSDP2, zero(2), zero(3)], ids=["ddp", "fsdp2", "zero2", "zero3"])
+def test_recompute_on_two_processes_has_the_losses_of_one(wiki, cache_dir, tmp_path, strategy):
+    (tmp_path / "cache").symlink_to(cache_dir)
+    wiki.main(small_run(cache_dir, tmp_path / "plain", *SHORT))
+    for choice in CHOICES:  # each in new processes: DeepSpeed keeps a group of those that have ended
+        in_launched_processes(2, check_choice, tmp_path, CHOICE=choice, **strategy)
+        said = (tmp_path / "output.0").read_text()
+        assert f"recompute: yes (--recompute {choice})" in said
+        assert losses(tmp_path / choice) == pytest.approx(losses(tmp_path / "plain"), rel=2e-5)
