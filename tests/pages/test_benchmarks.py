@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import csv
 import importlib.util
 import json
 import os
@@ -499,6 +500,21 @@ def test_the_large_table_of_the_scaling_guide_is_the_scripts(capsys):
     scaling.print_large()
     [table] = tables_of(capsys.readouterr().out)
     assert table in GUIDE
+
+
+def test_the_table_of_equivalence_is_the_one_that_was_measured():
+    """Every row of the newest file; and the file has rows of the script's runs, in their order."""
+    newest = max((ROOT / "benchmarks" / "results").glob("equivalence_cpu_*.csv"))
+    with newest.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    names = [head.replace(" ", "_") for head in equivalence.HEADS]
+    for row in rows:
+        assert f"| {' | '.join(row[name] for name in names)} |" in GUIDE
+        assert int(row["killed_at_step"]) >= equivalence.KILLED_AT > int(row["continued_after"]) > 0
+        assert float(row["loss_differs_by"]) < 2e-5 and float(row["norm_differs_by"]) < 1e-3
+    measured = [(row["strategy"], int(row["processes"])) for row in rows]
+    assert len(rows) > 20
+    assert measured == [key for key in [(run.strategy, run.processes) for run in equivalence.RUNS] if key in measured]
 
 
 def test_a_run_that_lacks_a_step_does_not_pass_for_an_equal_one():
