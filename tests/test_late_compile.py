@@ -11,9 +11,8 @@ from conftest import ROOT, small_run
 from common import late_compile
 
 PROGRAM = """
-import sys
-from conftest import load_recipe
-load_recipe("wiki_zh_scratch").main(sys.argv[1:])
+import runpy, sys
+runpy.run_path("recipes/wiki_zh_scratch.py", run_name="__main__")
 print("IMPORTED", [name for name in ("torch._inductor.compile_fx", "deepspeed", "swanlab") if name in sys.modules])
 """
 
@@ -53,7 +52,7 @@ def test_torchs_own_is_back_after_the_imports_and_after_one_that_fails():
 @pytest.mark.heavy
 def test_a_run_on_a_cpu_imports_neither_inductor_nor_deepspeed(cache_dir, tmp_path):
     flags = small_run(cache_dir, tmp_path, "--max_steps", "1")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", PROGRAM, *flags]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert "IMPORTED []" in done.stdout, done.stdout + done.stderr
