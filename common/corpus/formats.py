@@ -52,8 +52,6 @@ ANOTHER_ENCODING = (
     "If the text is in another encoding, name it: --encoding gb18030 for Chinese text in GBK, big5 for traditional "
     "characters of Taiwan and Hong Kong"
 )
-
-
 WITHIN_GB18030 = ("gbk", "gb2312")  # Python's names; Windows calls its own gb18030 GBK, too
 
 
@@ -204,9 +202,9 @@ def _decompressed(compression: str | None, stream: io.BufferedReader) -> BinaryI
 
 
 def _is_utf8(start: bytes) -> bool:
-    """Whether text that begins so is UTF-8, not another encoding; False if all of it is in both.
+    """Whether text that begins so is valid UTF-8 with at least one character of three bytes, as Chinese ones have.
 
-    A few characters of GBK may by chance be characters of two bytes in UTF-8. Chinese characters have three there.
+    Characters of two bytes prove nothing: a few characters of GBK may by chance be such.
     """
     try:
         text = codecs.getincrementaldecoder("utf-8")().decode(start)
