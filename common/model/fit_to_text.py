@@ -19,6 +19,7 @@ from common.system import usable_cores
 # Heads of 64, as many layers, and the vocabulary: 4 is the model of --sample, 12 that of wiki_zh_scratch.py.
 SIZES = ((2, 2_048), (3, 4_096), (4, 4_096), (5, 8_192), (6, 8_192), (8, 16_384), (10, 32_768), (12, 32_768))
 BYTES_A_TOKEN = 4  # of the text in UTF-8; with --sample 3.7, with 30 short Chinese texts 5.4
+SAMPLE_FILES = 50  # of a folder in another encoding
 SAMPLE_BYTES = 1 << 20  # of a file in another encoding, to see what it takes in UTF-8: GBK has 2 bytes where that has 3
 PACKED = 3  # text has about so many times the bytes of its .gz or .zst
 PARAMETERS_A_TOKEN = 50  # at most. --sample has 46: the only measurement with so little text
@@ -103,7 +104,11 @@ def bytes_of(source: Source, encoding: str | None = None) -> float | None:
     if source.token_store is not None or source.hub_id is not None:
         return None
     packed = [PACKED if path.suffix.lower() in {*COMPRESSIONS, ".parquet"} else 1 for path in source.files]
-    in_utf8 = 1.0 if encoding is None else bytes_in_utf8(source.files[0], encoding)
+    in_utf8 = 1.0
+    if encoding is not None:  # files in UTF-8 may lie among them
+        sample = source.files[:SAMPLE_FILES]
+        longer = sum(bytes_in_utf8(path, encoding) * path.stat().st_size for path in sample)
+        in_utf8 = longer / max(1, sum(path.stat().st_size for path in sample))
     sizes = (path.stat().st_size * factor for path, factor in zip(source.files, packed, strict=True))
     return in_utf8 * sum(sizes)
 
@@ -115,6 +120,9 @@ def bytes_in_utf8(path: Path, encoding: str) -> float:
     try:
         with open_decompressed(str(path), partial(path.open, "rb"), encoding) as stream:
             in_utf8 = stream.read(SAMPLE_BYTES)
+        with path.open("rb") as stream:
+            if stream.read(len(in_utf8)) == in_utf8:  # it is in UTF-8 already
+                return 1.0
     except DAMAGE:  # reading the file will say where
         return 1.0
     return len(in_utf8) / max(1, len(in_utf8.decode(errors="ignore").encode(encoding, errors="ignore")))

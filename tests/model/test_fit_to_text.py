@@ -12,7 +12,7 @@ from common.arguments import SharedArguments
 from common.console import InputError
 from common.corpus.formats import known_encoding
 from common.corpus.sources import find_source
-from common.model.fit_to_text import SIZES, best_fit, fit_to_text, tokens_of
+from common.model.fit_to_text import SIZES, best_fit, bytes_of, fit_to_text, tokens_of
 from common.model.presets import parameters_of, shape_of_width
 
 TEXTS = texts_of(ROOT / "data" / "sample_zh.jsonl")
@@ -75,6 +75,13 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     fit_to_text(wiki.MODEL, shared, training)
     assert (shared.context_length, training.learning_rate) == (256, 0.0), "as the command line has them"
     assert shared.tokens_per_step == 512 and not hasattr(training, "num_train_epochs")
+
+
+def test_files_in_utf8_beside_others_are_not_made_longer(tmp_path):
+    """Two files of 600 characters: 1,800 bytes in UTF-8, 1,200 in GBK, which are 1,800 in UTF-8."""
+    for name, encoding in {"a.txt": "gb18030", "b.txt": "utf-8"}.items():
+        (tmp_path / name).write_text("数" * 600, encoding=encoding)
+    assert bytes_of(find_source(str(tmp_path)), "gb18030") == pytest.approx(3600)
 
 
 @pytest.mark.parametrize("encoding", ["gb18030", "utf-16", "big5"])
