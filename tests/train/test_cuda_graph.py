@@ -91,8 +91,11 @@ def test_gradients_and_updates_are_those_without_graphs(monkeypatch):
 def test_graphs_on_a_gpu_train_as_without_them():
     first, second, plain, graphed = both("cuda")
     torch.testing.assert_close(second, first, rtol=1e-4, atol=0)
+    began = model_of().cuda()
     for name, parameter in plain.named_parameters():
-        torch.testing.assert_close(graphed.get_parameter(name), parameter, rtol=1e-2, atol=1e-3)
+        # Muon computes in bf16: the last digit of a gradient can move a single number by a quarter of a step.
+        differs = (graphed.get_parameter(name) - parameter).norm()
+        assert differs <= 0.08 * (parameter - began.get_parameter(name)).norm(), name
 
 
 @GPU
