@@ -4,13 +4,11 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -21,18 +19,18 @@ from common.console import InputError, say
 from common.corpus.documents import CorpusCounts, read_documents
 from common.corpus.hub_dataset import with_cached_files
 from common.corpus.sources import Source, mark_as_cache
-from common.corpus.splits import SeenHashes, content_hash
+from common.corpus.splits import SeenHashes
 from common.io import DISK_FULL, write_json
 from common.progress import Progress
 from common.system import usable_cores
-from common.tokens.encoding import Encoder, encoder_of
-from common.tokens.megatron import COLUMNS, HASHES, ID_HASHES, PAIR, SIDECAR, TEXT_BYTES, write_row
-from common.tokens.store import TokenStore, hash_ids
+from common.tokens.batches import Encoded, batches, encode, up_to
+from common.tokens.encoding import encoder_of
+from common.tokens.megatron import COLUMNS, HASHES, ID_HASHES, PAIR, SIDECAR, write_row
+from common.tokens.store import TokenStore
 from common.tokens.token_index import token_dtype, write_index
-from common.tokens.tokenizer import decoded, tokenizer_fingerprint, unknown_id, vocabulary_size
+from common.tokens.tokenizer import tokenizer_fingerprint, unknown_id, vocabulary_size
+from common.tokens.worker_pool import in_order
 
-BATCH_CHARACTERS = 500_000  # tokenized at once: enough to keep a thread busy, and still small in memory
-TRIED_BATCHES = 4  # the first ones; their documents are decoded and compared with the text
 FILES = [*PAIR, *COLUMNS, SIDECAR]  # renamed in this order, so a store that has a sidecar is complete
 COMPLETE = [*PAIR, HASHES, SIDECAR]  # what a complete store has, also one of an earlier version
 WORK_FILES = [".sizes", *(suffix.removesuffix(".npy") for suffix in COLUMNS)]  # as they come; deleted at the end
@@ -201,13 +199,15 @@ def write_token_store(
         encoder = encoder_of(tokenizer, cache_dir)
         note = f" ({encoder.note})" if encoder.note else ""
         say(f"tokenizing into {prefix}.bin with {encoder.name}{note}")
-        batches = _batches(documents, counts)
-        encoded = _in_order(lambda batch: _encode(*batch, encoder, tokenizer, dtype), batches, workers)
         partial = f"{prefix}.partial"
+
+        def work(batch: tuple) -> Encoded:
+            return encode(*batch, encoder, tokenizer, dtype)
+
         try:
-            if max_tokens is not None:
-                encoded = _up_to(max_tokens, encoded)
-            found = _write_tokens(partial, encoded, counts, size_bytes, drop_duplicates)
+            with closing(in_order(work, batches(documents, counts), workers)) as encoded:
+                kept = encoded if max_tokens is None else up_to(max_tokens, encoded)
+                found = _write_tokens(partial, kept, counts, size_bytes, drop_duplicates)
             _write_rest(partial, dtype, asdict(counts) | found | origin)
             for suffix in FILES:
                 os.replace(f"{partial}{suffix}", f"{prefix}{suffix}")
@@ -245,143 +245,8 @@ def _only_writer(prefix: Path) -> Iterator[bool]:
         lock.release()
 
 
-def _batches(documents: Iterable[str], counts: CorpusCounts) -> Iterator[tuple[list[str], bool, CorpusCounts]]:
-    """Yield ``documents`` in lists of at least BATCH_CHARACTERS in all, the last list excepted.
-
-    With each comes whether it is one of the first TRIED_BATCHES, and what ``counts`` were when it was read.
-    """
-
-    def counts_now() -> CorpusCounts:
-        return replace(counts, first_malformed=list(counts.first_malformed))
-
-    batch = []
-    characters = 0
-    yielded = 0
-    for text in documents:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_CHARACTERS:
-            yield batch, yielded < TRIED_BATCHES, counts_now()
-            yielded += 1
-            batch = []
-            characters = 0
-    if batch:
-        yield batch, yielded < TRIED_BATCHES, counts_now()
-
-
-def _in_order(work: Callable, batches: Iterable, workers: int) -> Iterator:
-    """Yield ``work(batch)`` in the order of the batches, computed by ``workers`` threads.
-
-    At most twice as many batches as workers wait, so that reading does not run ahead and fill the memory.
-    """
-    with ThreadPoolExecutor(workers) as pool:  # threads suffice: the encoders release Python's lock while they work
-        waiting = deque()
-        for batch in batches:
-            waiting.append(pool.submit(work, batch))
-            if len(waiting) > 2 * workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-class _Encoded(NamedTuple):
-    """A batch of documents as tokens."""
-
-    tokens: np.ndarray  # of all documents, an end token after each
-    sizes: np.ndarray  # int32, the tokens of each document, (documents,)
-    columns: dict[str, np.ndarray]  # suffix of COLUMNS -> a number for each document, (documents,)
-    unknown: np.ndarray  # how many tokens of each document are the unknown token, (documents,)
-    tried: int  # documents that were decoded
-    changed: int  # of these, the documents that did not come back as they were
-    counts: CorpusCounts  # of everything up to the end of this batch
-    left_out: int = 0  # documents of the batch that are not in it, because they come after --max_data_tokens
-
-
-def _encode(
-    texts: list[str],
-    is_tried: bool,
-    counts: CorpusCounts,
-    encoder: Encoder,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: np.dtype,
-) -> _Encoded:
-    """Return the tokens of all ``texts``, an end token after each, and what is known of each text.
-
-    Texts with ids [5, 6] and [7], end token 0: tokens [5, 6, 0, 7, 0], sizes [3, 2].
-
-    Args:
-        is_tried: decode the documents, and compare the result with the texts. A text larger than a batch is left out.
-
-    Raises:
-        InputError: ``dtype`` is too narrow for an id.
-    """
-    end_token_id = tokenizer.eos_token_id
-    ids = encoder.encode(texts)
-    sizes = np.array([len(document) + 1 for document in ids], dtype=np.int32)
-    starts = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    wide = np.full(starts[-1], end_token_id, dtype=np.int64)
-    is_text = np.ones(len(wide), dtype=bool)
-    is_text[starts[1:] - 1] = False
-    wide[is_text] = np.concatenate(ids)
-    if wide.max() > np.iinfo(dtype).max:
-        raise InputError(
-            f"the tokenizer gave id {wide.max():,}, but its largest is {vocabulary_size(tokenizer) - 1:,}: it does not "
-            f"fit {dtype}. Repair the tokenizer's files, or give another."
-        )
-    contents = [text.encode() for text in texts]
-    columns = {
-        HASHES: [content_hash(content) for content in contents],
-        ID_HASHES: hash_ids(wide, starts, end_token_id),
-        TEXT_BYTES: [len(content) for content in contents],
-    }
-    unknown = unknown_id(tokenizer)
-    is_unknown = np.zeros(len(wide), dtype=bool) if unknown is None else is_text & (wide == unknown)
-    tried = [place for place, text in enumerate(texts) if is_tried and len(text) <= BATCH_CHARACTERS]
-    return _Encoded(
-        tokens=wide.astype(dtype),
-        sizes=sizes,
-        columns={suffix: np.array(numbers, COLUMNS[suffix]) for suffix, numbers in columns.items()},
-        unknown=np.add.reduceat(is_unknown, starts[:-1], dtype=np.int64),
-        tried=len(tried),
-        changed=sum(decoded(ids[place], tokenizer) != texts[place] for place in tried),
-        counts=counts,
-    )
-
-
-def _up_to(max_tokens: int, encoded: Iterator[_Encoded]) -> Iterator[_Encoded]:
-    """Yield ``encoded`` up to the last document with which there are at most ``max_tokens``; then read no further.
-
-    The last batch is cut: it has the documents that fit, and its counts are without the text of the others.
-
-    Raises:
-        InputError: the first document does not fit.
-    """
-    left = max_tokens
-    for number, batch in enumerate(encoded):
-        ends = np.cumsum(batch.sizes, dtype=np.int64)
-        fitting = int(np.searchsorted(ends, left, side="right"))
-        if fitting == len(ends):
-            left -= int(ends[-1])
-            yield batch
-            continue
-        if number == 0 and fitting == 0:
-            raise InputError(
-                f"--max_data_tokens {max_tokens}: the first document alone has {ends[0]:,} tokens. Give at least that."
-            )
-        text_bytes = batch.counts.text_bytes - int(batch.columns[TEXT_BYTES][fitting:].sum())
-        yield batch._replace(
-            tokens=batch.tokens[: ends[fitting - 1] if fitting else 0],
-            sizes=batch.sizes[:fitting],
-            columns={suffix: numbers[:fitting] for suffix, numbers in batch.columns.items()},
-            unknown=batch.unknown[:fitting],
-            counts=replace(batch.counts, text_bytes=text_bytes),
-            left_out=len(ends) - fitting,
-        )
-        return
-
-
 def _write_tokens(
-    partial: str, encoded: Iterable[_Encoded], counts: CorpusCounts, size_bytes: int, drop_duplicates: bool
+    partial: str, encoded: Iterable[Encoded], counts: CorpusCounts, size_bytes: int, drop_duplicates: bool
 ) -> dict[str, int]:
     """Write ``partial``.bin and the WORK_FILES; return how many duplicates were dropped, and other counts.
 

@@ -13,6 +13,7 @@ from common.corpus.corpora import CORPORA, Corpus, listing, on_modelscope
 from common.corpus.sources import resolve_source, resolve_sources
 from common.dataset.rows import build_rows
 from common.hub import DATA_SET_ID
+from common.tokens import batches
 from common.tokens.train_tokenizer import tokenizer_trained_on
 from common.tokens.writer import tokenize
 from data.prepare import main as prepare
@@ -35,7 +36,7 @@ def hub(request, monkeypatch):
     identifier, modelscope = on_other[request.param]
     small = Corpus("a small corpus", "CC0", identifier=identifier, modelscope=modelscope)
     monkeypatch.setitem(CORPORA, "small", small)
-    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 2_000)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 2_000)
     monkeypatch.setattr(token_writer, "usable_cores", lambda: 2)
     with running(request.param, dict(FILES)) as server:
         use_hubs(monkeypatch, **{request.param.lower().replace(" ", "_"): server.url})

@@ -22,6 +22,7 @@ from common.arguments import SharedArguments
 from common.console import InputError
 from common.corpus.documents import CorpusCounts
 from common.corpus.sources import resolve_source, resolve_sources
+from common.tokens import batches
 from common.tokens.store import TokenStore
 from common.tokens.writer import tokenize, write_token_store
 
@@ -77,7 +78,7 @@ def test_ids_beyond_the_number_of_tokens_are_stored_whole(tmp_path):
 
 
 def test_an_id_that_would_wrap_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(token_writer, "vocabulary_size", lambda _: 300)
+    monkeypatch.setattr(batches, "vocabulary_size", lambda _: 300)
     monkeypatch.setattr(token_writer, "token_dtype", lambda _: np.dtype(np.uint16))
     wide = number_tokenizer(70_000)
     write(tmp_path / "fits", [[65_535]], wide)
@@ -153,7 +154,7 @@ def test_what_is_written_is_read(tmp_path_factory, documents):
 def test_the_store_does_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
     documents = [[number % 60_000 + 1] * (number % 13) for number in range(2_000)]
     write(tmp_path / "one", documents, workers=1)
-    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 50)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 50)
     write(tmp_path / "many", documents, workers=7)
     for suffix in (".bin", ".idx", ".hashes.npy", ".id_hashes.npy", ".text_bytes.npy"):
         assert (tmp_path / f"one{suffix}").read_bytes() == (tmp_path / f"many{suffix}").read_bytes()
@@ -161,7 +162,7 @@ def test_the_store_does_not_depend_on_threads_or_batches(tmp_path, monkeypatch):
 
 def test_duplicates_are_dropped_on_request_only_and_counted(tmp_path, monkeypatch):
     documents = [[1, 2], [3], [1, 2], [4, 5, 6], [3], [1, 2]]
-    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 5)  # copies in the same batch and in later ones
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 5)  # copies in the same batch and in later ones
     assert len(read(write(tmp_path / "all", documents))) == 6
     store = write(tmp_path / "first", documents, drop_duplicates=True)
     assert read(store) == [[1, 2, 0], [3, 0], [4, 5, 6, 0]]
@@ -175,7 +176,7 @@ def test_duplicates_are_dropped_on_request_only_and_counted(tmp_path, monkeypatc
 )
 def test_a_limit_takes_the_whole_documents_that_fit(tmp_path, monkeypatch, limit, documents, tokens, batch_characters):
     """Documents of 3, 2, 4 and 2 tokens. Once the one of 4 does not fit, the last one is not taken, though it would."""
-    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", batch_characters)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", batch_characters)
     whole = [[1, 2], [3], [4, 5, 6], [7]]
     store = write(tmp_path / "store", whole, max_tokens=limit)
     assert read(store) == [[*document, 0] for document in whole[:documents]]
@@ -186,7 +187,7 @@ def test_a_limit_takes_the_whole_documents_that_fit(tmp_path, monkeypatch, limit
 
 def test_what_a_limit_counts_does_not_depend_on_threads(tmp_path, monkeypatch):
     """Reading runs ahead of tokenizing, further with more threads: what is read there is not counted."""
-    monkeypatch.setattr(token_writer, "BATCH_CHARACTERS", 400)
+    monkeypatch.setattr(batches, "BATCH_CHARACTERS", 400)
     lines = []
     for number in range(3_000):
         lines.append(
