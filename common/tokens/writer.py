@@ -178,7 +178,7 @@ def write_token_store(
     Args:
         counts: what the reader of ``documents`` counts; goes into the sidecar, with ``origin`` (JSON types).
         size_bytes: of the files that are read, to estimate the time left; 0 if not known.
-        workers: threads that tokenize; by default one for each usable core.
+        workers: threads or processes that tokenize, see ``in_order``; by default one for each usable core.
         drop_duplicates: drop documents with the ids of an earlier one; the sidecar counts them. Nothing else is
             dropped.
         max_tokens: end before the first document with which the store would have more tokens, end tokens included. The
@@ -187,8 +187,8 @@ def write_token_store(
         cache_dir: where the proof of equal ids is kept: ``encoder_of``.
 
     Raises:
-        InputError: the disk is full, or ``max_tokens`` is too small for the first document. Half-written files are
-            removed.
+        InputError: the disk is full, ``max_tokens`` is too small for the first document, or a process that tokenizes
+            was killed. Half-written files are removed.
     """
     prefix = Path(prefix)
     workers = usable_cores() if workers is None else workers
