@@ -242,9 +242,7 @@ def main(argv: list[str] | None = None) -> None:
     add_source_flags(sub)
     sub.add_argument("--tokenizer", required=True, help="A folder, or a ModelScope or Hugging Face id.")
     sub.add_argument("--end_token", help="End-of-document token, for a tokenizer that defines none.")
-    sub.add_argument(
-        "--workers", type=at_least_one, help="Threads or processes that tokenize (one a core)."
-    )
+    sub.add_argument("--workers", type=at_least_one, help="Threads or processes that tokenize (one a core).")
     sub.add_argument("--keep_duplicates", action="store_true", help="Keep exact copies of a document.")
     sub.add_argument("--near_duplicates", type=float, metavar="SIMILARITY", help="Remove documents this similar: 0.8.")
 

@@ -129,11 +129,15 @@ def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, m
     assert any(line.startswith(f"| {names[0]} ") and "failed: Error: x" in line for line in lines)
 
 
-def test_the_table_of_data_names_failures_and_keeps_the_rest():
-    row = dict(seconds=2.0, cpu_seconds=3.0, kept=90, disk=400, peak_mb=50.0)
-    found = data.table({("group_texts", 2): row, ("whole_chunks", 2): "Traceback\nError: x", ("ours", 2): row}, 90, 100)
-    assert "whole_chunks, num_proc=2     failed: Error: x" in found
-    assert "ours, 2 threads                   2.0      3.0          50   1.00          4.0       50   10.00%" in found
+def test_the_table_of_data_names_failures_and_keeps_the_rest(tmp_path):
+    (tmp_path / "x.jsonl").write_text("{}\n" * 10)  # so that of 100 tokens 10 are end tokens
+    row = dict(seconds=2.0, cpu_seconds=3.0, kept=90, read=100, disk=400, peak_mb=50.0)
+    rows = {("group_texts", 2): row, ("whole_chunks", 2): "Traceback\nError: x", ("ours", 2): row}
+    found = data.table(rows | {("whole_chunks", 1): row | {"read": None, "kept": 45}}, str(tmp_path / "x.jsonl"))
+    assert found.startswith("100 tokens")
+    assert "whole_chunks, num_proc=2       failed: Error: x" in found
+    assert "ours, 2 cores                       2.0      3.0          50   1.00          4.0       50   10.00%" in found
+    assert "whole_chunks, num_proc=1            2.0      3.0          45    nan          4.4       50   50.00%" in found
     assert 10 < data.peak_mb() < 1e5
 
 

@@ -143,7 +143,8 @@ def test_a_killed_process_is_one_clear_error_and_leaves_nothing(tmp_path, monkey
     def documents():
         for number, text in enumerate(TEXTS):
             if number == 80:
-                workers_now()[0].kill()
+                for worker in workers_now():
+                    worker.kill()
             yield text
 
     prefix = tmp_path / "store" / "tokens"
