@@ -84,7 +84,10 @@ def ours(data: str, tokenizer_folder: str, folder: Path, processes: int) -> tupl
     tokenizer = load_tokenizer(tokenizer_folder)
     store = tokenize(resolve_source(data), tokenizer, SharedArguments(cache_dir=str(folder)))
     rows = PackedRows(store, np.ones(store.documents, dtype=bool), CONTEXT_LENGTH)
-    kept = 1 + sum(len(rows[row]["shift_labels"]) for row in range(len(rows)))  # 1: the first token is no target
+    kept = 1  # the first token is no target
+    for first in range(0, len(rows), 64):
+        batch = rows.__getitems__(range(first, min(first + 64, len(rows))))  # as torch's loader reads a batch
+        kept += sum(len(row["shift_labels"]) for row in batch)
     return kept, len(store.tokens)
 
 

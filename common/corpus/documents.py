@@ -176,6 +176,9 @@ def text_of(record: object, names: list[str], pattern: str) -> str:
         raise record
     if not isinstance(record, dict):
         raise ValueError(f"expected an object with a field {names[0]!r}, found {type(record).__name__}")
+    if pattern == "%s" and isinstance(record.get(names[0]), str):  # the usual case, in half the time
+        text = record[names[0]]
+        return text if NOT_BLANK.search(text) else ""
     values = [_value(record, name) for name in names]
     return pattern % tuple(values) if any(map(NOT_BLANK.search, values)) else ""
 

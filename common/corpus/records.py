@@ -37,6 +37,7 @@ TEXT_FIELDS = (
     "text", "content", "contents", "raw_content", "body", "document", "article", "story", "passage",
     "正文", "内容", "文本",
 )  # fmt: skip
+SCAN_ONCE = json.JSONDecoder().scan_once  # (text, place) -> the value there, and the place after it
 MOST_VALUES = 1 << 23  # of a JSON record; at most the commas, braces and brackets in it, also those of its text
 # A document without text, and a blank line, have only white space, control and format characters.
 BLANK_CATEGORIES = {"Cc", "Cf", "Zs", "Zl", "Zp"}
@@ -133,13 +134,22 @@ def _check_values(text: str) -> None:
         raise ValueError(f"more than {MOST_VALUES:,} values in one record")
 
 
+def _parsed(text: str) -> object:
+    """Return ``json.loads(text)``, in less time where nothing but one line break is around the value."""
+    try:
+        value, end = SCAN_ONCE(text, 0)
+    except StopIteration:  # it does not begin with a value
+        return json.loads(text)
+    return value if text[end:] in ("", "\n") else json.loads(text)
+
+
 def _line_records(name: str, stream: BufferedReader) -> Records:
     for number, line in enumerate(_lines(name, stream), start=1):
         if line.strip():
             try:
                 text = line.decode()
                 _check_values(text)
-                record = json.loads(text)
+                record = _parsed(text)
             except UnicodeDecodeError as error:
                 record = not_utf8(error)
             except (ValueError, RecursionError) as error:

@@ -114,6 +114,22 @@ VALUES = st.recursive(
 )
 
 
+LAYOUTS = ["%s", " %s", "%s \r", "\t%s", "\ufeff%s", "%s,", "%s 1", "%s}", "[%s", "NaN", "\x0b%s", "1e"]
+
+
+@settings(max_examples=100, deadline=None)
+@given(VALUES, st.sampled_from(LAYOUTS))
+def test_a_line_is_what_json_loads_gives(value, layout):
+    line = layout.replace("%s", json.dumps(value)) + "\n"
+    _, (_, found) = read("a.jsonl", b"{}\n\xef\xbb\xbf" + line.encode())  # a mark, so that a second one is left
+    try:
+        expected = json.loads(line)
+    except ValueError as error:
+        assert isinstance(found, ValueError) and str(found) == f"malformed line ({error})"
+    else:
+        assert json.dumps(found) == json.dumps(expected)  # NaN is not equal to itself
+
+
 class Dripping(io.RawIOBase):
     """Returns a few bytes a read, so that the end of a read falls on every place of the text."""
 
