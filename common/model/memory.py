@@ -265,7 +265,9 @@ def activation_bytes(
 
     Saved of each token in each layer: its input, the sum after attention, the results of two norms, queries, keys and
     values, the result of attention, and two tensors as wide as the MLP, or three if it is gated. In FP8, compiled, the
-    results of norms and of the MLP's activation function are not saved but made again in backward.
+    results of norms and of the MLP's activation function are not saved but made again in backward. With experts, three
+    tensors of the layer's width for each expert that a token meets: what it is given, sorted by expert and before, and
+    what it returns.
 
     Args:
         residual_bytes: bytes a number of the residual stream; 4 where autocast leaves the embedding's result in fp32.
@@ -286,6 +288,7 @@ def activation_bytes(
     width, tensors = mlp_width(model)
     again = setting.compiled and setting.precision == "fp8"
     numbers = (0 if again else 2 * config.hidden_size) + 2 * queries + 2 * keys + width * (tensors - again)
+    numbers += 3 * experts_per_token(config) * config.hidden_size
     a_token = (residual_bytes + number_bytes) * config.hidden_size + number_bytes * numbers
     if not setting.compiled:  # norms in fp32, activation functions, copies: so many bytes for each of hidden_size
         a_token += (27 if residual_bytes == 4 else 23 if autocast else 17) * config.hidden_size

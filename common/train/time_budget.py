@@ -158,11 +158,18 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
             f"{each.tokens / 1e6:>7,.0f}M tokens {each.passes:>6.2f} passes {each.bits_per_byte:>7.3f} bits per byte"
             f"{doubtful}"
         )
+    close = [each.target_parameters for each in found if each.bits_per_byte <= chosen.bits_per_byte * (1 + law.error)]
+    alike = "" if len(close) == 1 else f" From {close[0]} to {close[-1]}, the differences are within the law's error."
     say(
-        f"--target_parameters {chosen.target_parameters} should learn most: {chosen.bits_per_byte:.3f} bits per byte. "
-        f"The law was fitted on {law.text}; it missed runs that it had not seen by {law.error:.1%} on average. On "
-        "other text, take the order of the sizes from it, and not the figure."
+        f"--target_parameters {chosen.target_parameters} should learn most: {chosen.bits_per_byte:.3f} bits per byte."
+        f"{alike} The law was fitted on {law.text}; it missed runs that it had not seen by {law.error:.1%} on average. "
+        "On other text, take the order of the sizes from it, and not the figure."
     )
+    if chosen.passes > law.most_passes:
+        say(
+            f"note: {chosen.passes:.2g} passes over the same text. Those after the first {law.most_passes:.2g} count "
+            "as nothing here: after many passes, held-out text is predicted worse again. More text would help most."
+        )
     flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
     flags |= {"target_parameters": chosen.target_parameters, "max_steps": chosen.steps}
     yaml = f"accelerate_configs/{'fp16' if speed.fp16 else 'single_gpu'}.yaml"

@@ -5,6 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from common.model.memory import CONTEXT_BYTES, Setting, activation_bytes, mlp_width, optimizer_bytes, predict
+from common.model.presets import PRESETS
 from common.system import GIB
 
 QWEN2 = dict(model_type="qwen2", num_key_value_heads=2, tie_word_embeddings=True)
@@ -18,6 +19,7 @@ SHAPES = {
         tie_word_embeddings=False, vocab_size=32_000, dtype="bfloat16",
     ),
 }  # fmt: skip
+SHAPES["experts"] = PRESETS["qwen3-moe-a60m"] | dict(vocab_size=32_768)
 SHAPES["7B in fp32"] = SHAPES["7B"] | dict(dtype="float32")
 OLD = dict(bf16_stream=False)  # measured before keep_residual_in_bf16 existed
 TUTORIAL = dict(compiled=False, fused_loss=False, **OLD)
@@ -30,7 +32,7 @@ EIGHT_BIT = dict(context_length=4096, optimizer="adamw_8bit")
 #     ZeRO-1, and ZeRO-2 uncompiled with 128 rows, two cards: buckets of 50M numbers, a tenth of DeepSpeed's default
 #     two cards, compiled, with 128 rows, 0.5B or 7B: 2026-11-25, commits 68bf142 and 72d4b01
 #     one card with the residual stream in bf16, or FP8: 2026-11-26, commit 453b047 and later
-#     the last ones, on two H200s: 2026-11-26, commits e72ad4a and d8d72f2
+#     the last ones, on two H200s: 2026-11-26, commits e72ad4a and d8d72f2; the last three: 2026-11-30
 MEASURED = [
     ("123M", Setting(64, 512, **OLD), 11.13),
     ("123M", Setting(128, 512, **OLD), 18.67),
@@ -104,6 +106,9 @@ MEASURED = [
     ("7B in fp32", Setting(4, 4096, "zero3", 2), 126.13),
     ("7B in fp32", Setting(4, 4096, "zero2", 2, recompute=True), 70.18),
     ("7B in fp32", Setting(8, 4096, "fsdp2", 2, recompute=True), 64.30),
+    ("0.5B", Setting(16, 2048, recompute=True), 11.40),
+    ("0.5B", Setting(16, 2048, recompute=True, recomputed="keep_products"), 29.61),
+    ("experts", Setting(128, 512), 21.6),
 ]
 
 
@@ -163,7 +168,8 @@ def test_a_mixture_of_experts_counts_the_experts_that_a_token_meets():
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         activations[experts] = predict(model, Setting(1, 128)).activations
-    assert activations[2] - activations[1] == 2 * 128 * 2 * 3 * 128  # layers, tokens, bytes, gated, width
+    an_expert = 3 * 128 + 3 * 64  # its three tensors of the MLP's width, and three of the layer's
+    assert activations[2] - activations[1] == 2 * 128 * 2 * an_expert  # layers, tokens, bytes
 
 
 # By hand, of a token in a layer of Qwen2.5-0.5B, in bf16: 896 wide, 14 heads of 64 and 2 of keys and values, MLP 4864.

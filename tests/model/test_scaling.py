@@ -44,7 +44,7 @@ def test_learning_rates_grow_as_the_root_of_the_batch():
 def test_passes_give_twenty_tokens_a_parameter_within_limits():
     assert passes_for(10e6, 50_000_000) == 4
     assert passes_for(10e6, 1_000_000_000) == 1
-    assert passes_for(100e6, 1_000_000) == 8
+    assert passes_for(100e6, 1_000_000) == 4
 
 
 def test_later_passes_count_less_by_the_papers_formula():
@@ -75,10 +75,17 @@ def test_a_law_forecasts_by_its_formula_and_says_when_it_extrapolates():
     assert outside["measured"] == "1M to 100M parameters, 2 to 500 steps, 0 to 2 passes"
 
 
-def test_the_bundled_law_predicts_the_ten_minute_run():
-    law = LossLaw.read(str(BUNDLED_LAW))
-    trained = counted_bytes(148_534_493, 7.871)
-    assert law.bits_per_byte(103_043_328, trained, 4_700) == pytest.approx(1.2602, rel=0.01)
+def test_passes_beyond_those_measured_count_as_nothing():
+    law = LossLaw(0.5, 2.0, 0.5, 3.0, 0.25, 0.0, 0.01, "a text", [1e6, 100e6], [1e6, 1e9], [2, 500], 2.0)
+    two = law.forecast(4e6, 16e6, 2, 100)
+    assert law.forecast(4e6, 16e6, 9, 100)["bits_per_byte"] == two["bits_per_byte"] == two["twice_the_passes"]
+    assert two["twice_the_text"] < two["bits_per_byte"]
+
+
+def test_a_model_larger_than_its_text_makes_fewer_passes():
+    """20 tokens a parameter; 8 passes at most, and 4 with more parameters than the text has tokens."""
+    assert passes_for(1e6, 100_000_000) == 1 and passes_for(10e6, 100_000_000) == 2
+    assert passes_for(90e6, 100_000_000) == 8 and passes_for(110e6, 100_000_000) == 4
 
 
 def test_a_law_is_read_where_it_counts():

@@ -49,7 +49,7 @@ def test_too_few_runs_are_no_ladder():
 
 
 def test_the_law_that_comes_with_the_project_is_the_fit_of_its_rows():
-    """Among them is the run of ten minutes, and each is predicted by all others."""
+    """Each is predicted by all others. The run of ten minutes has too many passes, and is not among them."""
     results = ROOT / "benchmarks" / "results"
     with (results / "ladder_h200_2026-11-30.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["rate"]]  # neither the tutorial nor its model
@@ -59,8 +59,8 @@ def test_the_law_that_comes_with_the_project_is_the_fit_of_its_rows():
     bundled = LossLaw.read(str(BUNDLED_LAW))
     assert dataclasses.replace(law, text=bundled.text) == bundled
     missed = [abs(row["predicted"] / row["bits_per_byte"] - 1) for row in predicted]
-    assert len(missed) == 15 and max(missed) < 0.03
-    assert 308_019_200 in [row["tokens"] for row in predicted], "the ten minutes, with six times the tokens of others"
+    assert len(missed) == 17 and max(missed) < 0.035
+    assert max(row["tokens"] for row in rows) == 308_019_200 and max(row["passes"] for row in predicted) < 4
 
 
 def test_the_table_has_a_column_for_each_rate():

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import re
 import shlex
 from dataclasses import replace
@@ -13,7 +14,7 @@ from conftest import ROOT
 
 from common.arguments import SharedArguments
 from common.console import InputError
-from common.model.scaling import BUNDLED_LAW, LossLaw
+from common.model.scaling import BUNDLED_LAW, LossLaw, counted_bytes
 from common.train.time_budget import Candidate, Outcome, Speed, Text, candidates, outcome, speed_of_card, text_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "ladder_h200_2026-11-30.csv"
@@ -23,11 +24,11 @@ H200 = speed_of_card("NVIDIA H200", HERE)
 TEXT = Text(148.5e6)
 
 
-def measured() -> list[dict]:
-    """The runs that were alone on an H200, of the commit that the speeds were fitted on."""
+def rows_of(commit: str) -> list[dict]:
+    """The runs of a commit that were alone on an H200. The speeds were fitted on those of 03723a0."""
     with RESULTS.open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if row["alone"] == "yes" and row["body"]]
-    return [row for row in rows if row["commit"] == "03723a0" and row["run"] == "ladder.py"]
+    return [row for row in rows if row["commit"] == commit and row["run"] == "ladder.py"]
 
 
 def of_recipe(**given) -> SharedArguments:
@@ -53,7 +54,7 @@ def best_of(found: dict[str, Outcome]) -> str:
 
 
 def test_the_speeds_are_those_of_the_runs():
-    rows = measured()
+    rows = rows_of("03723a0")
     assert len(rows) == 5
     for row in rows:
         per_second, flops = float(row["tokens_per_second"]), float(row["tflops"]) * 1e12
@@ -61,27 +62,36 @@ def test_the_speeds_are_those_of_the_runs():
         assert expected == pytest.approx(per_second, rel=0.03), row["size"]
 
 
-def test_45_seconds_on_an_h200_are_for_42m_as_measured(sizes):
-    """42M, 66M and 103M were measured; each is forecast from the time alone."""
+def test_runs_on_an_h200_are_forecast_from_their_time_alone(sizes):
+    """42M, 66M and 103M at 45 seconds, of which 42M was the best, and 66M and 103M at three minutes."""
     found = by_size(sizes, 0.75)
-    assert best_of(found) == "42M" and not found["42M"].extrapolated
-    for row in measured():
-        if row["size"] in ("42M", "64M", "100M") and int(row["tokens_per_step"]) > 20_000:
-            own = by_size(sizes, float(row["seconds"]) / 60)[row["size"]]
-            assert own.parameters == int(row["parameters"])
-            assert own.tokens == pytest.approx(float(row["tokens"]), rel=0.03)
-            assert own.passes == pytest.approx(float(row["passes"]), rel=0.03)
-            assert own.bits_per_byte == pytest.approx(float(row["bits_per_byte"]), rel=0.015)
+    assert best_of(found) in ("26M", "32M", "42M")
+    assert found["42M"].bits_per_byte < (1 + LAW.error) * found[best_of(found)].bits_per_byte
+    runs = [row for row in rows_of("03723a0") if row["size"] in ("42M", "64M", "100M")]
+    for row in [*runs, *rows_of("e528d21"), *rows_of("e217c9d")]:
+        if int(row["tokens_per_step"]) < 20_000:
+            continue
+        own = by_size(sizes, float(row["seconds"]) / 60)[row["size"]]
+        assert own.parameters == int(row["parameters"])
+        assert own.tokens == pytest.approx(float(row["tokens"]), rel=0.05)
+        assert own.passes == pytest.approx(float(row["passes"]), rel=0.05)
+        assert own.bits_per_byte == pytest.approx(float(row["bits_per_byte"]), rel=0.02)
+    assert best_of(by_size(sizes, 3)) == "64M"
 
 
-def test_ten_minutes_on_an_h200(sizes):
-    """103M reached 1.2602 in 580 s, with evaluations and saving, and before CUDA graphs: 308M tokens."""
-    found = by_size(sizes, 580 / 60)
-    assert found["100M"].bits_per_byte == pytest.approx(1.2602, rel=0.01)
-    assert 308e6 < found["100M"].tokens < 1.1 * 308e6
-    assert best_of(found) in ("100M", "125M")
+def test_more_time_larger_models(sizes):
     named = [best_of(by_size(sizes, minutes)) for minutes in (0.25, 0.75, 3, 10)]
-    assert named == sorted(named, key=lambda size: int(size[:-1])), "more time, larger models"
+    assert named == sorted(named, key=lambda size: int(size[:-1]))
+
+
+def test_passes_beyond_those_measured_buy_nothing(sizes):
+    """103M reached 1.2602 after 7.9 passes in ten minutes, and 1.2345 after 2.7 in three. The law says 4% less."""
+    found = by_size(sizes, 580 / 60)["100M"]
+    assert found.passes > 7 and "0 to 3.88 passes" in found.measured
+    longer = by_size(sizes, 580)["100M"]
+    bits = LAW.irreducible + LAW.a / 103.043328**LAW.alpha + LAW.b / (counted_bytes(148.5e6, 3.8836) / 1e6) ** LAW.beta
+    assert longer.bits_per_byte == pytest.approx(bits, rel=1e-4)
+    assert 0.95 * 1.2602 < found.bits_per_byte < 1.2602
 
 
 def test_an_outcome_by_hand(sizes):
@@ -97,6 +107,8 @@ def test_an_outcome_by_hand(sizes):
     assert found.passes == pytest.approx(steps * 65_536 * 3.80 / 50e6)
     assert found.extrapolated and found.measured == "0 to 3 passes"
     bits = 1 + 2 / 103.043328 + 3 / (steps * 65_536 * 3.80 / 1e6) + 10 / steps**1.5
+    trained = 50 * (1 + 15.4 * (1 - math.exp(-2 / 15.4)))  # MB: three passes count
+    assert found.bits_per_byte == pytest.approx(1 + 2 / 103.043328 + 3 / trained + 10 / steps**1.5)
     unlimited = by_size(sizes, 10, law, slow, Text())["100M"]
     assert unlimited.passes == 1 and unlimited.bits_per_byte == pytest.approx(bits)
     limited = by_size(sizes, 10, law, slow, Text(50e6, most_tokens=1e6))["100M"]
@@ -138,9 +150,9 @@ def test_the_printed_command_is_that_of_the_size(wiki, tmp_path, capsys):
     found = json.loads(figures)
     words = shlex.split(command)
     launcher = "accelerate launch --config_file accelerate_configs/single_gpu.yaml recipes/wiki_zh_scratch.py".split()
-    chosen = ["--target_parameters", "42M", "--max_steps", str(found["steps"])]
+    chosen = ["--target_parameters", found["target_parameters"], "--max_steps", str(found["steps"])]
     assert words == [*launcher, *flags[:2], "--learning_rate", "0.004", *chosen]
-    assert found["target_parameters"] == "42M" and found["law_error"] == LAW.error and found["minutes"] == 0.75
+    assert found["law_error"] == LAW.error and found["minutes"] == 0.75
     wiki.main([*words[5:], "--plan", "--plan_memory_gib", "140"])
     printed = capsys.readouterr().out
     assert f"{found['parameters']:,} parameters" in printed and "It fits 140 GiB" in printed
