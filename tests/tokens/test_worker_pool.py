@@ -2,6 +2,7 @@
 
 import ctypes
 import errno
+import gc
 import os
 import signal
 import stat
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+import torch
 from conftest import ROOT, texts_of
 from filelock import FileLock
 from test_encoding import word_level, wrapped
@@ -225,6 +227,17 @@ def test_signals_and_the_variable_of_tokenizers_are_as_before(monkeypatch):
         assert set(in_order(lambda _: os.environ[worker_pool.PARALLELISM], range(9), 4)) == {"false"}
         assert os.environ.get(worker_pool.PARALLELISM) == found
         assert not signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_the_parents_gpu_is_left_alone():
+    """CUDA cannot be used after a fork, not even to free a tensor that is garbage in the worker."""
+    tensor = torch.ones(1000, device="cuda")
+    garbage = [tensor]
+    garbage.append(garbage)
+    del garbage, tensor
+    assert list(in_order(lambda _: gc.collect() >= 0, range(20), 4)) == [True] * 20
+    assert torch.ones(5, device="cuda").sum().item() == 5
 
 
 LAUNCH = """
