@@ -26,9 +26,9 @@ WEIGHT_DECAY = 0.1  # 0.01 and 0.2 were within 0.2%
 VOCABULARIES = ((0, 8_192), (12e6, 16_384), (40e6, 32_768))
 TOKENS_A_PARAMETER = 20  # Source: https://arxiv.org/abs/2203.15556
 MOST_PASSES = 8  # what more of them are worth: https://arxiv.org/abs/2305.16264, figure 5
-# Of a model with more parameters than the text has tokens. 103M on 39M tokens: 1.2345 bits per byte after 2.7 passes,
-# 1.260 after 7.9; 66M after 3.9 passes: 1.234.
-MOST_PASSES_OF_LARGE_MODELS = 4
+# Of a model with more parameters than the text has tokens, if they make so many steps. 103M on 39M tokens: 1.2345 bits
+# per byte after 2.7 passes, which were 1,617 steps, and 1.260 after 7.9. 66M after 3.9 passes: 1.234.
+MOST_PASSES_OF_LARGE_MODELS, ENOUGH_STEPS = 4, 1600
 # After about so many passes, further ones are worth nothing: R* of the same paper, equation 5.
 PASSES_THAT_COUNT = 15.4
 # What few steps cost falls as this power of their number. 1, 1.5 and 2 were tried: benchmarks/LOG.md
@@ -55,8 +55,9 @@ def defaults_for(target_parameters: str) -> dict:
     say(
         f"{target_parameters} parameters, unless a flag says otherwise: a vocabulary of {found['vocabulary_size']:,} "
         f"(with --tokenizer train), {found['tokens_per_step']:,} tokens a step, weight decay {WEIGHT_DECAY}, "
-        f"{TOKENS_A_PARAMETER} tokens a parameter in 1 to {MOST_PASSES} passes (1 to {MOST_PASSES_OF_LARGE_MODELS} of "
-        f"a text with fewer tokens than parameters; {measured}{'' if known else ': this is extrapolated'})"
+        f"{TOKENS_A_PARAMETER} tokens a parameter in 1 to {MOST_PASSES} passes (if the text has fewer tokens than the "
+        f"model parameters, {MOST_PASSES_OF_LARGE_MODELS}, or as many as make {ENOUGH_STEPS:,} steps; {measured}"
+        f"{'' if known else ': this is extrapolated'})"
     )
     return found
 
@@ -84,8 +85,11 @@ def learning_rates_for(tokens_per_step: int) -> dict[str, float]:
 
 
 def passes_for(parameters: float, text_tokens: int) -> float:
-    """Return the passes over ``text_tokens`` that give TOKENS_A_PARAMETER; at least 1, at most 8 or 4, as above."""
-    most = MOST_PASSES if parameters <= text_tokens else MOST_PASSES_OF_LARGE_MODELS
+    """Return the passes over ``text_tokens`` that give TOKENS_A_PARAMETER; at least 1, and at most as said above."""
+    most = float(MOST_PASSES)
+    if parameters > text_tokens:
+        for_enough_steps = ENOUGH_STEPS * tokens_per_step_for(parameters) / text_tokens
+        most = min(most, max(MOST_PASSES_OF_LARGE_MODELS, for_enough_steps))
     return min(most, max(1.0, TOKENS_A_PARAMETER * parameters / text_tokens))
 
 
