@@ -27,9 +27,8 @@ from launching import ROOT, launcher, run
 
 STEPS, KILLED_AT = 30, 12
 ON_CPUS = "--mixed_precision no --dynamo_backend no"
-SAMPLE = (
-    "--sample --tokenizer train --context_length 64 --tokens_per_step 1024 --vocabulary_size 1000 --max_eval_rows 4"
-)
+SAMPLE = f"--data {ROOT / 'data' / 'sample_zh.jsonl'} --tokenizer train --vocabulary_size 1000 --context_length 64"
+SAMPLE += " --tokens_per_step 1024 --max_eval_rows 4"
 TINY = dict(
     model_type="qwen2", hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
     num_key_value_heads=2, tie_word_embeddings=True,

@@ -95,8 +95,8 @@ class SharedArguments:
         default="cross",
         metadata={
             "help": "cross: rows are windows over the stream of documents. isolated: the same rows, but documents do "
-            "not see each other.",
-            "choices": ["cross", "isolated"],
+            "not see each other. best_fit: rows to train on begin with a document, and cut none that fits into one.",
+            "choices": ["cross", "isolated", "best_fit"],
         },
     )
     optimizer: str = field(

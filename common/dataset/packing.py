@@ -1,6 +1,6 @@
 """Token stores -> rows of fixed length: the rows of one store, and of several stores joined.
 
-Another packing is a class here beside PackedRows. These know of packing, too:
+Another packing is a class beside PackedRows, as in best_fit.py. These know of packing, too:
 
 - ``--packing`` in arguments.py; dataset/rows.py and train/forgetting.py, which build the rows;
 - dataset/ledger.py, which accounts for dropped tokens; model/attention.py, which keeps documents apart;

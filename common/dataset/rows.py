@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.corpus.splits import Split, hashes_of_equals, split_by_hash, split_in_order
+from common.dataset.best_fit import BestFitRows
 from common.dataset.ledger import Ledger
 from common.dataset.packing import JoinedRows, PackedRows
 from common.tokens.store import TokenStore
@@ -35,7 +36,7 @@ def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Row
 
     If there is only one distinct document, its last tokens are held out: ``held_out_fraction`` of them, at least a row.
 
-    Dropped: the last partial row of each split of each source. The ledgers count it.
+    Dropped: the last partial row of each split of each source, but nothing of BestFitRows. The ledgers count it.
 
     Raises:
         InputError: a split is shorter than one row, or the flags make none.
@@ -115,15 +116,22 @@ def _say_empty_shares(name: str, split: Split, shares: str) -> None:
 def _packed(store: TokenStore, split: Split, arguments: SharedArguments) -> dict[str, PackedRows]:
     """Return the rows of each use of the documents of ``store``."""
     isolated, most = arguments.packing == "isolated", arguments.max_eval_rows
+    if arguments.packing == "best_fit":
+        train = BestFitRows(store, split.train, arguments.context_length)
+    else:
+        train = PackedRows(store, split.train, arguments.context_length, isolated)
     return {
-        "train": PackedRows(store, split.train, arguments.context_length, isolated),
+        "train": train,
         "held_out": PackedRows(store, split.held_out, arguments.context_length, isolated, most),
         "test": PackedRows(store, split.test, arguments.context_length, isolated, most),
     }
 
 
 def _head_and_tail(store: TokenStore, split: Split, arguments: SharedArguments) -> dict[str, PackedRows]:
-    """Return the rows of the only distinct document, whose tail is held out; none if it is in another store."""
+    """Return the rows of the only distinct document, whose tail is held out; none if it is in another store.
+
+    They are windows with every packing.
+    """
     rows = _packed(store, split, arguments)
     if not split.train.any():
         return rows

@@ -52,7 +52,7 @@ WITHOUT_RUN = {
     "eval_tasks_every": "when --eval_tasks are measured",
 }
 SHARED = {
-    "packing": [["--packing", "isolated"]],
+    "packing": [["--packing", "isolated"], ["--packing", "best_fit"]],
     "attn_implementation": [["--attn_implementation", "eager"], ["--attn_implementation", "sdpa"]],
     "recompute": [["--recompute", what] for what in ("all", "2", "keep_products", "keep_attention")],
     "branch_from": [["--branch_from", CHECKPOINT, "--max_steps", "4"]],
