@@ -52,6 +52,7 @@ class Setting:
     strategy: Strategy = SINGLE  # or its name
     processes: int = 1
     copies: int = 1  # of the model under FSDP2, each sharded by processes / copies
+    tensor: int = 1  # processes that compute each layer together, with parts of its matrices
     precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
     recompute: bool = False
@@ -172,7 +173,8 @@ def bytes_by_strategy(model: PreTrainedModel, setting: Setting, number_bytes: in
         shards = max(1, processes // setting.copies)
         parameters, gradients, states = parameters / shards, gradients / shards, states / shards
         ends = sum(map(numbers_of, embedding_and_head(model)))
-        buffers = number_bytes * (ends + 2 * (count - ends) / _layers(model))  # gathered: both ends, two layers
+        gathered = ends + 2 * (count - ends) / _layers(model)  # both ends, two layers
+        buffers = number_bytes * gathered / setting.tensor
     if setting.offload_optimizer:
         gradients = states = 0.0
     return 0.0 if setting.offload_parameters else parameters, gradients, states, buffers
@@ -287,7 +289,8 @@ def activation_bytes(
     queries, keys = heads * head_size(model), key_heads * head_size(model)
     width, tensors = mlp_width(model)
     again = setting.compiled and setting.precision == "fp8"
-    numbers = (0 if again else 2 * config.hidden_size) + 2 * queries + 2 * keys + width * (tensors - again)
+    numbers = (2 * queries + 2 * keys + width * (tensors - again)) / setting.tensor
+    numbers += 0 if again else 2 * config.hidden_size
     numbers += 3 * experts_per_token(config) * config.hidden_size
     a_token = (residual_bytes + number_bytes) * config.hidden_size + number_bytes * numbers
     if not setting.compiled:  # norms in fp32, activation functions, copies: so many bytes for each of hidden_size
@@ -310,13 +313,14 @@ def kept_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int) -> f
     config = model.config.get_text_config()
     heads = config.num_attention_heads
     key_heads = getattr(config, "num_key_value_heads", None) or heads
-    attention = number_bytes * heads * head_size(model) + 4 * heads
+    attention = (number_bytes * heads * head_size(model) + 4 * heads) / setting.tensor
     if setting.recomputed == "keep_attention":
         return attention
     if setting.recomputed != "keep_products":
         return 0.0
     width, tensors = mlp_width(model)
-    numbers = (heads + 2 * key_heads) * head_size(model) + config.hidden_size + width * (tensors - 1)
+    numbers = ((heads + 2 * key_heads) * head_size(model) + width * (tensors - 1)) / setting.tensor
+    numbers += config.hidden_size
     return attention + number_bytes * (numbers + (0 if setting.compiled else config.hidden_size))
 
 
@@ -367,6 +371,7 @@ def logit_bytes(model: PreTrainedModel, setting: Setting, number_bytes: int, cop
     """
     head, tokens = model.get_output_embeddings().weight, setting.rows * setting.context_length
     vocabulary, hidden = shape_of_parameter(head)
+    vocabulary /= setting.tensor
     if not setting.fused_loss:  # in half precision, in fp32, and the softmax with its gradient's copy
         return 12 * tokens * vocabulary
     weight, chunk = vocabulary * hidden, min(CHUNK_BYTES, number_bytes * tokens * vocabulary)

@@ -20,9 +20,11 @@ def described(setting: Setting) -> str:
     extras = [word for word in ("compiled", "offload_optimizer", "offload_parameters") if getattr(setting, word)]
     if setting.recompute:
         extras.append("recompute" if setting.recomputed == "all" else f"recompute {setting.recomputed}")
+    divided = f" ({setting.tensor} compute each layer together)" if setting.tensor > 1 else ""
     return (
-        f"{setting.strategy} on {setting.processes} card(s), {setting.rows} rows of {setting.context_length} tokens at "
-        f"once on each, {setting.optimizer}, mixed precision {setting.precision}, {', '.join(extras) or 'not compiled'}"
+        f"{setting.strategy} on {setting.processes} card(s){divided}, {setting.rows} rows of {setting.context_length} "
+        f"tokens at once on each, {setting.optimizer}, mixed precision {setting.precision}, "
+        f"{', '.join(extras) or 'not compiled'}"
     )
 
 

@@ -163,11 +163,12 @@ def with_micro_batch(
     """
     if training.gradient_accumulation_steps > 0:
         return replace(setting, rows=max(1, setting.rows), accumulated=training.gradient_accumulation_steps > 1)
-    rows_a_step = shared.tokens_per_step // (setting.context_length * setting.processes)
+    readers = setting.processes // setting.tensor  # each reads rows of its own
+    rows_a_step = shared.tokens_per_step // (setting.context_length * readers)
     if rows_a_step < 1:
         raise InputError(
             f"--tokens_per_step {shared.tokens_per_step:,}: less than one row of {setting.context_length} tokens for "
-            f"each of {setting.processes} cards. Use at least {setting.context_length * setting.processes:,}."
+            f"each of {readers} cards. Use at least {setting.context_length * readers:,}."
         )
     most = setting.rows if setting.rows > 0 else rows_that_fit(model, setting, rows_a_step, limit_gib)
     rows = largest_divisor(rows_a_step, most)
@@ -189,6 +190,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         parallelism = config.get("parallelism_config") or {}
         sharing = int(parallelism.get("parallelism_config_cp_size", 1))
         sharing *= int(parallelism.get("parallelism_config_sp_size", 1))
+        tensor = int(parallelism.get("parallelism_config_tp_size", 1))
         processes = processes or int(config.get("num_processes", 1))
         compiled = str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no"
     except FileNotFoundError:
@@ -206,11 +208,12 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
             f"--plan_config {path}: distributed_type NO is for one process, and these are {processes}. Use "
             "accelerate_configs/ddp.yaml or fsdp2.yaml, or --plan_processes 1."
         )
-    if processes % sharing:
-        raise InputError(
-            f"--plan_config {path}: {sharing} cards share each row, and {processes} cards are no multiple of it. Use "
-            f"--plan_processes {max(1, processes // sharing) * sharing}."
-        )
+    for together, what in ((sharing, "share each row"), (tensor, "compute each layer together")):
+        if processes % together:
+            raise InputError(
+                f"--plan_config {path}: {together} cards {what}, and {processes} cards are no multiple of it. Use "
+                f"--plan_processes {max(1, processes // together) * together}."
+            )
     moved = ("cpu", "nvme")
     offload_optimizer = zero.get("offload_optimizer_device") in moved or bool(fsdp.get("fsdp_offload_params"))
     no_muon = kind == "DEEPSPEED" or offload_optimizer  # choose_optimizer says why
@@ -220,6 +223,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         strategy=strategies[kind],
         processes=processes,
         copies=int(parallelism.get("parallelism_config_dp_replicate_size", 1)),
+        tensor=tensor,
         precision=str(config.get("mixed_precision", "no")),
         compiled=compiled,
         recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing") or "recompute" in zero),
@@ -273,6 +277,7 @@ def setting_of_run(
         strategy=launch.strategy,
         processes=launch.processes,
         copies=launch.replicas,
+        tensor=launch.tensor_parallel,
         precision=precision_of(training),
         compiled=launch.compiled,
         recompute=training.gradient_checkpointing or launch.recompute is not None,

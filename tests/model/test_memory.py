@@ -1,5 +1,7 @@
 """Predicted memory against peaks measured on H100s and H200s (torch.cuda.max_memory_allocated)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -182,6 +184,17 @@ RECOMPUTED = {  # with the layer's input
     "keep_attention": 2 * 896 + RESULT,
     "keep_products": 2 * 896 + RESULT + 2 * (896 + 2 * 128 + 896 + 2 * 4864),  # q, k, v, output, and two of the MLP
 }
+
+
+def test_cards_that_compute_a_layer_together_have_parts_of_it_by_hand(models):
+    """Of Qwen2.5-0.5B: the residual stream and the norms are whole on each card."""
+    two = Setting(4, 512, "fsdp2", 2, tensor=2)
+    whole, parts = 2 * (4 * 896), 2 * (2 * 896 + 2 * 128 + 3 * 4864)
+    assert whole + parts == EVERYTHING
+    assert activation_bytes(models["0.5B"], two, 2, 2, False) == 24 * 4 * 512 * (whole + parts / 2)
+    one = replace(two, tensor=1)
+    assert predict(models["0.5B"], two).parameters == predict(models["0.5B"], one).parameters, "halves, either way"
+    assert predict(models["0.5B"], two).logits < predict(models["0.5B"], one).logits
 
 
 @pytest.mark.parametrize("recomputed", RECOMPUTED)

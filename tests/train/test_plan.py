@@ -322,6 +322,11 @@ def test_a_step_of_less_than_a_row_for_each_card_is_refused(wiki):
     [
         ("single_gpu", 8, "distributed_type NO is for one process, and these are 8. Use .*ddp.yaml"),
         ("fsdp2_context_parallel", 3, "2 cards share each row, and 3 cards are no multiple of it. .*_processes 2"),
+        (
+            "tensor_parallel",
+            3,
+            "2 cards compute each layer together, and 3 cards are no .* --plan_processes 2",
+        ),
     ],
 )
 def test_cards_that_a_yaml_is_not_for_are_refused(config, processes, message):
