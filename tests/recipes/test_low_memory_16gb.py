@@ -22,6 +22,7 @@ from common.train.trainer import PretrainingTrainer
 
 ENGLISH = ROOT / "data" / "sample_en.jsonl"
 CHECK_BITSANDBYTES = low_memory.check_bitsandbytes  # of which slow_kernels takes the place
+NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
 
 @pytest.fixture(scope="module")
@@ -230,8 +231,10 @@ def test_a_run_that_was_continued_and_stopped_is_not_merged(recipe, finished, we
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--optim", "adamw_8bit"], "bitsandbytes needs a GPU.* --optim adamw_torch"),
-        (["--method", "qlora"], "bitsandbytes needs a GPU.* --method lora --optim adamw_torch"),
+        pytest.param(["--optim", "adamw_8bit"], "bitsandbytes needs a GPU.* --optim adamw_torch", marks=NO_GPU),
+        pytest.param(
+            ["--method", "qlora"], "bitsandbytes needs a GPU.* --method lora --optim adamw_torch", marks=NO_GPU
+        ),
         (["--method", "lora", "--lora_targets", "query"], "no linear layers query beside its head. It has: down_proj"),
         (["--method", "lora", "--weights", "bf16"], "--weights bf16: with --method lora"),
         (["--context_length", "256"], "the model knows 128 positions"),
