@@ -23,7 +23,7 @@ from common.arguments import SharedArguments
 from common.console import InputError, say
 from common.dataset.mixture import TrainingOrder
 from common.run.checkpoints import checkpoints, problem_of
-from common.run.identity import OTHER_ORDER, RUN_FILE, changes, known_early, why_fixed
+from common.run.identity import RUN_FILE, changes, has_other_order, known_early, why_fixed
 
 BRANCH_FILE = "branch.json"
 HOW_IT_STARTED = ("data.init_from", "data.branch_from")  # of no consequence after a checkpoint
@@ -140,12 +140,13 @@ def _new_branch(order: TrainingOrder, identity: dict, state: dict, shared: Share
     say(f"branch: from {checkpoint}, after {state['global_step']:,} steps, {tokens:,} tokens")
     for name, old, new in differing:
         say(f"branch: {name} was {old!r}, and is {new!r} from here on")
-    if not names & set(OTHER_ORDER):
+    reordered = {change[0] for change in differing if has_other_order(*change)}
+    if not reordered:
         begins_at, taken = before["begins_at"], before["taken"]
         say("branch: the order of rows is the same, and continues at the next row")
     else:
         begins_at, taken = position, [0] * len(order.taken)
-        if names & set(OTHER_ORDER) <= SOURCES:
+        if reordered <= SOURCES:
             taken = _taken(order, was["data"], identity["data"], before, position)
         say(f"branch: the order of rows is new. {_start_of_sources(taken)}")
     return Branch(

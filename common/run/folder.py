@@ -44,7 +44,7 @@ from common.run.checkpoints import (
     why_not_written,
 )
 from common.run.disk import check_disk_space
-from common.run.identity import OTHER_ORDER, RUN_FILE, check_changes, known_early
+from common.run.identity import RUN_FILE, check_changes, has_other_order, known_early
 from common.run.lock import STATUS_FILE, lock_folder, write_status
 
 RESULTS_FILE = "all_results.json"
@@ -121,7 +121,7 @@ class Run:
                 say(f"--allow_changes: {name} was {was!r}, and is {now!r} from here on")
             if changes:
                 self._changed_identity = identity
-            if any(change[0] in OTHER_ORDER for change in changes):
+            if any(has_other_order(*change) for change in changes):
                 say("note: the rows are in another order from here on: some are trained on a second time, others later")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)

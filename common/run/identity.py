@@ -71,8 +71,14 @@ FIXED = {
     "training.optim_target_modules": "the checkpoint has the states of the other optimizer",
 }
 OTHER_ORDER = ("training.seed", "training.data_seed", "data.documents", "data.data_weights", "data.keep_duplicates")
+ROWS_OF_ITS_OWN = "best_fit"  # cross and isolated have the same rows
 BY_EVALUATION = ("reduce_lr_on_plateau", "greedy")  # schedules that keep the rate itself as a state
 RATE = ("learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+
+
+def has_other_order(name: str, was: object, now: object) -> bool:
+    """Whether rows are others, or in another order, if ``name`` in run.json ``was`` something else."""
+    return name in OTHER_ORDER or (name == "data.packing" and ROWS_OF_ITS_OWN in (was, now))
 
 
 def run_identity(

@@ -129,6 +129,17 @@ def test_a_batch_that_grows_is_a_branch(quick, cache_dir, trunk, tmp_path, capsy
     assert "the order of rows is the same, and continues at the next row" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("packing", "said"), [("isolated", "the same, and continues"), ("best_fit", "new")])
+def test_a_branch_with_other_packing(quick, cache_dir, trunk, tmp_path, capsys, packing, said):
+    """Isolated rows are those of cross, so their order goes on. Those of best_fit are others."""
+    flags = [*NOISE, "--packing", packing, "--branch_from", str(trunk / "checkpoint-3")]
+    quick.main(small_run(cache_dir, tmp_path / "run", *flags))
+    printed = capsys.readouterr().out
+    assert f"branch: data.packing was 'cross', and is '{packing}' from here on" in printed
+    assert f"branch: the order of rows is {said}" in printed
+    assert losses(tmp_path / "run").keys() == {1, 2, 3, 4, 5, 6}
+
+
 def test_a_source_continues_after_its_rows_in_another_mixture(quick, cache_dir, tmp_path, monkeypatch, capsys):
     """A run on one source, a branch with a second one, a branch of that with other weights: no row comes twice."""
     fetched = []
