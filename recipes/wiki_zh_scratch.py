@@ -12,8 +12,8 @@ Data: Chinese Wikipedia of 2024-08-20, https://huggingface.co/datasets/fjcanyue/
 data/wikipedia-zh-cn-20240820.json is not there, it is downloaded. Any flag overrides the values below; --help shows
 them. The same command again continues where the run stopped.
 
-Result: not yet measured on Wikipedia. On 149 MB of other Chinese and English: 308M tokens in 580 s on one H200, 531k
-tokens/s, 1.260 bits per byte (2026-11-30, learning rate 6e-3). Versions and other results: benchmarks/README.md.
+Result: not yet measured on Wikipedia. On 149 MB of other Chinese and English: 106M tokens in 178 s on one H200, 595k
+tokens/s, 1.235 bits per byte (2026-11-30). Versions and other results: benchmarks/README.md.
 
 The model of SwanLab's tutorial, 123M parameters with 78M of them in the embedding: --model swanlab-wiki --tokenizer
 Qwen/Qwen2-0.5B

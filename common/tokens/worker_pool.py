@@ -215,7 +215,9 @@ def _close_files(kept: int) -> None:
     The parent's locks would stay locked as long as a worker has their files open. Other workers would not see the end
     of the parent.
     """
-    for number in map(int, os.listdir("/proc/self/fd")):
+    listed = "/proc/self/fd"
+    numbers = map(int, os.listdir(listed)) if os.path.isdir(listed) else range(os.sysconf("SC_OPEN_MAX"))
+    for number in numbers:
         if number > 2 and number != kept:
             with suppress(OSError):  # that of the listing itself is closed already
                 os.close(number)
