@@ -124,19 +124,24 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
     for size, count in zip(values[::-1].tolist(), counts[::-1].tolist(), strict=True):
         while count:
             place = bisect_left(rooms, size)
-            if place == len(rooms):  # new bins, of which each could take so many
-                new = np.arange(made, made + -(-count // (room // size)))
-                made += len(new)
-                put_back(new, room)
-                continue
-            left = rooms.pop(place)
-            some = np.concatenate(open_bins.pop(left))
-            put_back(some[count:], left)
-            some = some[:count]
-            bins[order[taken : taken + len(some)]] = some
-            put_back(some, left - size)
-            taken += len(some)
-            count -= len(some)
+            if place < len(rooms):
+                left = rooms.pop(place)
+                some = np.concatenate(open_bins.pop(left))
+            else:
+                left = room
+                some = np.arange(made, made + -(-count // (room // size)))
+                made += len(some)
+            # A bin that has taken one has the least room that is left, so it takes the next one, while it can.
+            in_each = left // size
+            used = some[: -(-count // in_each)]
+            placed = np.repeat(used, in_each)[:count]
+            bins[order[taken : taken + len(placed)]] = placed
+            in_last = len(placed) - in_each * (len(used) - 1)
+            put_back(some[len(used) :], left)
+            put_back(used[:-1], left - in_each * size)
+            put_back(used[-1:], left - in_last * size)
+            taken += len(placed)
+            count -= len(placed)
     return bins
 
 
