@@ -20,6 +20,18 @@ FSDP2 = {
 }
 
 
+# Layer by layer, as the YAMLs that compile; by a backend that needs no compiler.
+COMPILED = {"ACCELERATE_DYNAMO_BACKEND": "AOT_EAGER", "ACCELERATE_DYNAMO_USE_REGIONAL_COMPILATION": "true"}
+
+
+def check_compiled() -> None:
+    """Fail if the launcher asked for compiled layers and there are none: a layer has some 50 operations."""
+    from torch._dynamo.utils import counters
+
+    if "ACCELERATE_DYNAMO_BACKEND" in os.environ:
+        assert counters["stats"]["calls_captured"] > 50, counters
+
+
 def zero(stage: int) -> dict[str, str]:
     """Return what the launcher says of DeepSpeed's ZeRO, with everything else left to the recipe."""
     said = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": str(stage)}

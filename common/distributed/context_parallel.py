@@ -66,7 +66,6 @@ def check_sequence_parallelism(launch: Launch) -> None:
         (launch.context_parallel > 1, "context parallelism", "--parallelism_config_cp_size 1"),
         (launch.replicas > 1, "dp_replicate_size above 1", "--parallelism_config_dp_replicate_size 1"),
         (launch.precision == "fp16", "fp16", "--mixed_precision bf16"),
-        (launch.compiled, "torch.compile", "--dynamo_backend no"),
         (launch.offloads, "parameters in main memory", "--fsdp_offload_params false"),
     ):
         if wrong:

@@ -206,7 +206,8 @@ def set_ulysses(model: PreTrainedModel, wanted: str, isolated: bool, device: tor
         inner = partial(document_attention, kernel_options=tiles_of(model, device))
     else:
         inner = masked_attention
-    AttentionInterface.register(kind, partial(ulysses_attention, inner, group))
+    # Compiled layers leave out the exchange; flex attention is compiled by itself.
+    AttentionInterface.register(kind, torch.compiler.disable(partial(ulysses_attention, inner, group)))
     model.set_attn_implementation(kind)
     within = " within documents" if isolated else ""
     say(f"attention: causal{within}, of {launch.sequence_parallel} processes each for its share of the heads (Ulysses)")

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import load_recipe, losses, small_run
-from launched_processes import FSDP2, in_launched_processes, meet_again
+from launched_processes import COMPILED, FSDP2, check_compiled, in_launched_processes, meet_again
 from test_sharding import CONSTANT, MUON, assert_same_run
 from two_processes import in_two_processes
 
@@ -76,7 +76,6 @@ def test_what_was_not_tried_is_refused_with_what_works():
     check_parallelism(launch(processes=8, shards=4), 512, isolated=True)
     for wrong, length, words in (
         (dict(strategy=Launch().strategy), 512, "with single: not tried here. Use --config_file .*fsdp2_ulysses.yaml"),
-        (dict(compiler="inductor"), 512, "with torch.compile: .*--dynamo_backend no"),
         (dict(precision="fp16"), 512, "with fp16"),
         (dict(context_parallel=2), 512, "with context parallelism"),
         (dict(tensor_parallel=2), 512, "tp_size 2 with sequence parallelism"),
@@ -120,16 +119,18 @@ def check_runs(rank: int, folder: Path) -> None:
     for name, flags in (halves, *RUNS.items()):
         recipe.main(small_run(folder / "cache", folder / f"divided {name}", *flags))
         meet_again()
+    check_compiled()
     assert set(lengths) == {32}  # of rows of 64 tokens
     (folder / f"lengths.{rank}").write_text(json.dumps(lengths))
 
 
 @pytest.mark.heavy
-def test_runs_with_divided_rows_are_those_of_one_process_and_continue(wiki, cache_dir, tmp_path):
+@pytest.mark.parametrize("compiled", [{}, COMPILED], ids=["not compiled", "compiled"])
+def test_runs_with_divided_rows_are_those_of_one_process_and_continue(wiki, cache_dir, tmp_path, compiled):
     (tmp_path / "cache").symlink_to(cache_dir)
     for name, flags in RUNS.items():
         wiki.main(small_run(cache_dir, tmp_path / name, *flags))
-    in_launched_processes(2, check_runs, tmp_path, **FSDP2, **ASKED)
+    in_launched_processes(2, check_runs, tmp_path, **FSDP2, **ASKED, **compiled)
     for name in RUNS:
         assert_same_run(tmp_path / f"divided {name}", tmp_path / name)
     assert losses(tmp_path / "isolated") != pytest.approx(losses(tmp_path / "cross"), rel=1e-4)
