@@ -217,7 +217,7 @@ def main(argv: list[str] | None = None) -> None:
         load_start(model, shared.init_from)
     model = place_model(model, launch, shared.cache_dir, training.seed)  # divided, under tensor parallelism
     if own.target_parameters and training.num_train_epochs == 0:  # the passes follow from size and text
-        training.num_train_epochs = passes_for(model.num_parameters(), rows.train.stream_tokens)
+        training.num_train_epochs = passes_for(model.num_parameters(), rows.train.stream_tokens, shared.tokens_per_step)
     say(f"parameters: {parameters_in_words(model)}")
     isolated = shared.packing == "isolated"
     set_attention(model, shared.attn_implementation, isolated, training.device, launch=launch)

@@ -140,7 +140,7 @@ def _parsed(text: str) -> object:
         value, end = SCAN_ONCE(text, 0)
     except StopIteration:  # it does not begin with a value
         return json.loads(text)
-    return value if text[end:] in ("", "\n") else json.loads(text)
+    return value if text[end:] in ("", "\n", "\r\n") else json.loads(text)
 
 
 def _line_records(name: str, stream: BufferedReader) -> Records:

@@ -84,11 +84,11 @@ def learning_rates_for(tokens_per_step: int) -> dict[str, float]:
     return {optimizer: float(f"{rate * factor:.1e}") for optimizer, rate in LEARNING_RATES.items()}
 
 
-def passes_for(parameters: float, text_tokens: int) -> float:
+def passes_for(parameters: float, text_tokens: int, tokens_per_step: int) -> float:
     """Return the passes over ``text_tokens`` that give TOKENS_A_PARAMETER; at least 1, and at most as said above."""
     most = float(MOST_PASSES)
     if parameters > text_tokens:
-        for_enough_steps = ENOUGH_STEPS * tokens_per_step_for(parameters) / text_tokens
+        for_enough_steps = ENOUGH_STEPS * tokens_per_step / text_tokens
         most = min(most, max(MOST_PASSES_OF_LARGE_MODELS, for_enough_steps))
     return min(most, max(1.0, TOKENS_A_PARAMETER * parameters / text_tokens))
 
@@ -203,4 +203,4 @@ def in_short(number: float) -> str:
     """Return a number as one says it: 16M, 972M, 4,700, 7.87."""
     if number >= 1e6:
         return f"{number / 1e6:.3g}M"
-    return f"{number:,.0f}" if number >= 1000 else f"{number:.3g}"
+    return f"{number:,.0f}" if number >= 999.5 else f"{number:.3g}"

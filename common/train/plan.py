@@ -24,6 +24,7 @@ from common.distributed.strategy import DDP, FSDP2, SINGLE, Strategy
 from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
 from common.model.memory import Setting, main_memory_bytes, optimizer_name, predict, state_bits
+from common.model.placement import check_plan
 from common.model.recompute import choose_recompute
 from common.system import GIB
 from common.train.advice import Switch, advised, described, published_that_fit
@@ -63,6 +64,7 @@ def print_plan(
     # A YAML that is planned for is that of a card, whatever is here.
     planned_training = training if path is None else replaced(training, use_cpu=False)
     check_combinations(replace(launch, strategy=setting.strategy), planned_training, method or "full")
+    check_plan(model, setting.tensor)
     setting = with_graphs(model, setting)
     limit = shared.plan_memory_gib
     if limit is None and card_bytes(training.device) is not None:

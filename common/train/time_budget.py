@@ -18,7 +18,7 @@ from common.model.counts import PEAK_TFLOPS, flops_per_token, peak_by_name
 from common.model.fit_to_text import bytes_of
 from common.model.from_config import planned_model
 from common.model.presets import QWEN2_VOCABULARY, shape_near
-from common.model.scaling import LossLaw, tokens_per_step_for, vocabulary_for
+from common.model.scaling import LossLaw, in_short, tokens_per_step_for, vocabulary_for
 
 SIZES = "8M 11M 16M 20M 26M 32M 42M 50M 64M 80M 100M 125M 160M 200M 250M 350M".split()
 # A step takes SECONDS_A_STEP, in which the card waits, and its FLOPs at FLOPS. Fitted on five runs of 42M to 123M alone
@@ -148,7 +148,8 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
     chosen = found[best]
     there = "text that is enough for one pass (its size is not known)"
     if text.bytes is not None:
-        there = f"about {text.bytes / 1e6:,.0f} MB of text"
+        megabytes = text.bytes / 1e6
+        there = f"about {megabytes:,.0f} MB of text" if megabytes >= 10 else f"about {megabytes:.2g} MB of text"
     say(f"{duration_in_words(60 * minutes)} on one {speed.card}, {there}:")
     for each in found[max(0, best - SHOWN) : best + SHOWN + 1]:
         mark = ">" if each is chosen else " "
@@ -167,8 +168,9 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
     )
     if chosen.passes > law.most_passes:
         say(
-            f"note: {chosen.passes:.2g} passes over the same text. Those after the first {law.most_passes:.2g} count "
-            "as nothing here: after many passes, held-out text is predicted worse again. More text would help most."
+            f"note: {in_short(chosen.passes)} passes over the same text. Those after the first "
+            f"{in_short(law.most_passes)} count as nothing here: after many passes, held-out text is predicted worse "
+            "again. More text would help most."
         )
     flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
     flags |= {"target_parameters": chosen.target_parameters, "max_steps": chosen.steps}

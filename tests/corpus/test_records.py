@@ -114,7 +114,7 @@ VALUES = st.recursive(
 )
 
 
-LAYOUTS = ["%s", " %s", "%s \r", "\t%s", "\ufeff%s", "%s,", "%s 1", "%s}", "[%s", "NaN", "\x0b%s", "1e"]
+LAYOUTS = ["%s", "%s\r", " %s", "%s \r", "\t%s", "\ufeff%s", "%s,", "%s 1", "%s}", "[%s", "NaN", "\x0b%s", "1e"]
 
 
 @settings(max_examples=100, deadline=None)

@@ -42,9 +42,9 @@ def test_learning_rates_grow_as_the_root_of_the_batch():
 
 
 def test_passes_give_twenty_tokens_a_parameter_within_limits():
-    assert passes_for(10e6, 50_000_000) == 4
-    assert passes_for(10e6, 1_000_000_000) == 1
-    assert passes_for(100e6, 1_000_000) == 8
+    assert passes_for(10e6, 50_000_000, 16_384) == 4
+    assert passes_for(10e6, 1_000_000_000, 16_384) == 1
+    assert passes_for(100e6, 1_000_000, 65_536) == 8
 
 
 def test_later_passes_count_less_by_the_papers_formula():
@@ -83,9 +83,11 @@ def test_passes_beyond_those_measured_count_as_nothing():
 
 
 def test_a_model_larger_than_its_text_makes_fewer_passes():
-    """8 passes at most; with more parameters than the text has tokens 4, or what makes 1,600 steps of 65,536 tokens."""
-    assert passes_for(90e6, 100_000_000) == 8 and passes_for(110e6, 100_000_000) == 4
-    assert passes_for(103e6, 20_000_000) == pytest.approx(1600 * 65_536 / 20e6) and passes_for(103e6, 10_000_000) == 8
+    """8 passes at most; with more parameters than the text has tokens 4, or what makes 1,600 steps of the run."""
+    assert passes_for(90e6, 100_000_000, 65_536) == 8 and passes_for(110e6, 100_000_000, 65_536) == 4
+    assert passes_for(103e6, 20_000_000, 65_536) == pytest.approx(1600 * 65_536 / 20e6)
+    assert passes_for(103e6, 10_000_000, 65_536) == 8
+    assert passes_for(103e6, 20_000_000, 32_768) == 4, "1,600 steps of --tokens_per_step 32768 are 2.6 passes"
 
 
 def test_a_law_is_read_where_it_counts():

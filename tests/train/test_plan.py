@@ -334,6 +334,19 @@ def test_cards_that_a_yaml_is_not_for_are_refused(config, processes, message):
         setting_of_yaml(str(CONFIGS / f"{config}.yaml"), Setting(4, 512), processes)
 
 
+def test_a_model_that_cards_cannot_divide_is_refused_as_its_run_would_be(wiki, tmp_path):
+    """103M has 12 heads and 6 key-value heads."""
+    (tmp_path / "four.yaml").write_text(
+        (CONFIGS / "tensor_parallel.yaml").read_text().replace("tp_size: 2", "tp_size: 4")
+    )
+    divided = ["--plan", "--plan_config", str(CONFIGS / "tensor_parallel.yaml")]
+    wiki.main(divided)
+    with pytest.raises(InputError, match="no plan that divides GPT2LMHeadModel. Use fsdp2.yaml"):
+        wiki.main([*divided, "--model", "gpt3-6.7b"])
+    with pytest.raises(InputError, match="12 heads and 6 key-value heads of Qwen3ForCausalLM .* among 4 processes"):
+        wiki.main(["--plan", "--plan_config", str(tmp_path / "four.yaml"), "--plan_processes", "4"])
+
+
 @pytest.mark.parametrize(("config", "a_parameter"), [("fsdp2_offload", 16), ("zero3_offload", 18), ("zero3", None)])
 def test_the_plan_says_what_main_memory_offloading_takes(wiki, capsys, monkeypatch, config, a_parameter):
     """By hand: the bytes a parameter that the YAMLs name, however many cards share them."""

@@ -14,7 +14,7 @@ from conftest import ROOT
 
 from common.arguments import SharedArguments
 from common.console import InputError
-from common.model.scaling import BUNDLED_LAW, LossLaw, counted_bytes
+from common.model.scaling import BUNDLED_LAW, LossLaw, counted_bytes, in_short
 from common.train.time_budget import Candidate, Outcome, Speed, Text, candidates, outcome, speed_of_card, text_of
 
 RESULTS = ROOT / "benchmarks" / "results" / "ladder_h200_2026-11-30.csv"
@@ -156,6 +156,16 @@ def test_the_printed_command_is_that_of_the_size(wiki, tmp_path, capsys):
     wiki.main([*words[5:], "--plan", "--plan_memory_gib", "140"])
     printed = capsys.readouterr().out
     assert f"{found['parameters']:,} parameters" in printed and "It fits 140 GiB" in printed
+
+
+def test_many_passes_over_little_text_are_said_in_numbers_to_read(wiki, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(b"a" * 260_000)
+    wiki.main(["--plan", "--minutes", "10", "--plan_card", "H200", "--data", str(tmp_path / "text.txt")])
+    printed = capsys.readouterr().out
+    assert "10 minutes on one H200 (measured), about 0.26 MB of text:" in printed
+    chosen = re.search(r"> .*? ([\d.]+) passes", printed)
+    assert f"note: {float(chosen[1]):,.0f} passes over the same text. Those after the first 3.88 count" in printed
+    assert in_short(999.6) == "1,000" and in_short(3.8836) == "3.88"
 
 
 def test_another_card_is_said_to_be_assumed_and_fp16_gets_its_yaml(wiki, capsys):
