@@ -126,14 +126,15 @@ def best_fit(sizes: np.ndarray, room: int) -> np.ndarray:
             place = bisect_left(rooms, size)
             if place < len(rooms):
                 left = rooms.pop(place)
-                some = np.concatenate(open_bins.pop(left))
+                pieces = open_bins.pop(left)
+                some = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
             else:
                 left = room
                 some = np.arange(made, made + -(-count // (room // size)))
                 made += len(some)
             # A bin that has taken one has the least room that is left, so it takes the next one, while it can.
             in_each = left // size
-            used = some[: -(-count // in_each)]
+            used = some[: -(-count // in_each)].copy()  # a few of many bins: a view would keep all of them in memory
             placed = np.repeat(used, in_each)[:count]
             bins[order[taken : taken + len(placed)]] = placed
             in_last = len(placed) - in_each * (len(used) - 1)

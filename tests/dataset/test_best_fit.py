@@ -1,5 +1,6 @@
 """Best-fit packing: against rows written by hand, and a packing and rows made the slow way."""
 
+import tracemalloc
 from dataclasses import asdict
 
 import numpy as np
@@ -73,6 +74,17 @@ def test_the_bins_of_one_size_at_a_time(sizes, room):
     held = np.bincount(bins, sizes) if sizes else np.zeros(0)
     assert (held <= room).all() and (held > 0).all()
     assert sorted((room - held).tolist()) == slow_best_fit(sizes, room)
+
+
+def test_many_documents_of_one_size_are_packed_in_little_memory():
+    """20,000 bins with the same room, of which each of 1,000 other sizes takes one."""
+    sizes = np.concatenate([np.full(20_000, 2_500), np.arange(500, 1_500)])
+    tracemalloc.start()
+    bins = best_fit(sizes, 4_096)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert bins.max() == 19_999 and np.bincount(bins, sizes).max() <= 4_096
+    assert peak < 50 * 8 * len(sizes)
 
 
 @settings(max_examples=100)
