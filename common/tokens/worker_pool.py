@@ -164,7 +164,7 @@ class _Workers:
             how = f"was killed by {signal.Signals(-code).name}{reason}"
         return InputError(
             f"one of {workers} processes that tokenize {how}. Launch again; if memory runs out, give it more, or let "
-            "fewer cores tokenize, with less memory: taskset -c 0-3 COMMAND"
+            f"fewer cores tokenize, with less memory: taskset -c 0-{max(1, workers // 2) - 1} COMMAND"
         )
 
     def _exit_code(self, worker: Connection) -> int | None:

@@ -150,7 +150,7 @@ def test_a_killed_process_is_one_clear_error_and_leaves_nothing(tmp_path, monkey
             yield text
 
     prefix = tmp_path / "store" / "tokens"
-    error = "one of . processes that tokenize was killed by SIGKILL .*memory runs out.*: taskset -c 0-3 COMMAND$"
+    error = "one of 4 processes that tokenize was killed by SIGKILL .*memory runs out.*: taskset -c 0-1 COMMAND$"
     with pytest.raises(InputError, match=error):
         write_token_store(documents(), CorpusCounts(), train_tokenizer(TEXTS, 300), prefix, {}, workers=4)
     assert [path.name for path in prefix.parent.iterdir()] == ["tokens.lock"]
