@@ -93,7 +93,7 @@ def with_more(command: list[str], flag: str, words: str) -> list[str]:
 def recipe_run(yaml: str, cards: int, recipe: str, flags: str, arguments: argparse.Namespace) -> list[str]:
     """Return the command of a recipe that is launched by itself."""
     words = [*(ON_CPUS.split() if arguments.rehearse else []), "--num_processes", str(cards)]
-    own = SAMPLE if arguments.rehearse else f"--cache_dir {arguments.folder / 'cache'}"
+    own = f"--sample {SAMPLE}" if arguments.rehearse else f"--cache_dir {arguments.folder / 'cache'}"
     command = [*launcher(yaml), *words, str(ROOT / "recipes" / recipe), *flags.split(), *own.split()]
     if not arguments.rehearse:
         command += ["--data", *arguments.data]

@@ -6,6 +6,7 @@ import csv
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -36,7 +37,7 @@ def load(name: str):
 
 data, gpu, learning, low_memory = load("data"), load("gpu"), load("learning"), load("low_memory")
 scaling, multi_gpu, equivalence = load("scaling"), load("multi_gpu"), load("equivalence")
-token_store, saves = load("token_store"), load("saves")
+token_store, saves, many_cards = load("token_store"), load("saves"), load("many_cards")
 
 
 # A stand-in for torch's launcher, whose worker is in a session of its own and outlives a signal to the launcher.
@@ -127,6 +128,18 @@ def test_the_table_is_printed_when_a_benchmark_is_stopped(monkeypatch, capsys, m
         module.main(["--variants", *names])
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith(f"| {names[0]} ") and "failed: Error: x" in line for line in lines)
+
+
+@pytest.mark.parametrize("recipe", ["wiki_zh_scratch.py", "explicit_pipeline.py"])
+def test_a_rehearsal_of_many_cards_trains_the_small_model(recipe, tmp_path, wiki, capsys):
+    """On CPU processes: 103M parameters would take minutes a step."""
+    rehearsal = argparse.Namespace(rehearse=True, folder=tmp_path)
+    command = many_cards.recipe_run("ddp.yaml", 2, recipe, f"--output_dir {tmp_path}", rehearsal)
+    assert "--sample" in command and command.index("--sample") < command.index("--vocabulary_size")
+    if recipe == "wiki_zh_scratch.py":
+        flags = command[command.index(str(ROOT / "recipes" / recipe)) + 1 :]
+        wiki.main([*flags, "--plan"])
+        assert 2e6 < int(re.search(r"([\d,]+) parameters", capsys.readouterr().out)[1].replace(",", "")) < 5e6
 
 
 def test_the_table_of_data_names_failures_and_keeps_the_rest(tmp_path):
