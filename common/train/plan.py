@@ -88,7 +88,8 @@ def print_plan(
         figures["main_memory_gib"] = round(moved / GIB, 3)
     say(verdict(need.total / GIB, limit))
     if figures["fits"] is False:
-        say(advised(model, setting, limit, partial(planned_command, recipe, path, shared, setting.processes)))
+        flags = launcher_flags(setting, sharing)
+        say(advised(model, setting, limit, partial(planned_command, recipe, path, shared, flags)))
         if continues and setting.processes == 1:
             say(others_that_fit(setting, limit, shared))
     if shared.plan_json:
@@ -110,13 +111,29 @@ NOT_OF_THE_RUN = {"plan", "probe", "plan_json", "plan_config", "plan_processes",
 OF_THE_TEXT = ("data", "text_field", "encoding")
 
 
-def planned_command(recipe: str, yaml: str | None, shared: SharedArguments, processes: int, found: list[Switch]) -> str:
-    """Return the command of the run that was planned, with the switches that make it fit."""
+def launcher_flags(setting: Setting, sharing: int) -> list[str]:
+    """Return the flags of accelerate launch for the cards of ``setting``, of which ``sharing`` share each row."""
+    if setting.processes == 1:
+        return []
+    flags = [f"--num_processes {setting.processes}"]
+    divisor = sharing * setting.tensor * setting.copies
+    if divisor > 1:  # the YAML's own size is for another number of cards
+        flags.append(f"--parallelism_config_dp_shard_size {setting.processes // divisor}")
+    return flags
+
+
+def planned_command(
+    recipe: str, yaml: str | None, shared: SharedArguments, launcher: list[str], found: list[Switch]
+) -> str:
+    """Return the command of the run that was planned, with the switches that make it fit.
+
+    Args:
+        launcher: flags of accelerate launch.
+    """
     flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
-    launcher = [f"--num_processes {processes}"] if processes > 1 else []
     for switch in found:
         flags |= switch.flags
-        launcher += [switch.launcher] if switch.launcher else []
+        launcher = [*launcher, switch.launcher] if switch.launcher else launcher
         yaml = switch.yaml or yaml
     return launch_command(yaml or "YAML_OF_THIS_LAUNCH", recipe, flags, " ".join(launcher))
 

@@ -347,6 +347,22 @@ def test_a_model_that_cards_cannot_divide_is_refused_as_its_run_would_be(wiki, t
         wiki.main(["--plan", "--plan_config", str(tmp_path / "four.yaml"), "--plan_processes", "4"])
 
 
+@pytest.mark.parametrize(
+    ("config", "limit", "launcher"),
+    [
+        ("fsdp2_tensor_parallel", 12.3, "--num_processes 8 --parallelism_config_dp_shard_size 4 recipes/"),
+        ("fsdp2_ulysses", 12.9, "--num_processes 8 --parallelism_config_dp_shard_size 4 "),
+        ("hsdp", 23, "--num_processes 8 --parallelism_config_dp_shard_size 4 recipes/"),
+    ],
+)
+def test_the_command_divides_the_cards_as_planned_and_is_not_refused(wiki, capsys, config, limit, launcher):
+    """The YAMLs are for four cards, 2 x 2. With tensor parallelism, a launch refuses to compile."""
+    cards = ["--plan_config", str(CONFIGS / f"{config}.yaml"), "--plan_processes", "8", "--plan_memory_gib", str(limit)]
+    wiki.main(["--plan", *cards, "--model", "qwen2.5-7b"])
+    command = capsys.readouterr().out.splitlines()[-1]
+    assert launcher in command and command.count("--recompute") == 1
+
+
 @pytest.mark.parametrize(("config", "a_parameter"), [("fsdp2_offload", 16), ("zero3_offload", 18), ("zero3", None)])
 def test_the_plan_says_what_main_memory_offloading_takes(wiki, capsys, monkeypatch, config, a_parameter):
     """By hand: the bytes a parameter that the YAMLs name, however many cards share them."""
