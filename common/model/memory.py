@@ -53,6 +53,7 @@ class Setting:
     processes: int = 1
     copies: int = 1  # of the model under FSDP2, each sharded by processes / copies
     tensor: int = 1  # processes that compute each layer together, with parts of its matrices
+    expert: int = 1  # processes among which the experts of a layer are divided
     precision: str = "bf16"  # no, fp16, bf16, fp8: of the computation
     compiled: bool = True
     recompute: bool = False

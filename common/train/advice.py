@@ -69,7 +69,7 @@ def switches(setting: Setting) -> list[Switch]:
 
     if not now.fused_loss:
         switch("use_fused_loss: the logits are never held", fused_loss=True)
-    if not now.compiled and now.tensor == 1:  # a launch refuses both together
+    if not now.compiled and now.tensor * now.expert == 1:  # beside a divided model, a launch refuses it
         inductor = "--dynamo_backend inductor"
         switch(f"{inductor}, before the recipe: compiled layers keep less", launcher=inductor, compiled=True)
     while now.rows > 1 and now.rows * now.context_length > BUSY_TOKENS:

@@ -24,7 +24,7 @@ from common.distributed.strategy import DDP, FSDP2, SINGLE, Strategy
 from common.model.counts import parameter_report
 from common.model.fused_loss import DeferringHead
 from common.model.memory import Setting, main_memory_bytes, optimizer_name, predict, state_bits
-from common.model.placement import check_plan
+from common.model.placement import check_expert_plan, check_plan
 from common.model.recompute import choose_recompute
 from common.system import GIB
 from common.train.advice import Switch, advised, described, published_that_fit
@@ -65,6 +65,7 @@ def print_plan(
     planned_training = training if path is None else replaced(training, use_cpu=False)
     check_combinations(replace(launch, strategy=setting.strategy), planned_training, method or "full")
     check_plan(model, setting.tensor)
+    check_expert_plan(model, setting.expert)
     setting = with_graphs(model, setting)
     limit = shared.plan_memory_gib
     if limit is None and card_bytes(training.device) is not None:
@@ -117,7 +118,7 @@ def launcher_flags(setting: Setting, sharing: int) -> list[str]:
         return []
     flags = [f"--num_processes {setting.processes}"]
     divisor = sharing * setting.tensor * setting.copies
-    if divisor > 1:  # the YAML's own size is for another number of cards
+    if divisor > 1 or setting.expert > 1:  # the YAML's own size may be for another number of cards
         flags.append(f"--parallelism_config_dp_shard_size {setting.processes // divisor}")
     return flags
 
@@ -210,6 +211,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         sharing = int(parallelism.get("parallelism_config_cp_size", 1))
         sharing *= int(parallelism.get("parallelism_config_sp_size", 1))
         tensor = int(parallelism.get("parallelism_config_tp_size", 1))
+        expert = int(parallelism.get("parallelism_config_ep_size", 1))
         processes = processes or int(config.get("num_processes", 1))
         compiled = str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no"
     except FileNotFoundError:
@@ -227,7 +229,8 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
             f"--plan_config {path}: distributed_type NO is for one process, and these are {processes}. Use "
             "accelerate_configs/ddp.yaml or fsdp2.yaml, or --plan_processes 1."
         )
-    for together, what in ((sharing, "share each row"), (tensor, "compute each layer together")):
+    sizes = ((sharing, "share each row"), (tensor, "compute each layer together"), (expert, "divide the experts"))
+    for together, what in sizes:
         if processes % together:
             raise InputError(
                 f"--plan_config {path}: {together} cards {what}, and {processes} cards are no multiple of it. Use "
@@ -243,6 +246,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         processes=processes,
         copies=int(parallelism.get("parallelism_config_dp_replicate_size", 1)),
         tensor=tensor,
+        expert=expert,
         precision=str(config.get("mixed_precision", "no")),
         compiled=compiled,
         recompute=setting.recompute or bool(fsdp.get("fsdp_activation_checkpointing") or "recompute" in zero),
@@ -297,6 +301,7 @@ def setting_of_run(
         processes=launch.processes,
         copies=launch.replicas,
         tensor=launch.tensor_parallel,
+        expert=launch.expert_parallel,
         precision=precision_of(training),
         compiled=launch.compiled,
         recompute=training.gradient_checkpointing or launch.recompute is not None,

@@ -353,12 +353,13 @@ def test_a_model_that_cards_cannot_divide_is_refused_as_its_run_would_be(wiki, t
         ("fsdp2_tensor_parallel", 12.3, "--num_processes 8 --parallelism_config_dp_shard_size 4 recipes/"),
         ("fsdp2_ulysses", 12.9, "--num_processes 8 --parallelism_config_dp_shard_size 4 "),
         ("hsdp", 23, "--num_processes 8 --parallelism_config_dp_shard_size 4 recipes/"),
+        ("expert_parallel", 1.17, "--num_processes 8 --parallelism_config_dp_shard_size 8 recipes/"),
     ],
 )
 def test_the_command_divides_the_cards_as_planned_and_is_not_refused(wiki, capsys, config, limit, launcher):
-    """The YAMLs are for four cards, 2 x 2. With tensor parallelism, a launch refuses to compile."""
+    """The YAMLs are for fewer cards. With tensor or expert parallelism, a launch refuses to compile."""
     cards = ["--plan_config", str(CONFIGS / f"{config}.yaml"), "--plan_processes", "8", "--plan_memory_gib", str(limit)]
-    wiki.main(["--plan", *cards, "--model", "qwen2.5-7b"])
+    wiki.main(["--plan", *cards, "--model", "qwen3-moe-a60m" if config == "expert_parallel" else "qwen2.5-7b"])
     command = capsys.readouterr().out.splitlines()[-1]
     assert launcher in command and command.count("--recompute") == 1
 
