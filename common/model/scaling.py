@@ -55,9 +55,9 @@ def defaults_for(target_parameters: str) -> dict:
     say(
         f"{target_parameters} parameters, unless a flag says otherwise: a vocabulary of {found['vocabulary_size']:,} "
         f"(with --tokenizer train), {found['tokens_per_step']:,} tokens a step, weight decay {WEIGHT_DECAY}, "
-        f"{TOKENS_A_PARAMETER} tokens a parameter in 1 to {MOST_PASSES} passes (if the text has fewer tokens than the "
-        f"model parameters, {MOST_PASSES_OF_LARGE_MODELS}, or as many as make {ENOUGH_STEPS:,} steps; {measured}"
-        f"{'' if known else ': this is extrapolated'})"
+        f"{TOKENS_A_PARAMETER} tokens a parameter in 1 to {MOST_PASSES} passes; over a text with fewer tokens than the "
+        f"model has parameters, at most {MOST_PASSES_OF_LARGE_MODELS} passes, or what makes {ENOUGH_STEPS:,} steps if "
+        f"that is more ({measured}{'' if known else ': this is extrapolated'})"
     )
     return found
 
