@@ -231,6 +231,8 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         )
     sizes = ((sharing, "share each row"), (tensor, "compute each layer together"), (expert, "divide the experts"))
     for together, what in sizes:
+        if together < 1:
+            raise InputError(f"--plan_config {path}: {together} cards {what}. Use 1 if none of them do.")
         if processes % together:
             raise InputError(
                 f"--plan_config {path}: {together} cards {what}, and {processes} cards are no multiple of it. Use "

@@ -334,6 +334,12 @@ def test_cards_that_a_yaml_is_not_for_are_refused(config, processes, message):
         setting_of_yaml(str(CONFIGS / f"{config}.yaml"), Setting(4, 512), processes)
 
 
+def test_a_size_of_none_is_one_line(tmp_path):
+    (tmp_path / "none.yaml").write_text((CONFIGS / "hsdp.yaml").read_text().replace("cp_size: 1", "cp_size: 0"))
+    with pytest.raises(InputError, match="none.yaml: 0 cards share each row. Use 1"):
+        setting_of_yaml(str(tmp_path / "none.yaml"), Setting(4, 512))
+
+
 def test_a_model_that_cards_cannot_divide_is_refused_as_its_run_would_be(wiki, tmp_path):
     """103M has 12 heads and 6 key-value heads."""
     (tmp_path / "four.yaml").write_text(
