@@ -18,7 +18,7 @@ from common.model.counts import PEAK_TFLOPS, flops_per_token, peak_by_name
 from common.model.fit_to_text import bytes_of
 from common.model.from_config import planned_model
 from common.model.presets import QWEN2_VOCABULARY, shape_near
-from common.model.scaling import LossLaw, in_short, tokens_per_step_for, vocabulary_for
+from common.model.scaling import MOST_PASSES, LossLaw, in_short, tokens_per_step_for, vocabulary_for
 
 SIZES = "8M 11M 16M 20M 26M 32M 42M 50M 64M 80M 100M 125M 160M 200M 250M 350M".split()
 # A step takes SECONDS_A_STEP, in which the card waits, and its FLOPs at FLOPS. Fitted on five runs of 42M to 123M alone
@@ -171,6 +171,7 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
             f"note: {in_short(chosen.passes)} passes over the same text. Those after the first "
             f"{in_short(law.most_passes)} count as nothing here: after many passes, held-out text is predicted worse "
             "again. More text would help most."
+            + (" --target_parameters auto fits a model to so little." if chosen.passes > MOST_PASSES else "")
         )
     flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
     flags |= {"target_parameters": chosen.target_parameters, "max_steps": chosen.steps}

@@ -165,6 +165,7 @@ def test_many_passes_over_little_text_are_said_in_numbers_to_read(wiki, tmp_path
     assert "10 minutes on one H200 (measured), about 0.26 MB of text:" in printed
     chosen = re.search(r"> .*? ([\d.]+) passes", printed)
     assert f"note: {float(chosen[1]):,.0f} passes over the same text. Those after the first 3.88 count" in printed
+    assert "More text would help most. --target_parameters auto fits a model to so little." in printed
     assert in_short(999.6) == "1,000" and in_short(3.8836) == "3.88"
 
 
