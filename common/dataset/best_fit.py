@@ -87,6 +87,7 @@ class BestFitRows(PackedRows):
         return (self.document_starts.searchsorted(begins, side="right") - 1).tolist()
 
     def targets(self) -> np.ndarray:
+        """Refuse what PackedRows would count of its windows, which these rows are not."""
         raise NotImplementedError("rows to train on; evaluation has PackedRows")
 
     target_bytes = targets

@@ -214,15 +214,20 @@ def write_token_store(
         except OSError as error:
             if error.errno not in DISK_FULL:
                 raise
-            free = f"{shutil.disk_usage(prefix.parent).free / 2**30:.2f} GiB free"
-            raise InputError(
-                f"{prefix.parent}: no space left while tokenizing ({free}). Make room (a token takes {dtype.itemsize} "
-                "bytes), or choose another disk with --cache_dir or --output."
-            ) from None
+            raise _no_space_left(prefix.parent, dtype) from None
         finally:
             for suffix in (*FILES, *WORK_FILES):
                 Path(f"{partial}{suffix}").unlink(missing_ok=True)
     return TokenStore(prefix)
+
+
+def _no_space_left(folder: Path, dtype: np.dtype) -> InputError:
+    """Return the error of a full disk. Call this before the half-written files are removed: it says what was free."""
+    free = f"{shutil.disk_usage(folder).free / 2**30:.2f} GiB free"
+    return InputError(
+        f"{folder}: no space left while tokenizing ({free}). Make room (a token takes {dtype.itemsize} bytes), or "
+        "choose another disk with --cache_dir or --output."
+    )
 
 
 @contextmanager

@@ -167,11 +167,11 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
         "On other text, take the order of the sizes from it, and not the figure."
     )
     if chosen.passes > law.most_passes:
+        fitted = " --target_parameters auto fits a model to so little." if chosen.passes > MOST_PASSES else ""
         say(
             f"note: {in_short(chosen.passes)} passes over the same text. Those after the first "
             f"{in_short(law.most_passes)} count as nothing here: after many passes, held-out text is predicted worse "
-            "again. More text would help most."
-            + (" --target_parameters auto fits a model to so little." if chosen.passes > MOST_PASSES else "")
+            f"again. More text would help most.{fitted}"
         )
     flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
     flags |= {"target_parameters": chosen.target_parameters, "max_steps": chosen.steps}
