@@ -168,15 +168,27 @@ def set_attention(
         raise InputError(f"--attn_implementation {wanted}: {error} Leave the flag out for the best one.") from None
     if model.config._attn_implementation != wanted:
         raise InputError(f"--attn_implementation {wanted}: {type(model).__name__} has no choice. Leave the flag out.")
-    if wanted == CAUSAL:
+    full_mask_because = no_documents if isolated else None
+    say(f"attention: {attention_in_words(model, wanted, repeats, full_mask_because, device)}")
+
+
+def attention_in_words(
+    model: PreTrainedModel, name: str, repeats: bool, full_mask_because: str | None, device: torch.device
+) -> str:
+    """Return what attention ``name`` is, and which kernel computes it.
+
+    Args:
+        repeats: causal attention repeats keys and values for every query head.
+        full_mask_because: why isolated rows have no flex attention; None if they have it, or rows are not isolated.
+    """
+    if name == CAUSAL:
         repeated = ", with keys and values repeated for every query head" if repeats else ""
-        say(f"attention: causal, by torch's {sdpa_kernel_name(model, device, grouped=not repeats)} kernel{repeated}")
-    elif wanted == DOCUMENTS:
-        say("attention: causal within documents, by flex attention")
-    elif isolated and no_documents:
-        say(f"attention: {wanted} with a full mask, exact but slow; no flex attention, because {no_documents}")
-    else:
-        say(f"attention: {wanted}")
+        return f"causal, by torch's {sdpa_kernel_name(model, device, grouped=not repeats)} kernel{repeated}"
+    if name == DOCUMENTS:
+        return "causal within documents, by flex attention"
+    if full_mask_because:
+        return f"{name} with a full mask, exact but slow; no flex attention, because {full_mask_because}"
+    return name
 
 
 def set_ulysses(model: PreTrainedModel, wanted: str, isolated: bool, device: torch.device, launch: Launch) -> None:

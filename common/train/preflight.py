@@ -83,13 +83,7 @@ def preflight(
     say_time_on_cpu(model, size, training, launch.rows_per_step * shared.context_length)
     if learning_rates is not None and training.learning_rate == 0:
         training.learning_rate = learning_rates[launch.optimizer]
-    if "lr_scheduler_type" in shared.given and "lr_scheduler_kwargs" not in shared.given:
-        leave_out_settings_of_another(training)
-    check_schedule(training)
-    check_optimizer(launch, training)
-    by_muon = "Muon for the layers' matrices, AdamW for the rest"
-    name = by_muon if launch.optimizer == "muon" else optimizer_name(training)
-    say(f"optimizer: {name}; learning rate: {training.learning_rate:g}")
+    check_rate(launch, shared, training)
     check_combinations(launch, training, method)
     check_eval_tasks(launch, shared, training)
     if model is not None and not size.guessed:
@@ -105,6 +99,22 @@ def preflight(
         if lock is not None:
             lock.release()  # it is taken for good when the run is opened
     return launch
+
+
+def check_rate(launch: Launch, shared: SharedArguments, training: TrainingArguments) -> None:
+    """Refuse a schedule or an optimizer that cannot be, and print the optimizer and its learning rate.
+
+    Raises:
+        InputError: with what works.
+    """
+    if "lr_scheduler_type" in shared.given and "lr_scheduler_kwargs" not in shared.given:
+        leave_out_settings_of_another(training)
+    check_schedule(training)
+    check_optimizer(launch, training)
+    name = optimizer_name(training)
+    if launch.optimizer == "muon":
+        name = "Muon for the layers' matrices, AdamW for the rest"
+    say(f"optimizer: {name}; learning rate: {training.learning_rate:g}")
 
 
 def say_launch(
