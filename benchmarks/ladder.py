@@ -43,10 +43,10 @@ from torch.nn.utils.rnn import pad_sequence
 from trainers import trainer_on
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from common.accelerator import synchronize
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.rows import build_rows
+from common.distributed.accelerator import synchronize
 from common.distributed.launch import read_launch
 from common.model.attention import generating, set_attention
 from common.model.counts import flops_per_token, parameter_report

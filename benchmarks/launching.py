@@ -13,7 +13,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from common.accelerator import device_name
+from common.distributed.accelerator import device_name
 from common.run.record import PACKAGES, git_commit, installed
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -33,10 +33,10 @@ from launching import ROOT, circumstances, compact, error_in, launcher, load_rec
 from trainers import trainer_on
 from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments, set_seed
 
-from common.accelerator import synchronize
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows, collate_rows
+from common.distributed.accelerator import synchronize
 from common.distributed.launch import read_launch
 from common.model.attention import generating, set_attention
 from common.model.from_config import keep_residual_in_bf16, model_from_config

@@ -40,10 +40,10 @@ from transformers import (
     set_seed,
 )
 
-from common.accelerator import memory_gib
 from common.arguments import SharedArguments
 from common.corpus.sources import resolve_sources
 from common.dataset.packing import JoinedRows, PackedRows
+from common.distributed.accelerator import memory_gib
 from common.distributed.launch import read_launch
 from common.model.adapters import ALL_LINEAR, add_adapters
 from common.model.attention import set_attention

@@ -17,7 +17,6 @@ from accelerate.utils import GradientAccumulationPlugin, gather_object, set_seed
 from torch.utils.data import DataLoader
 from transformers import TrainingArguments
 
-from common.accelerator import RandomState, pins_memory
 from common.arguments import parse_flags
 from common.console import InputError, say
 from common.corpus.download import download
@@ -25,6 +24,7 @@ from common.corpus.sources import resolve_sources
 from common.dataset.mixture import training_order
 from common.dataset.packing import IGNORED_ROW, collate_rows
 from common.dataset.rows import build_rows
+from common.distributed.accelerator import RandomState, pins_memory
 from common.distributed.launch import read_launch
 from common.distributed.workarounds import gather_layers_whole, reduce_in_fp32
 from common.model.attention import DOCUMENTS, block_mask, set_attention

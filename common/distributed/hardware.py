@@ -9,8 +9,8 @@ import torch
 from accelerate.utils import parse_flag_from_env
 from transformers import TrainingArguments
 
-from common.accelerator import computes_in_bf16, device_name
 from common.console import InputError
+from common.distributed.accelerator import computes_in_bf16, device_name
 from common.distributed.strategy import DDP, FSDP2, SINGLE, Strategy
 
 WHERE_TRITON = {

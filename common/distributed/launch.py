@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-from common.accelerator import VISIBLE_DEVICES
 from common.console import InputError, launched, say
+from common.distributed.accelerator import VISIBLE_DEVICES
 from common.distributed.hardware import check_bf16, check_compiler, check_cuda_device, check_fp8
 from common.distributed.strategy import DDP, SINGLE, Strategy
 from common.distributed.workarounds import (

@@ -23,8 +23,8 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from common.accelerator import random_state, set_random_state
 from common.console import InputError, is_main_process, say
+from common.distributed.accelerator import random_state, set_random_state
 from common.distributed.launch import Launch
 from common.distributed.strategy import DDP
 from common.io import write_json

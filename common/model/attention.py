@@ -27,9 +27,9 @@ from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.flex_attention import flex_attention_forward
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from common.accelerator import computes_in_bf16, torch_random_states_kept
 from common.console import InputError, say
 from common.dataset.packing import document_positions
+from common.distributed.accelerator import computes_in_bf16, torch_random_states_kept
 from common.distributed.launch import Launch
 from common.distributed.ulysses import check_heads, group_of_rows, heads_of_rows, pieces_of_heads
 from common.late_compile import compiled_late

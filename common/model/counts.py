@@ -5,7 +5,7 @@ import re
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from common.accelerator import device_name
+from common.distributed.accelerator import device_name
 
 # What the configs of mixtures of experts call the number of experts of a layer, and of those that a token is sent to.
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")

@@ -14,8 +14,8 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
-from common.accelerator import card_bytes
 from common.console import InputError
+from common.distributed.accelerator import card_bytes
 from common.model.counts import experts_per_token
 from common.model.experts import has_grouped_experts, use_grouped_experts
 from common.tokens.tokenizer import padded_vocabulary, vocabulary_size

@@ -21,9 +21,9 @@ import numpy as np
 import psutil
 from transformers import TrainingArguments
 
-from common.accelerator import device_name
 from common.arguments import SharedArguments
 from common.console import say
+from common.distributed.accelerator import device_name
 from common.io import append_lines, read_lines
 from common.run.branch import BRANCH_FILE
 from common.run.identity import differences

@@ -5,9 +5,9 @@ from dataclasses import replace
 from accelerate.utils import gather_object
 from transformers import PreTrainedModel, TrainingArguments
 
-from common.accelerator import card_bytes
 from common.arguments import SharedArguments
 from common.console import InputError, say
+from common.distributed.accelerator import card_bytes
 from common.distributed.launch import Launch
 from common.model.memory import Setting
 from common.system import GIB

@@ -9,9 +9,9 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase, ProgressCallback, TrainerCallback, TrainingArguments
 
-from common.accelerator import torch_random_states_kept
 from common.arguments import SharedArguments
 from common.console import no_bars_while_training, printable, say
+from common.distributed.accelerator import torch_random_states_kept
 from common.distributed.strategy import Strategy
 from common.io import append_lines
 from common.model.attention import generating

@@ -23,9 +23,9 @@ import torch
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from common.accelerator import torch_random_states_kept
 from common.arguments import SharedArguments
 from common.console import InputError, say
+from common.distributed.accelerator import torch_random_states_kept
 from common.distributed.launch import Launch
 from common.io import append_lines
 from common.run.record import TASKS_FILE, installed, score_text, task_key

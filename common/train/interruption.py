@@ -16,8 +16,8 @@ from functools import partial
 import torch
 from transformers import TrainerCallback
 
-from common.accelerator import pins_memory
 from common.console import InputError, after_ctrl_c, is_main_process, say, what_follows
+from common.distributed.accelerator import pins_memory
 from common.run.folder import Run
 from common.train.step_guard import BAD_STEPS_FILE, StepGuard
 

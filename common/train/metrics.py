@@ -10,9 +10,9 @@ import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 
-from common.accelerator import memory_gib, reset_peak_memory, synchronize
 from common.console import say
 from common.dataset.mixture import TrainingOrder
+from common.distributed.accelerator import memory_gib, reset_peak_memory, synchronize
 from common.model.counts import experts_per_token, flops_per_token, parameter_report, peak_tflops
 from common.model.experts import busiest_and_idlest
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import yaml
 from transformers import PreTrainedModel, TrainingArguments
 
-from common.accelerator import card_bytes, computes_in_bf16
 from common.arguments import SharedArguments
 from common.command_line import launch_command
 from common.console import InputError, say
+from common.distributed.accelerator import card_bytes, computes_in_bf16
 from common.distributed.launch import Launch, precision_of
 from common.distributed.strategy import DDP, FSDP2, SINGLE, Strategy
 from common.model.counts import parameter_report

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, TrainingArguments
 
-from common.accelerator import device_name
 from common.arguments import SharedArguments
 from common.console import InputError, duration_in_words, say
+from common.distributed.accelerator import device_name
 from common.distributed.context_parallel import check_parallelism
 from common.distributed.hardware import compiled_code_folder
 from common.distributed.launch import Launch, check_launch, precision_of

@@ -7,10 +7,10 @@ import time
 import torch
 from transformers import TrainerCallback
 
-from common.accelerator import card_bytes, device_name, memory_gib, synchronize
 from common.arguments import SharedArguments
 from common.console import InputError, duration_in_words, say
 from common.dataset.ledger import Ledger
+from common.distributed.accelerator import card_bytes, device_name, memory_gib, synchronize
 from common.model.counts import flops_per_token, parameter_report
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.scaling import LossLaw

@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from transformers import TrainingArguments
 
-from common.accelerator import computes_in_bf16, device_name
 from common.arguments import SharedArguments, count_of
 from common.command_line import launch_command
 from common.console import InputError, duration_in_words, say
 from common.corpus.formats import known_encoding
 from common.corpus.sources import find_source
+from common.distributed.accelerator import computes_in_bf16, device_name
 from common.distributed.launch import Launch
 from common.model.counts import PEAK_TFLOPS, flops_per_token, peak_by_name
 from common.model.fit_to_text import bytes_of

@@ -10,13 +10,13 @@ from accelerate.utils import gather_object
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK, SCHEDULER_NAME  # the first is another one in a notebook
 
-from common.accelerator import pins_memory, ran_out_of_memory, random_state, set_random_state
 from common.arguments import SharedArguments
 from common.console import InputError, is_main_process, say
 from common.dataset.loader import check_shared_memory, keep_apart
 from common.dataset.mixture import TrainingOrder
 from common.dataset.packing import IGNORED_ROW, collate_rows
 from common.dataset.rows import Rows
+from common.distributed.accelerator import pins_memory, ran_out_of_memory, random_state, set_random_state
 from common.distributed.context_parallel import divided_rows
 from common.distributed.launch import Launch, lost_process
 from common.distributed.ulysses import pieces_of_rows

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from common import accelerator
+from common.distributed import accelerator
 from common.model.counts import peak_tflops
 
 CPU, CUDA, MPS, XPU = map(torch.device, ("cpu", "cuda", "mps", "xpu"))
