@@ -9,7 +9,10 @@ kind is given whole:
 
     --run '{"size": "swanlab-wiki", "tokenizer": "DIR", "tokens": 24e6, "rate": 0.8, "tokens_per_step": 65536}'
 
-The size "tutorial" is SwanLab's tutorial as learning.py has it, with its schedule stretched over the tokens.
+The size "tutorial" is SwanLab's tutorial as learning.py has it, with its schedule stretched over the tokens. A run with
+other settings names the flags in "change"; it is evaluated as all others are, and is not in the fit:
+
+    --run '{"size": "42M", "tokens": 16e6, "rate": 1, "change": {"packing": "best_fit", "weight_decay": 0.3}}'
 
 The fit is printed and kept in --output/fit.json:
 
@@ -121,7 +124,12 @@ def work(wanted: dict, arguments: argparse.Namespace) -> dict:
     size = parameter_count(wanted["size"]) if wanted["size"] not in PRESETS else None
     vocabulary = SharedArguments.vocabulary_size if size is None else vocabulary_for(size)
     vocabulary = wanted.get("vocabulary", vocabulary)
-    shared = SharedArguments(cache_dir=arguments.cache_dir, vocabulary_size=vocabulary, context_length=CONTEXT_LENGTH)
+    change = wanted.get("change", {})
+    of_data = {name: value for name, value in change.items() if name in SharedArguments.__dataclass_fields__}
+    of_training = {name: value for name, value in change.items() if name not in of_data}
+    shared = SharedArguments(
+        **dict(cache_dir=arguments.cache_dir, vocabulary_size=vocabulary, context_length=CONTEXT_LENGTH) | of_data
+    )
     sources = resolve_sources(arguments.data)
     given = wanted.get("tokenizer") or arguments.tokenizer
     tokenizer = (
@@ -140,16 +148,17 @@ def work(wanted: dict, arguments: argparse.Namespace) -> dict:
             output_dir=str(Path(arguments.output, "trainer")), max_steps=round(wanted["tokens"] / tokens_per_step),
             eval_strategy="no", save_strategy="no", disable_tqdm=True, logging_steps=100,
         )
+        | of_training
     )  # fmt: skip
     launch = read_launch()
     launch = replace(launch, optimizer=choose_optimizer("auto", launch, training))
     training.learning_rate = wanted.get("rate", 1.0) * learning_rates_for(tokens_per_step)[launch.optimizer]
     if "learning_rate" in wanted:
         training.learning_rate = wanted["learning_rate"]
-    model = model_from_config(shape, tokenizer, CONTEXT_LENGTH, training)
+    model = model_from_config(shape, tokenizer, shared.context_length, training)
     derive_micro_batch(model, launch, training, shared)
-    launch = replace(launch, rows_per_step=set_batch(launch, training, tokens_per_step, CONTEXT_LENGTH))
-    set_attention(model, "auto", False, training.device)
+    launch = replace(launch, rows_per_step=set_batch(launch, training, tokens_per_step, shared.context_length))
+    set_attention(model, "auto", shared.packing == "isolated", training.device)
     use_fused_loss(model)
     keep_residual_in_bf16(model)
     clock = Clock()
@@ -160,7 +169,7 @@ def work(wanted: dict, arguments: argparse.Namespace) -> dict:
     per_second = (training.max_steps - WARM_UP_STEPS) * tokens_per_step / clock.seconds
     counts = parameter_report(model)
     text_bytes = sum(ledger.bytes_read * ledger.tokens_train / ledger.tokens_read for ledger in rows.ledgers.values())
-    flops = flops_per_token(model, CONTEXT_LENGTH)
+    flops = flops_per_token(model, shared.context_length)
     return {
         **wanted, "wanted": wanted,
         "parameters": counts["total"], "body": counts["rest"], "shape": shape_in_words(shape),
@@ -343,13 +352,16 @@ def main(argv: list[str] | None = None) -> None:
     ]
     wanted = [*(json.loads(each) for each in arguments.run), *grid]
     there = rows_in(output)
-    left = [each for each in wanted if not any(each.items() <= row["wanted"].items() for row in there)]
+    left = [each for each in wanted if not any(is_made(each, row) for row in there)]
     with ThreadPoolExecutor(arguments.at_once) as pool:
         for each, failure in zip(
             left, pool.map(lambda one: launched(one, sys.argv[1:] if argv is None else argv), left), strict=True
         ):
             print(compact(each), compact(failure if failure else "done"), file=sys.stderr, flush=True)
-    rows = rows_in(output)
+    rows = [row for row in rows_in(output) if "change" not in row]
+    for row in rows_in(output):
+        if "change" in row:
+            print(f"{compact(row['wanted'])}: {row['bits_alone']:.4f}, {row['tokens_per_second']:.0f} tokens/s")
     print(rates_table(rows))
     law, predicted = fit(rows)
     for row in predicted:
@@ -367,6 +379,11 @@ def launched(wanted: dict, argv: list[str]) -> str:
         [*launcher("single_gpu.yaml"), *plain, __file__, *argv, "--worker", json.dumps(wanted)], one_gpu()
     )
     return error_in(output) if failure else ""
+
+
+def is_made(wanted: dict, row: dict) -> bool:
+    """Return whether ``row`` is of the run that is wanted."""
+    return wanted.items() <= row["wanted"].items() and wanted.get("change") == row.get("change")
 
 
 def rows_in(output: Path) -> list[dict]:

@@ -48,6 +48,13 @@ def test_too_few_runs_are_no_ladder():
         ladder.fit(rows_of_a_law()[:14])
 
 
+def test_a_run_with_other_settings_is_another_run():
+    plain = {"size": "8M", "tokens": 16e6, "rate": 1.0}
+    changed = plain | {"change": {"weight_decay": 0.3}}
+    rows = [each | {"wanted": each} for each in (plain, changed)]
+    assert [[ladder.is_made(each, row) for row in rows] for each in (plain, changed)] == [[True, False], [False, True]]
+
+
 def test_the_law_that_comes_with_the_project_is_the_fit_of_its_rows():
     """Each is predicted by all others. The run of ten minutes has too many passes, and is not among them."""
     results = ROOT / "benchmarks" / "results"
