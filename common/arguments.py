@@ -226,6 +226,9 @@ class SharedArguments:
 
     def __post_init__(self):
         """Raise InputError for flags that would be ignored."""
+        for name in ("init_from", "branch_from"):
+            if getattr(self, name) == "":  # such as a variable of the shell that is not set
+                raise InputError(f"--{name} '': names no checkpoint. Give one, or leave the flag out to start anew.")
         if self.branch_from and self.init_from:
             raise InputError(
                 f"--branch_from {self.branch_from} with --init_from: a branch continues with the weights of its "

@@ -76,7 +76,7 @@ def check_branch(recipe: str, shared: SharedArguments, training: TrainingArgumen
 def check_whole(checkpoint: str) -> None:
     """Raise InputError if ``checkpoint`` is not a whole checkpoint of a run of these recipes."""
     path = Path(checkpoint)
-    problem = problem_of(path)
+    problem = problem_of(path) if path.is_dir() else "there is no such folder"
     if problem is None and not (path.parent / RUN_FILE).exists():
         problem = f"{path.parent} has no {RUN_FILE}; keep a checkpoint with the {RUN_FILE} of its run beside it"
     if problem is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from common.console import InputError
 from common.hub import fetch_tokenizer
@@ -33,7 +33,10 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     else:
         folder, options = fetch_tokenizer(name), {}
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        # Beside the config of a Qwen2, transformers (5.24) loads a tokenizer that was trained here as Qwen2's class. It
+        # has the same ids but another fingerprint: a run's folder would not have the run's tokenizer.
+        kind = PreTrainedTokenizerFast if _has_no_class_of_its_own(folder) else AutoTokenizer
+        tokenizer = kind.from_pretrained(folder, trust_remote_code=False, **options)
     except Exception as error:  # transformers and the Rust tokenizer raise many types
         code = custom_code(folder)
         if code is not None:
@@ -56,6 +59,15 @@ def load_tokenizer(name: str, end_token: str | None = None) -> PreTrainedTokeniz
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _has_no_class_of_its_own(folder: str) -> bool:
+    """Whether the tokenizer in ``folder`` is all in its tokenizer.json, as its tokenizer_config.json says."""
+    try:
+        config = json.loads(Path(folder, "tokenizer_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("tokenizer_class") == PreTrainedTokenizerFast.__name__
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:

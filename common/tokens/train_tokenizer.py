@@ -40,7 +40,8 @@ def tokenizer_trained_on(sources: list[Source], arguments: SharedArguments) -> P
     decides its content.
 
     Raises:
-        InputError: a source holds tokens and not text, or what ``training_sample`` and ``train_tokenizer`` raise.
+        InputError: a source holds tokens and not text; a branch would train a tokenizer of its own; or what
+            ``training_sample`` and ``train_tokenizer`` raise.
     """
     for source in sources:
         if source.token_store is not None:
@@ -51,6 +52,11 @@ def tokenizer_trained_on(sources: list[Source], arguments: SharedArguments) -> P
     if not folder.exists():
         sources = [with_cached_files(source) for source in sources]  # what is read now, if no hub has all of it
         folder = _folder_of(sources, arguments)
+    if not folder.exists() and arguments.branch_from:  # refused later otherwise, when all text is tokenized with it
+        raise InputError(
+            f"--branch_from {arguments.branch_from}: a branch has the tokenizer of its run, and none was trained on "
+            f"this --data so far. Give the run's: --tokenizer {arguments.branch_from}"
+        )
     if not folder.exists():
         names = ", ".join(source.given for source in sources)
         say(f"training a tokenizer of {arguments.vocabulary_size:,} tokens on {names}")

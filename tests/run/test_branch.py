@@ -195,10 +195,10 @@ def read_results(folder: Path) -> dict:
     ("flags", "message"),
     [
         (["--branch_from", "RUN"], r"no manifest.json.*There are .*checkpoint-3, .*checkpoint-6"),
-        (["--branch_from", "RUN/checkpoint-4"], "no manifest.json.*There are .*checkpoint-3"),
+        (["--branch_from", "RUN/checkpoint-4"], "there is no such folder.*There are .*checkpoint-3"),
         (["--branch_from", "RUN/checkpoint-3", "--output_dir", "RUN"], "A branch needs a folder of its own"),
         (["--branch_from", "RUN/checkpoint-3", "--context_length", "32"], "context_length: 64 there, 32 here"),
-        (["--branch_from", "RUN/checkpoint-3", "--data", ENGLISH], "data.tokenizer.*--tokenizer .*checkpoint-3"),
+        (["--branch_from", "RUN/checkpoint-3", "--data", ENGLISH], "--tokenizer .*checkpoint-3"),
         (["--branch_from", "RUN/checkpoint-3", "--optimizer", "muon"], "data.optimizer: 'adamw' there, 'muon' here"),
         (["--branch_from", "RUN/checkpoint-3", "--max_steps", "2"], "has made 3 steps = 12 rows, more than is asked"),
     ],
@@ -214,6 +214,24 @@ def test_what_cannot_branch_is_refused(quick, cache_dir, trunk, tmp_path, flags,
 def test_it_goes_with_no_other_start():
     with pytest.raises(InputError, match="Leave --init_from out"):
         SharedArguments(branch_from="a", init_from="b")
+    with pytest.raises(InputError, match="--branch_from '': names no checkpoint"):
+        SharedArguments(branch_from="")
+    with pytest.raises(InputError, match="--init_from '': names no checkpoint"):
+        SharedArguments(init_from="")
+
+
+def test_the_tokenizer_that_the_refusal_names_is_the_runs(quick, cache_dir, trunk, tmp_path):
+    """The run trained its tokenizer on its text. A branch with other text takes it from the run's checkpoint."""
+    flags = ["--data", ENGLISH, "--branch_from", str(trunk / "checkpoint-3"), "--max_steps", "4", *NOISE]
+    with pytest.raises(InputError, match="a branch has the tokenizer of its run") as unknown:
+        quick.main(small_run(tmp_path / "empty", tmp_path / "branch", *flags))
+    quick.main(small_run(cache_dir, tmp_path / "another", "--data", ENGLISH, "--max_steps", "1"))
+    with pytest.raises(InputError, match="data.tokenizer: .* there, .* here") as trained:
+        quick.main(small_run(cache_dir, tmp_path / "branch", *flags))
+    named = [re.findall(r"--tokenizer (\S+checkpoint-3)", str(error.value)) for error in (unknown, trained)]
+    assert named == [[str(trunk / "checkpoint-3")]] * 2
+    quick.main(small_run(cache_dir, tmp_path / "branch", *flags, "--tokenizer", *named[0]))
+    assert read(tmp_path / "branch" / "branch.json")["changed"].keys() == {"data.documents", "max_steps"}
 
 
 MIXED = {  # folder -> where it branches off, and its flags

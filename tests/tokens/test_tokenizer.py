@@ -6,6 +6,7 @@ import unicodedata
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import AutoTokenizer
 
 from common.arguments import SharedArguments
 from common.console import InputError
@@ -104,6 +105,17 @@ def test_saved_and_loaded_it_is_the_same(tokenizer, folder):
     assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.eos_token_id == loaded.pad_token_id == 0
+
+
+@pytest.mark.parametrize("family", ["qwen2", "qwen3", "llama", "gpt2"])
+def test_it_is_the_same_beside_the_config_of_any_model(tokenizer, tmp_path, family):
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": family}))
+    loaded = load_tokenizer(str(tmp_path))
+    assert tokenizer_fingerprint(loaded) == tokenizer_fingerprint(tokenizer)
+    assert loaded.eos_token_id == loaded.pad_token_id == 0
+    by_anyone = AutoTokenizer.from_pretrained(str(tmp_path))
+    assert [by_anyone(text)["input_ids"] for text in TEXTS] == [tokenizer(text)["input_ids"] for text in TEXTS]
 
 
 def test_the_fingerprint_changes_with_the_ids_and_not_with_use(tokenizer, folder):
