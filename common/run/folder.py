@@ -65,6 +65,7 @@ class Run:
         step, max_steps: of the training; ``write_status`` reports them.
         parameters: how many the model has (``parameter_report``), once there is a Trainer.
         language: of the labels in its report, as in ``labels``.
+        eval_tasks: what --eval_tasks names.
     """
 
     def __init__(
@@ -74,6 +75,7 @@ class Run:
         branch: Branch | None = None,
         language: str = "en",
         timeout_seconds: float = 1800,
+        eval_tasks: Sequence[str] = (),
     ):
         """Prepare to train into ``folder``.
 
@@ -82,7 +84,7 @@ class Run:
             timeout_seconds: how long processes wait for each other at the end of a save.
         """
         self.folder, self.on_save_error, self.branch, self.language = folder, on_save_error, branch, language
-        self.timeout_seconds = timeout_seconds
+        self.timeout_seconds, self.eval_tasks = timeout_seconds, eval_tasks
         self.parameters: dict[str, int] = {}
         self.claimed = False
         self.step = self.max_steps = 0
@@ -174,6 +176,11 @@ class Run:
         wanted = order.rows_in_run - order.rows_elsewhere
         reached = results.get("steps") == order.steps or rows_trained == wanted
         [results] = broadcast_object_list([results if reached and "eval_loss" in results else None])
+        if results and self.eval_tasks and "tasks" not in results:
+            say(
+                "note: the run is finished, so --eval_tasks are not measured. Measure its model: lm_eval --model hf "
+                f"--model_args pretrained={self.folder} --tasks {','.join(self.eval_tasks)}"
+            )
         return results
 
     def check_disk_space(
@@ -366,7 +373,8 @@ def open_run(
     Raises:
         InputError: the folder is another run's, or in use; ``Run.claim`` says when.
     """
-    run = Run(training.output_dir, shared.on_save_error, branch, shared.language, training.ddp_timeout)
+    tasks = shared.eval_tasks or []
+    run = Run(training.output_dir, shared.on_save_error, branch, shared.language, training.ddp_timeout, tasks)
     if not shared.probe:
         with training.main_process_first(desc="run folder"):
             run.claim(identity, shared.allow_changes)

@@ -182,20 +182,16 @@ def load_tasks(names: tuple[str, ...]) -> dict[str, dict]:
     # lm_eval 0.4.13 cannot load one by its file.
     groups = [name for name, content in files.items() if "group" in content]
     alone = len(files) == len(names) and not groups  # they need none of lm_eval's 14,000 tasks
-    manager = TaskManager(include_path=[str(Path(name).parent) for name in groups], include_defaults=not alone)
+    try:
+        manager = TaskManager(include_path=[str(Path(name).parent) for name in groups], include_defaults=not alone)
+    except Exception as error:  # of a file beside that of a group
+        raise InputError(f"--eval_tasks {' '.join(groups)}: the files beside it cannot be read ({error}).") from None
     tasks: dict[str, dict] = {}
     for name in names:
         try:
             loaded = manager.load([files[name]["group"] if name in groups else files.get(name, name)])
-        except KeyError as error:
-            raise InputError(unknown_task(name, manager.all_tasks, error)) from None
         except Exception as error:  # lm_eval and datasets raise many kinds
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            raise InputError(
-                f"--eval_tasks {name}: it cannot be loaded ({reason}). Its documents come from Hugging Face: export "
-                "HF_ENDPOINT=https://hf-mirror.com if that cannot be reached. A YAML of your own with files beside it "
-                "needs no network: docs/tasks.md."
-            ) from None
+            raise InputError(why_not_loaded(name, name in files, manager.all_tasks, error)) from None
         unsafe = [task for task, loaded_task in loaded["tasks"].items() if getattr(loaded_task, "UNSAFE_CODE", False)]
         if unsafe:
             raise InputError(f"--eval_tasks {name}: {unsafe[0]} runs code that the model writes. Not in these recipes.")
@@ -217,13 +213,28 @@ def _content(path: str) -> dict:
         raise InputError(f"--eval_tasks {path}: it cannot be read ({reason}).") from None
     if not isinstance(content, dict) or not {"task", "group"} & set(content):
         raise InputError(f"--eval_tasks {path}: there is no task and no group in it.")
+    own_name = content.get("group", content.get("task"))
+    if not isinstance(own_name, str):  # the list of a group's parts has a name of its own beside it
+        raise InputError(f"--eval_tasks {path}: its name is {own_name!r}, and must be text: task: my_task")
     return content
 
 
-def unknown_task(name: str, known: list[str], error: KeyError) -> str:
-    """Return what to say of a ``name`` that lm_eval does not know."""
+def why_not_loaded(name: str, is_file: bool, known: list[str], error: Exception) -> str:
+    """Return what to say of a task that lm_eval cannot load. ``is_file``: ``name`` is that of a YAML file."""
+    reason = f"{type(error).__name__}: {error}".splitlines()[0]
+    mirror = "export HF_ENDPOINT=https://hf-mirror.com if that cannot be reached"
+    if is_file:
+        return (
+            f"--eval_tasks {name}: it cannot be loaded ({reason}). docs/tasks.md has a file that works, with documents "
+            f"beside it. If its documents are on Hugging Face: {mirror}."
+        )
+    if not isinstance(error, KeyError) or name in known:
+        return (
+            f"--eval_tasks {name}: it cannot be loaded ({reason}). Its documents come from Hugging Face: {mirror}. A "
+            "YAML of your own with files beside it needs no network: docs/tasks.md."
+        )
     if Path(name).suffix in (".yaml", ".yml"):
-        return f"--eval_tasks {name}: no such file, or it names a task that lm_eval does not know ({error})."
+        return f"--eval_tasks {name}: no such file."
     near = difflib.get_close_matches(name, known, n=3)
     hint = f"Near it: {', '.join(near)}. " if near else ""
     return f"--eval_tasks {name}: lm_eval has no such task, group or tag. {hint}All of them: lm_eval ls tasks."

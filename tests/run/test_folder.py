@@ -242,6 +242,18 @@ def test_half_written_results_are_no_results(tmp_path, capsys):
     assert "half-written when the run ended" in capsys.readouterr().out
 
 
+def test_a_finished_run_says_that_tasks_are_not_measured(tmp_path, capsys):
+    results = {"steps": 5, "eval_loss": 1.0, "tasks": [{"task": "blimp"}]}
+    for kept, note in ((results, False), ({"steps": 5, "eval_loss": 1.0}, True)):
+        run = Run(str(tmp_path), eval_tasks=["blimp", "own.yaml"])
+        run.claim(RUN)
+        (tmp_path / "all_results.json").write_text(json.dumps(kept))
+        assert run.finished(order_of(5, 20)) == kept
+        run.release()
+        printed = capsys.readouterr().out
+        assert (f"lm_eval --model hf --model_args pretrained={tmp_path} --tasks blimp,own.yaml" in printed) == note
+
+
 def test_a_run_is_finished_at_its_last_step_only(tmp_path):
     run = claim(tmp_path, RUN)
     assert run.finished(order_of(10, 640)) is None

@@ -330,7 +330,11 @@ def test_the_other_recipes_measure_too(weights, cache_dir, tmp_path, tasks):
     ("names", "message"),
     [
         (["blimpp"], r"no such task, group or tag. Near it: .*blimp"),
-        (["no/such.yaml"], "no such file, or it names a task"),
+        (["no/such.yaml"], r"no/such.yaml: no such file\.$"),
+        (["{folder}/number.yaml"], "its name is 5, and must be text"),
+        (["{folder}/split.yaml"], r"split.yaml: it cannot be loaded \(KeyError: 'validation'\)"),
+        (["{folder}/metric.yaml"], r"metric.yaml: it cannot be loaded \(KeyError"),
+        (["{folder}/group.yaml"], "group.yaml: the files beside it cannot be read"),
         (["{folder}/empty.yaml"], "there is no task and no group in it"),
         (["{folder}/broken.yaml"], "it cannot be read"),
         (["{folder}/own_pairs.yaml", "{folder}/own_pairs.yaml"], "own_pairs is there twice"),
@@ -345,6 +349,15 @@ def test_a_task_that_cannot_be_loaded_is_refused_before_anything_is_read(
     (folder / "broken.yaml").write_text("task: [", encoding="utf-8")
     gone = Path(tasks[0]).read_text(encoding="utf-8").replace("own_pairs", "gone")
     (folder / "gone.yaml").write_text(gone, encoding="utf-8")
+    (folder / "group.yaml").write_text("group: all_of_them\ntask: [own_pairs, no_such_part]\n", encoding="utf-8")
+    own = Path(tasks[0]).read_text(encoding="utf-8")
+    for name, old, new in (
+        ("number", "task: own_pairs", "task: 5"),
+        ("split", "test_split: test", "test_split: validation"),
+        ("metric", "metric: acc\n", "metric: no_such_metric\n"),
+    ):
+        assert old in own
+        (folder / f"{name}.yaml").write_text(own.replace(old, new), encoding="utf-8")
     flags = ["--eval_tasks", *(name.format(folder=folder) for name in names), "--data", "no/such/data.jsonl"]
     with pytest.raises(InputError, match=message):
         wiki.main(small_run(cache_dir, tmp_path / "run", *flags))
