@@ -162,6 +162,8 @@ def resolve_source(given: str, encoding: str | None = None) -> Source:
             folder holds both token files and documents; a file is a pointer of Git LFS, and not the data.
     """
     source = find_source(given)
+    if given in CORPORA and source.hub_id is None:
+        say(f"note: {given}: read from the file or folder of this name here, not from the corpus that has this name")
     refuse_pointers(source.files)
     if source.token_store is not None:
         return source

@@ -14,6 +14,8 @@ from common.dataset.ledger import Ledger
 from common.dataset.packing import JoinedRows, PackedRows
 from common.tokens.store import TokenStore
 
+MUCH_EMPTY = 0.05  # usual is a fraction of a percent
+
 
 @dataclass
 class Rows:
@@ -67,10 +69,24 @@ def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Row
                 f"{arguments.context_length:,} + 1. Give more text, a shorter --context_length, or another "
                 "--held_out_fraction or --split."
             )
-    for name, ledger in ledgers.items():
+    for (name, ledger), train in zip(ledgers.items(), packed["train"], strict=True):
         say(f"ledger of {name}: {ledger}")
+        if isinstance(train, BestFitRows) and train.rows:
+            say(_empty_room(name, train))
     test = joined["test"] if len(joined["test"]) else None
     return Rows(joined["train"], joined["held_out"], test, ledgers, fingerprints)
+
+
+def _empty_room(name: str, rows: BestFitRows) -> str:
+    """Return how much of the ``rows`` of a source stays empty; a warning where that is much."""
+    empty = 1 - rows.row_tokens / (rows.rows * rows.context_length)
+    found = f"{empty:.2%} of the training rows of {name} stay empty; tokens/s and tokens trained count that, too"
+    if empty < MUCH_EMPTY:
+        return f"best_fit: {found}"
+    return (
+        f"warning: --packing best_fit: {found}. Few of its documents fit together into rows of "
+        f"{rows.context_length:,} tokens: with another --packing nothing stays empty."
+    )
 
 
 def _document_hashes(stores: list[TokenStore]) -> list[np.ndarray]:

@@ -70,7 +70,7 @@ def peak_tflops(device: torch.device, half_precision: bool) -> float | None:
 
 def peak_by_name(name: str, peaks: dict[str, float] = PEAK_TFLOPS) -> float | None:
     """Return the peak of the first entry of ``peaks`` that is among the words of a device's name; None without one."""
-    return next((peak for known, peak in peaks.items() if re.search(rf"\b{known}\b", name)), None)
+    return next((peak for known, peak in peaks.items() if re.search(rf"\b{known}\b", name, re.IGNORECASE)), None)
 
 
 def parameter_report(model: PreTrainedModel) -> dict[str, int]:

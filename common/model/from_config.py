@@ -31,7 +31,8 @@ def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> Pre
         InputError: transformers refuses the shape, or see ``check_config``.
     """
     settings = {"vocab_size": padded_vocabulary(vocabulary_size), "max_position_embeddings": context_length, **shape}
-    settings = {"pad_token_id": None, **settings}  # a family's own (GLM: 151,329) may be beyond this vocabulary
+    # A family's own (GLM: 151,329, GPT-2: 50,256) may be beyond this vocabulary.
+    settings = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id")) | settings
     build_whole()
     try:
         config = AutoConfig.for_model(**settings)

@@ -183,7 +183,7 @@ def shape_named(model: str) -> dict:
     """
     if model.lower() in PRESETS:
         return PRESETS[model.lower()]
-    if "/" not in model and not Path(model).is_dir():
+    if not model or ("/" not in model and not Path(model).is_dir()):
         raise InputError(f"--model {model}: not a folder, not an id like owner/name, and not of {', '.join(PRESETS)}.")
     folder = fetch_model(model, weights=False)
     try:

@@ -28,8 +28,14 @@ FP16_ONLY = ("T4", "V100")
 # Of the text of the same runs, 149 MB of Chinese and English, with vocabularies trained on it; the last is Qwen2's.
 BYTES_A_TOKEN = {8_192: 3.12, 16_384: 3.48, 32_768: 3.80, 151_665: 3.59}
 SHOWN = 3  # sizes on each side of the best
+FEWEST_MINUTES, MOST_MINUTES = 0.1, 100_000  # six seconds; ten weeks, with fewer than the 2**31 steps of a run
 DECIDED = ("target_parameters", "model", "max_steps", "num_train_epochs", "sample")
 OF_MEMORY = ("plan_config", "plan_processes", "plan_memory_gib")
+# With these, a run is not what was measured, neither its speed nor its loss.
+NOT_OF_THE_LAW = (
+    "optimizer", "optim", "learning_rate", "weight_decay", "warmup_steps", "lr_scheduler_type", "lr_scheduler_kwargs",
+    "context_length", "packing", "recompute", "gradient_checkpointing", "attn_implementation",
+)  # fmt: skip
 NOT_OF_THE_RUN = {"plan", "probe", "plan_json", "minutes", "plan_card", "ladder"}
 
 
@@ -97,8 +103,14 @@ def check_minutes(minutes: float | None, card: str | None, launch: Launch, share
         return
     if not shared.plan:
         raise InputError(f"--minutes {minutes:g}: it would be ignored. --plan --minutes {minutes:g} names a size.")
-    if not minutes > 0:
-        raise InputError(f"--minutes {minutes:g}: must be above 0.")
+    if not FEWEST_MINUTES <= minutes <= MOST_MINUTES:
+        raise InputError(f"--minutes {minutes:g}: must be {FEWEST_MINUTES} to {MOST_MINUTES:,}.")
+    if "tokens_per_step" in shared.given and shared.tokens_per_step % shared.context_length:
+        nearest = max(1, round(shared.tokens_per_step / shared.context_length)) * shared.context_length
+        raise InputError(
+            f"--tokens_per_step {shared.tokens_per_step}: not whole rows of {shared.context_length} tokens. Use "
+            f"--tokens_per_step {nearest}."
+        )
     if card is not None and shared.probe:
         raise InputError(f"--plan_card {card}: --probe measures the card that is here. Leave one out.")
     for name in (*DECIDED, *OF_MEMORY):
@@ -143,7 +155,8 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
     With ``--plan_json`` the last line is JSON.
     """
     text = text_of(shared)
-    found = [outcome(size, minutes, law, speed, text) for size in candidates(family, shared)]
+    sizes = candidates(family, shared)
+    found = [outcome(size, minutes, law, speed, text) for size in sizes]
     best = min(range(len(found)), key=lambda place: found[place].bits_per_byte)
     chosen = found[best]
     there = "text that is enough for one pass (its size is not known)"
@@ -175,6 +188,14 @@ def name_size(recipe: str, family: dict, minutes: float, law: LossLaw, speed: Sp
         )
     flags = {name: value for name, value in shared.given.items() if name not in NOT_OF_THE_RUN}
     flags |= {"target_parameters": chosen.target_parameters, "max_steps": chosen.steps}
+    if sizes[best].tokens_per_step != tokens_per_step_for(count_of("", chosen.target_parameters)):
+        flags["tokens_per_step"] = sizes[best].tokens_per_step
+    changed = [f"--{name}" for name in NOT_OF_THE_LAW if name in shared.given]
+    if changed:
+        say(
+            "note: the law, and a speed that --probe has not measured, are of the recipe's own settings, without "
+            f"{', '.join(changed)}."
+        )
     yaml = f"accelerate_configs/{'fp16' if speed.fp16 else 'single_gpu'}.yaml"
     say("Start, evaluations and saving come on top. Whether it fits the card: --plan without --minutes. The command:")
     say(f"  {launch_command(yaml, recipe, flags)}")
@@ -197,7 +218,7 @@ def candidates(family: dict, shared: SharedArguments) -> list[Candidate]:
         elif "vocabulary_size" not in shared.given:
             vocabulary = vocabulary_for(target)
         if "tokens_per_step" not in shared.given:
-            tokens_per_step = tokens_per_step_for(target)
+            tokens_per_step = whole_rows(tokens_per_step_for(target), shared.context_length)
         try:
             shape, parameters = shape_near(target, family, vocabulary)
         except InputError:
@@ -210,6 +231,13 @@ def candidates(family: dict, shared: SharedArguments) -> list[Candidate]:
             "--vocabulary_size, with --tokenizer train."
         )
     return found
+
+
+def whole_rows(tokens_per_step: int, context_length: int) -> int:
+    """Return the tokens of a step of whole rows, near ``tokens_per_step``: 8,192 in rows of 500 are 16 rows, 8,000."""
+    if tokens_per_step % context_length == 0:
+        return tokens_per_step
+    return context_length * 2 ** max(0, round(math.log2(tokens_per_step / context_length)))
 
 
 def outcome(size: Candidate, minutes: float, law: LossLaw, speed: Speed, text: Text) -> Outcome:

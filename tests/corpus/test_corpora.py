@@ -70,6 +70,7 @@ def test_a_name_is_a_source(capsys, tmp_path, monkeypatch):
     (tmp_path / "skypile").mkdir()
     (tmp_path / "skypile" / "mine.jsonl").write_text('{"text": "x"}\n')
     assert resolve_source("skypile").files  # what lies here comes first
+    assert "skypile: read from the file or folder of this name here, not from the corpus" in capsys.readouterr().out
 
 
 def test_the_first_tokens_are_read_and_the_files_after_them_not(hub, tmp_path):

@@ -1,5 +1,6 @@
 """Best-fit packing: against rows written by hand, and a packing and rows made the slow way."""
 
+import re
 import tracemalloc
 from dataclasses import asdict
 
@@ -115,6 +116,14 @@ def test_every_token_is_a_target_once_and_no_short_document_is_cut(tmp_path_fact
         if len(document) <= context_length:
             cut = " ".join(map(str, document))
             assert any(f" {cut} " in f" {' '.join(map(str, targets))} " for targets in held)
+
+
+@pytest.mark.parametrize(("size", "said"), [(3, r"^best_fit: 0\.00% of"), (4, r"^warning: .*: 37\.50% of")])
+def test_what_stays_empty_is_said(tmp_path, capsys, size, said):
+    """Rows of 8: two documents of 3 tokens and an end token fill one, and of one of 4 and an end token 3 are left."""
+    store = store_of(tmp_path, [[each + 1] * size for each in range(40)])
+    build_rows({"a": store}, SharedArguments(packing="best_fit", context_length=8, split="30,10"))
+    assert re.search(f"{said} the training rows of a stay empty", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_the_ledger_drops_nothing_of_the_training_documents_and_held_out_rows_are_windows(tmp_path):

@@ -15,7 +15,17 @@ from conftest import ROOT
 from common.arguments import SharedArguments
 from common.console import InputError
 from common.model.scaling import BUNDLED_LAW, LossLaw, counted_bytes, in_short
-from common.train.time_budget import Candidate, Outcome, Speed, Text, candidates, outcome, speed_of_card, text_of
+from common.train.time_budget import (
+    Candidate,
+    Outcome,
+    Speed,
+    Text,
+    candidates,
+    outcome,
+    speed_of_card,
+    text_of,
+    whole_rows,
+)
 
 RESULTS = ROOT / "benchmarks" / "results" / "ladder_h200_2026-11-30.csv"
 LAW = LossLaw.read(str(BUNDLED_LAW))
@@ -158,6 +168,16 @@ def test_the_printed_command_is_that_of_the_size(wiki, tmp_path, capsys):
     assert f"{found['parameters']:,} parameters" in printed and "It fits 140 GiB" in printed
 
 
+def test_the_command_of_rows_that_do_not_divide_the_rules_step_names_the_step(wiki, capsys):
+    """Rows of 500 tokens: a launch refuses 32,768 tokens a step, and takes 64 rows of them."""
+    wiki.main("--plan --minutes 3 --plan_card h200 --context_length 500 --packing best_fit".split())
+    printed = capsys.readouterr().out
+    words = shlex.split(printed.splitlines()[-1])
+    assert int(words[words.index("--tokens_per_step") + 1]) % 500 == 0
+    assert "of the recipe's own settings, without --context_length, --packing." in printed
+    assert [whole_rows(8_192, length) for length in (512, 500, 16_384, 6_000)] == [8_192, 8_000, 16_384, 6_000]
+
+
 def test_many_passes_over_little_text_are_said_in_numbers_to_read(wiki, tmp_path, capsys):
     (tmp_path / "text.txt").write_bytes(b"a" * 260_000)
     wiki.main(["--plan", "--minutes", "10", "--plan_card", "H200", "--data", str(tmp_path / "text.txt")])
@@ -183,7 +203,9 @@ def test_another_card_is_said_to_be_assumed_and_fp16_gets_its_yaml(wiki, capsys)
     [
         ("--minutes 3", "--minutes 3: it would be ignored"),
         ("--plan_card H100", "--plan_card H100: it would be ignored"),
-        ("--plan --minutes 0 --plan_card H100", "must be above 0"),
+        ("--plan --minutes 0 --plan_card H100", "--minutes 0: must be 0.1 to 100,000"),
+        ("--plan --minutes 1e9 --plan_card H100", "must be 0.1 to 100,000"),
+        ("--plan --minutes 3 --plan_card H100 --tokens_per_step 100", "not whole rows of 512 tokens. .* 512"),
         ("--plan --minutes 3", "no accelerator here.*--plan_card H200.*--target_parameters auto"),
         ("--plan --minutes 3 --plan_card Foo", "speed of Foo is not known; known are .*H100"),
         ("--plan --minutes 3 --plan_card H100 --target_parameters 30M", "--target_parameters with --minutes"),
