@@ -11,7 +11,7 @@ from common.distributed.accelerator import card_bytes
 from common.distributed.launch import Launch
 from common.model.memory import Setting
 from common.system import GIB
-from common.train.plan import largest_divisor, rows_that_fit, setting_of_run
+from common.train.plan import rows_at_once, rows_that_fit, setting_of_run
 
 LARGEST_STEP_TOKENS = 2**31  # the largest batches of published runs have some 2**26
 
@@ -45,22 +45,15 @@ def set_batch(launch: Launch, training: TrainingArguments, tokens_per_step: int,
             f"{rows_per_step * context_length:,} tokens a step"
         )
         return rows_per_step
-    rows, rest = divmod(tokens_per_step, processes * context_length)  # of each process
-    micro_batch = largest_divisor(rows, most)
-    if rest or micro_batch == 0 or 2 * micro_batch <= min(most, rows):
-        unit = min(most, max(rows, 1)) * processes * context_length
-        raise InputError(
-            f"--tokens_per_step {tokens_per_step:,} cannot be divided among {processes} processes into micro-batches "
-            f"of about {min(most, max(rows, 1))} rows of {context_length} tokens. Use --tokens_per_step "
-            f"{max(1, round(tokens_per_step / unit)) * unit}, or another --per_device_train_batch_size."
-        )
+    micro_batch = rows_at_once(tokens_per_step, processes, context_length, most)
+    accumulated = tokens_per_step // (micro_batch * processes * context_length)
     training.per_device_train_batch_size = micro_batch
-    training.gradient_accumulation_steps = rows // micro_batch
+    training.gradient_accumulation_steps = accumulated
     say(
-        f"batch: {micro_batch} rows x {processes} processes x {context_length} tokens x {rows // micro_batch} "
-        f"accumulated = {tokens_per_step:,} tokens a step"
+        f"batch: {micro_batch} rows x {processes} processes x {context_length} tokens x {accumulated} accumulated = "
+        f"{tokens_per_step:,} tokens a step"
     )
-    return rows * processes
+    return micro_batch * accumulated * processes
 
 
 def _check_size(flag: str, value: int, tokens: int) -> None:

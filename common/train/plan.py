@@ -191,8 +191,26 @@ def with_micro_batch(
             f"each of {readers} cards. Use at least {setting.context_length * readers:,}."
         )
     most = setting.rows if setting.rows > 0 else rows_that_fit(model, setting, rows_a_step, limit_gib)
-    rows = largest_divisor(rows_a_step, most)
+    rows = rows_at_once(shared.tokens_per_step, readers, setting.context_length, most)
     return replace(setting, rows=rows, accumulated=rows_a_step > rows)
+
+
+def rows_at_once(tokens_per_step: int, processes: int, context_length: int, most: int) -> int:
+    """Return the rows of a micro-batch: at most ``most``, and more than half of that.
+
+    Raises:
+        InputError: the tokens of a step cannot be divided so among ``processes``.
+    """
+    rows, rest = divmod(tokens_per_step, processes * context_length)  # of each process
+    micro_batch = largest_divisor(rows, most)
+    if rest or micro_batch == 0 or 2 * micro_batch <= min(most, rows):
+        unit = min(most, max(rows, 1)) * processes * context_length
+        raise InputError(
+            f"--tokens_per_step {tokens_per_step:,} cannot be divided among {processes} processes into micro-batches "
+            f"of about {min(most, max(rows, 1))} rows of {context_length} tokens. Use --tokens_per_step "
+            f"{max(1, round(tokens_per_step / unit)) * unit}, or another --per_device_train_batch_size."
+        )
+    return micro_batch
 
 
 def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -> Setting:
@@ -211,6 +229,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         sharing = int(parallelism.get("parallelism_config_cp_size", 1))
         sharing *= int(parallelism.get("parallelism_config_sp_size", 1))
         tensor = int(parallelism.get("parallelism_config_tp_size", 1))
+        copies = int(parallelism.get("parallelism_config_dp_replicate_size", 1))
         expert = int(parallelism.get("parallelism_config_ep_size", 1))
         processes = processes or int(config.get("num_processes", 1))
         compiled = str((config.get("dynamo_config") or {}).get("dynamo_backend", "no")).lower() != "no"
@@ -230,6 +249,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
             "accelerate_configs/ddp.yaml or fsdp2.yaml, or --plan_processes 1."
         )
     sizes = ((sharing, "share each row"), (tensor, "compute each layer together"), (expert, "divide the experts"))
+    sizes += ((copies, "hold the same part of the model"), (sharing * tensor * copies, "do all of that together"))
     for together, what in sizes:
         if together < 1:
             raise InputError(f"--plan_config {path}: {together} cards {what}. Use 1 if none of them do.")
@@ -246,7 +266,7 @@ def setting_of_yaml(path: str, setting: Setting, processes: int | None = None) -
         context_length=setting.context_length // sharing,
         strategy=strategies[kind],
         processes=processes,
-        copies=int(parallelism.get("parallelism_config_dp_replicate_size", 1)),
+        copies=copies,
         tensor=tensor,
         expert=expert,
         precision=str(config.get("mixed_precision", "no")),
@@ -263,7 +283,9 @@ def joined_with_json(config: dict, path: str) -> tuple[dict, dict]:
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise InputError(f"deepspeed_config_file {path}: cannot be read ({error}).") from None
+        raise InputError(
+            f"deepspeed_config_file {path}: cannot be read ({error}). The path begins in the folder that you launch in."
+        ) from None
     optimization = found.get("zero_optimization", {})
     zero = {
         "zero_stage": optimization.get("stage", 2),

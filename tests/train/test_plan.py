@@ -318,8 +318,22 @@ def test_a_step_of_less_than_a_row_for_each_card_is_refused(wiki):
 
 
 @pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--plan_processes 3", "65,536 cannot be divided among 3 processes .* Use --tokens_per_step 73728"),
+        ("--context_length 500", "65,536 cannot be divided among 1 processes"),
+        ("--plan_memory_gib 80 --tokens_per_step 66048", "into micro-batches of about 128 rows"),  # 129 = 3 x 43 rows
+    ],
+)
+def test_a_step_that_a_launch_would_not_divide_is_refused(wiki, flags, message):
+    with pytest.raises(InputError, match=message):
+        wiki.main(["--plan", *flags.split()])
+
+
+@pytest.mark.parametrize(
     ("config", "processes", "message"),
     [
+        ("hsdp", 3, "2 cards hold the same part of the model, and 3 cards are no multiple of it. .*_processes 2"),
         ("single_gpu", 8, "distributed_type NO is for one process, and these are 8. Use .*ddp.yaml"),
         ("fsdp2_context_parallel", 3, "2 cards share each row, and 3 cards are no multiple of it. .*_processes 2"),
         (
