@@ -42,7 +42,7 @@ from common.model.recompute import choose_recompute
 from common.system import GIB
 from common.tokens.store import TokenStore
 from common.tokens.token_index import write_index
-from common.train.plan import setting_of_run
+from common.train.setting import setting_of_run
 
 WARM_STEPS, INTERVAL = 4, 2
 

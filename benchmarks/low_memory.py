@@ -59,8 +59,8 @@ from common.tokens.token_index import write_index
 from common.tokens.tokenizer import load_tokenizer
 from common.tokens.writer import tokenize
 from common.train.low_memory import compute_dtype, optimizer_for
-from common.train.plan import setting_of_trainer
 from common.train.probe import StepTimer
+from common.train.setting import setting_of_trainer
 
 WARM_STEPS, STEPS = 3, 10
 CAPS = {"bf16": 15.5, "T4": 14.5}  # GiB

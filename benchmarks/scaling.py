@@ -25,7 +25,7 @@ from common.model.from_config import planned_model
 from common.model.memory import Setting, predict
 from common.model.presets import PRESETS
 from common.system import GIB
-from common.train.plan import largest_divisor, rows_that_fit
+from common.train.batch import largest_divisor, rows_that_fit
 
 CARDS = (1, 2, 8, 64, 256, 1000)
 STRATEGIES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")

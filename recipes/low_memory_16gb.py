@@ -63,9 +63,10 @@ from common.train.callbacks import SampleCallback
 from common.train.eval_tasks import EvalTasks
 from common.train.forgetting import MeasureBefore, before_and_after, figures_before
 from common.train.low_memory import check_method, check_step_in_backward, compute_dtype, optimizer_for, trained_dtype
-from common.train.plan import print_plan, take_precision_of_yaml, yaml_to_plan
+from common.train.plan import print_plan
 from common.train.preflight import preflight
 from common.train.probe import probe
+from common.train.setting import take_precision_of_yaml, yaml_to_plan
 from common.train.trainer import PretrainingTrainer
 
 RECIPE = Path(__file__).name

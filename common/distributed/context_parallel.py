@@ -28,10 +28,14 @@ def check_parallelism(launch: Launch, context_length: int, isolated: bool) -> No
     shards, rest = divmod(launch.processes, sharing * launch.replicas)
     dimension = "tp" if launch.tensor_parallel > 1 else "sp" if launch.sequence_parallel > 1 else "cp"
     if (sharing * launch.replicas > 1 or launch.divided) and (rest or shards != launch.shards):
+        size = f"--parallelism_config_dp_shard_size {shards} before the recipe"
+        works = f"{size}, or --num_processes {asked}"
+        if rest:  # no size fits them all
+            fewer = f", or {launch.processes - rest} with {size}"
+            works = f"--num_processes {asked}{'' if shards in (0, launch.shards) else fewer}"
         raise InputError(
             f"parallelism_config asks for {launch.replicas} x {launch.shards} x {sharing} processes (dp_replicate x "
-            f"dp_shard x {dimension}), and these are {launch.processes}. Use "
-            f"--parallelism_config_dp_shard_size {max(1, shards)} before the recipe, or --num_processes {asked}."
+            f"dp_shard x {dimension}), and these are {launch.processes}. Use {works}."
         )
     if launch.replicas > 1 and launch.shards * sharing == 1:  # accelerate's own message comes late
         raise InputError(

@@ -12,6 +12,7 @@ documents, and cannot be launched by a YAML: the launcher takes a parallelism_co
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedModel
 
 from common.console import InputError
 from common.distributed.launch import Launch
@@ -35,13 +36,18 @@ def pieces_of_rows(launch: Launch, inputs: dict[str, torch.Tensor]) -> dict[str,
     return inputs | {name: inputs[name][:, begin : begin + length] for name in names if name in inputs}
 
 
-def check_heads(name: str, heads: int, key_heads: int, launch: Launch) -> None:
-    """Refuse a model whose heads cannot be divided.
+def check_heads(model: PreTrainedModel, launch: Launch) -> None:
+    """Refuse a model whose heads cannot be divided. It may be on the meta device.
 
     Raises:
         InputError: with what works.
     """
     size = launch.sequence_parallel
+    if size == 1:
+        return
+    config, name = model.config.get_text_config(), type(model).__name__
+    heads = config.num_attention_heads
+    key_heads = getattr(config, "num_key_value_heads", None) or heads
     if heads % size or key_heads % size:
         raise InputError(
             f"parallelism_config_sp_size {size}: {name} has {heads} heads and {key_heads} key-value heads, and both "

@@ -197,15 +197,14 @@ def set_ulysses(model: PreTrainedModel, wanted: str, isolated: bool, device: tor
     Raises:
         InputError: the heads cannot be divided, or the attention is not torch's over whole rows.
     """
-    name, config = type(model).__name__, model.config.get_text_config()
+    name = type(model).__name__
     default = model.config._attn_implementation if wanted == "auto" else wanted
     if default != "sdpa" or not sees_whole_rows(model) or not can_change_attention(model):
         raise InputError(
             f"parallelism_config_sp_size {launch.sequence_parallel}: for attention by torch's sdpa over whole rows, "
             f"that transformers can exchange; here {name} has {default} attention. Use fsdp2.yaml."
         )
-    heads = config.num_attention_heads
-    check_heads(name, heads, getattr(config, "num_key_value_heads", None) or heads, launch)
+    check_heads(model, launch)
     if isolated and device.type == "cuda":
         reason = why_not_documents(model, device)
         if reason is not None:

@@ -17,9 +17,10 @@ from common.distributed.context_parallel import check_parallelism
 from common.distributed.hardware import compiled_code_folder
 from common.distributed.launch import Launch, check_launch, precision_of
 from common.distributed.strategy import FSDP2, ZERO3
+from common.distributed.ulysses import check_heads
 from common.distributed.workarounds import shard_on_cpus, take_over_recompute
 from common.model.counts import cpu_flops
-from common.model.memory import optimizer_name, predict
+from common.model.memory import Setting, optimizer_name, predict
 from common.model.placement import check_expert_plan, check_plan
 from common.model.presets import ModelSize, PretrainedSize
 from common.model.recompute import choose_recompute
@@ -33,8 +34,8 @@ from common.system import GIB, take_cores, usable_cores
 from common.train.batch import card_gib, derive_micro_batch, set_batch
 from common.train.combinations import check_combinations, check_optimizer, choose_optimizer
 from common.train.eval_tasks import check_eval_tasks
-from common.train.plan import setting_of_run
 from common.train.schedule import check_schedule, leave_out_settings_of_another
+from common.train.setting import setting_of_run
 
 LONG_STEP_SECONDS = 60  # on a CPU: a thousand steps would take a day
 STATE_DICT_TYPES = ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
@@ -76,8 +77,10 @@ def preflight(
     if model is not None:
         check_plan(model, launch.tensor_parallel)
         check_expert_plan(model, launch.expert_parallel)
+        check_heads(model, launch)
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
-    derive_micro_batch(model, launch, training, shared)
+    setting = planned_setting(model, launch, training, shared.context_length)
+    derive_micro_batch(model, setting, launch, training, shared, card_gib(training))
     launch = replace(launch, rows_per_step=set_batch(launch, training, shared.tokens_per_step, shared.context_length))
     check_accumulation(training)
     say_time_on_cpu(model, size, training, launch.rows_per_step * shared.context_length)
@@ -158,10 +161,18 @@ def precision(training: TrainingArguments, shared: SharedArguments) -> str:
     return f"{kind} on {where}{scaled} ({decided_by})"
 
 
+def planned_setting(
+    model: PreTrainedModel | None, launch: Launch, training: TrainingArguments, context_length: int
+) -> Setting:
+    """Return the setting of this run; of a model that is not known yet, no more than the length of its rows."""
+    if model is None:
+        return Setting(rows=1, context_length=context_length)
+    return replace(setting_of_run(model, launch, training, context_length), fused_loss=True)
+
+
 def memory(model: PreTrainedModel, launch: Launch, training: TrainingArguments, context_length: int) -> str:
     """Return what a card needs: the total of --plan. A run that needs more than there is may still be tried."""
-    setting = replace(setting_of_run(model, launch, training, context_length), fused_loss=True)
-    need = predict(model, setting).total / GIB
+    need = predict(model, planned_setting(model, launch, training, context_length)).total / GIB
     there = card_gib(training)
     if there is None:
         return f"{need:.2f} GiB a process planned, as on a GPU"

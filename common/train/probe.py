@@ -15,7 +15,7 @@ from common.model.counts import flops_per_token, parameter_report
 from common.model.memory import CONTEXT_BYTES, predict
 from common.model.scaling import LossLaw
 from common.system import GIB
-from common.train.plan import setting_of_trainer
+from common.train.setting import setting_of_trainer
 from common.train.time_budget import Speed
 
 

@@ -46,9 +46,10 @@ from common.train.interruption import EvaluationStopped, Interruption, session
 from common.train.low_memory_adamw import LowMemoryAdamW
 from common.train.metrics import RouterMeter, RunClock, held_out_metrics
 from common.train.muon import MuonWithAdamW
-from common.train.plan import out_of_memory, setting_of_trainer
+from common.train.plan import out_of_memory
 from common.train.saving import Saving
 from common.train.schedule import keep_settings, schedule_settings, settings_of
+from common.train.setting import setting_of_trainer
 from common.train.step_guard import (
     GUARD_FILE,
     StepGuard,

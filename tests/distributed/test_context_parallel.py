@@ -16,9 +16,8 @@ from common.console import InputError
 from common.distributed.context_parallel import check_parallelism, divided_rows
 from common.distributed.launch import Launch, read_launch
 from common.model.attention import set_attention
-from common.model.memory import Setting
 from common.train.batch import set_batch
-from common.train.plan import setting_of_yaml
+from common.train.setting import launch_of_yaml
 
 YAML = "accelerate_configs/fsdp2_context_parallel.yaml"
 
@@ -68,7 +67,14 @@ def test_processes_that_share_a_row_count_as_one_reader(monkeypatch, capsys):
         (dict(ep=2, dp_shard=2), 8, 512, False, "these are 8. Use --parallelism_config_dp_shard_size 8"),
         (dict(sp=2), 2, 512, False, "sp_size 2 with ddp: not tried here. Use .*fsdp2_ulysses.yaml"),
         (dict(cp=2), 8, 512, False, "1 x 1 x 2 processes .* these are 8. Use --parallelism_config_dp_shard_size 4"),
-        (dict(cp=2, dp_shard=2), 3, 512, False, "or --num_processes 4"),
+        (
+            dict(cp=2, dp_shard=2),
+            3,
+            512,
+            False,
+            "Use --num_processes 4, or 2 with --parallelism_config_dp_shard_size 1",
+        ),
+        (dict(tp=4, dp_shard=2), 3, 512, False, "these are 3. Use --num_processes 8.$"),
         (dict(dp_replicate=2, dp_shard=2), 8, 512, False, "--parallelism_config_dp_shard_size 4"),
         (
             dict(dp_replicate=2),
@@ -145,13 +151,8 @@ def test_another_attention_is_refused(kind, wanted, words):
 
 
 def test_the_plan_counts_half_a_row_on_each_card():
-    setting = setting_of_yaml(YAML, Setting(rows=1, context_length=32_768), processes=2)
-    assert (setting.context_length, setting.processes, setting.strategy, setting.compiled) == (
-        16_384,
-        2,
-        "fsdp2",
-        False,
-    )
+    launch = launch_of_yaml(YAML, processes=2)
+    assert (launch.row_pieces, launch.processes, launch.strategy, launch.compiled) == (2, 2, "fsdp2", False)
 
 
 def test_a_recipes_plan_says_that_cards_share_a_row(capsys):

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from conftest import load_recipe, losses, small_run
 from launched_processes import COMPILED, FSDP2, check_compiled, in_launched_processes, meet_again
 from test_sharding import CONSTANT, MUON, assert_same_run
+from transformers import AutoConfig
 from two_processes import in_two_processes
 
 from common.console import InputError
@@ -71,6 +72,13 @@ def launch(**changes) -> Launch:
     return Launch(**dict(strategy=SHARDED, processes=2, sequence_parallel=2) | changes)
 
 
+class A:
+    """A model of which nothing but its heads is known."""
+
+    def __init__(self, heads: int, key_heads: int):
+        self.config = AutoConfig.for_model("llama", num_attention_heads=heads, num_key_value_heads=key_heads)
+
+
 def test_what_was_not_tried_is_refused_with_what_works():
     check_parallelism(launch(), 512, isolated=True)
     check_parallelism(launch(processes=8, shards=4), 512, isolated=True)
@@ -85,8 +93,9 @@ def test_what_was_not_tried_is_refused_with_what_works():
         with pytest.raises(InputError, match=words):
             check_parallelism(launch(**wrong), length, isolated=True)
     with pytest.raises(InputError, match="sp_size 2: A has 4 heads and 1 key-value heads"):
-        check_heads("A", 4, 1, launch())
-    check_heads("A", 4, 2, launch())
+        check_heads(A(4, 1), launch())
+    check_heads(A(4, 2), launch())
+    check_heads(A(4, 1), launch(sequence_parallel=1))
 
 
 def test_a_recipe_that_does_not_know_of_it_is_refused(wiki, cache_dir, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import subprocess
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -21,8 +22,7 @@ from transformers import TrainingArguments
 from common.console import InputError
 from common.distributed.launch import read_launch
 from common.distributed.workarounds import COMPILE_SETTINGS, RECOMPUTE_TAKEN_OVER, take_over_recompute
-from common.model.memory import Setting
-from common.train.plan import setting_of_yaml
+from common.train.setting import launch_of_yaml
 
 FOLDER = ROOT / "accelerate_configs"
 CONFIGS = sorted(FOLDER.glob("*.yaml"))
@@ -171,14 +171,14 @@ def test_a_launch_is_what_its_yaml_says(path, monkeypatch):
         monkeypatch.setenv(name, value)
     launch = read_launch()
     assert launch.launched and launch.strategy == strategy
-    planned = setting_of_yaml(str(path), Setting(rows=1, context_length=4096), processes)
-    names = "strategy processes precision compiled offload_optimizer offload_parameters".split()
-    assert {name: getattr(launch, name) for name in names} == {name: getattr(planned, name) for name in names}
-    assert launch.replicas == planned.copies == (2 if path.stem == "hsdp" else 1)
+    planned = launch_of_yaml(str(path), processes)
+    # Of one machine, although the YAML may be for several; and which process this is.
+    others = dict(launched=True, local_processes=1, use_cpu=launch.use_cpu, recompute_settings=())
+    assert replace(planned, **others) == replace(launch, recompute_settings=())
+    assert launch.replicas == (2 if path.stem == "hsdp" else 1)
     recomputes = path.stem.endswith("recompute") or path.stem == "zero3_offload"
-    assert (launch.recompute is not None) == planned.recompute == recomputes
+    assert (launch.recompute is not None) == recomputes
     assert launch.offloads == path.stem.endswith("offload")
-    assert launch.row_pieces == 4096 // planned.context_length
     assert launch.row_pieces == (2 if path.stem in ("fsdp2_context_parallel", "fsdp2_ulysses") else 1)
     assert launch.tensor_parallel == (2 if "tensor" in path.stem else 1)
     assert launch.expert_parallel == (2 if path.stem == "expert_parallel" else 1)

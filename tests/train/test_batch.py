@@ -11,8 +11,7 @@ from common.console import InputError
 from common.distributed.launch import Launch
 from common.model.memory import Setting, predict
 from common.system import GIB
-from common.train.batch import set_batch
-from common.train.plan import FASTEST_TOKENS, UNKNOWN_TOKENS, USED_SHARE, largest_divisor, rows_that_fit
+from common.train.batch import FASTEST_TOKENS, UNKNOWN_TOKENS, USED_SHARE, largest_divisor, rows_that_fit, set_batch
 
 SETTING = Setting(rows=0, context_length=2048)
 

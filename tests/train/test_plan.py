@@ -19,12 +19,14 @@ from transformers import AutoConfig, Trainer, TrainerControl, TrainingArguments
 
 from common.arguments import SharedArguments
 from common.console import InputError, duration_in_words
-from common.distributed.launch import read_launch
+from common.distributed.launch import Launch, read_launch
+from common.distributed.strategy import DDP
 from common.model.memory import Setting
 from common.model.scaling import LossLaw
 from common.train.advice import advice
-from common.train.plan import setting_of_run, setting_of_yaml, yaml_to_plan
+from common.train.combinations import choose_optimizer
 from common.train.probe import StepTimer, probe_in_words
+from common.train.setting import launch_of_yaml, setting_of_run, yaml_to_plan
 
 CONFIGS = ROOT / "accelerate_configs"
 # The recipe's model by hand. A layer: q and o 768x768, k and v 768x384, three 768x2048, two norms, norms of q and k.
@@ -313,7 +315,7 @@ def test_numbers_below_the_least_are_refused(wiki, flag, value, least):
 
 
 def test_a_step_of_less_than_a_row_for_each_card_is_refused(wiki):
-    with pytest.raises(InputError, match="--tokens_per_step 1,000: less than one row .* Use at least 4,096"):
+    with pytest.raises(InputError, match="step 1,000 cannot be divided among 8 .* Use --tokens_per_step 4096.$"):
         wiki.main("--plan --sample --tokens_per_step 1000 --context_length 512 --plan_processes 8".split())
 
 
@@ -331,27 +333,105 @@ def test_a_step_that_a_launch_would_not_divide_is_refused(wiki, flags, message):
 
 
 @pytest.mark.parametrize(
-    ("config", "processes", "message"),
+    ("flags", "processes"),
     [
-        ("hsdp", 3, "2 cards hold the same part of the model, and 3 cards are no multiple of it. .*_processes 2"),
-        ("single_gpu", 8, "distributed_type NO is for one process, and these are 8. Use .*ddp.yaml"),
-        ("fsdp2_context_parallel", 3, "2 cards share each row, and 3 cards are no multiple of it. .*_processes 2"),
+        ("", 3),  # 65,536 tokens are 128 rows, 42.67 for each of three cards
+        ("--per_device_train_batch_size 8", 3),
+        ("--tokens_per_step 130048 --per_device_train_batch_size 16", 2),  # 127 rows each: a prime
+    ],
+)
+def test_a_step_that_a_launch_could_not_divide_is_refused_with_its_words(wiki, monkeypatch, flags, processes):
+    """As a launch of so many processes; the step that the refusal names is planned."""
+    monkeypatch.setattr("common.train.preflight.check_launch", lambda *_: None)  # this process sees only itself
+    refused = []
+    for planned in (True, False):
+        monkeypatch.setattr(wiki, "read_launch", lambda planned=planned: Launch() if planned else ranks(processes))
+        more = ["--plan", "--plan_processes", str(processes)] if planned else []
+        with pytest.raises(InputError, match="cannot be divided among . processes") as error:
+            wiki.main([*more, *flags.split()])
+        refused.append(str(error.value))
+    assert refused[0] == refused[1]
+    works = re.search("Use --tokens_per_step ([0-9]+)", refused[0])[1]
+    wiki.main(["--plan", "--plan_processes", str(processes), *flags.split(), "--tokens_per_step", works])
+
+
+def ranks(processes: int) -> Launch:
+    """Return the launch of one of so many processes under ddp.yaml, which does not wait for the others."""
+    return Launch(launched=True, strategy=DDP, processes=processes, local_processes=processes, use_cpu=True)
+
+
+def test_accumulation_without_a_micro_batch_is_refused_as_at_the_launch(wiki):
+    with pytest.raises(InputError, match="_accumulation_steps 4 with as many rows at once as fit: .*Leave it out"):
+        wiki.main("--plan --gradient_accumulation_steps 4".split())
+
+
+@pytest.mark.parametrize(
+    ("config", "flags", "message"),
+    [
+        ("single_gpu", "--plan_processes 8", "distributed_type NO is for one process, and these are 8. .*ddp.yaml"),
         (
-            "tensor_parallel",
-            3,
-            "2 cards compute each layer together, and 3 cards are no .* --plan_processes 2",
+            "fsdp2_context_parallel",
+            "--plan_processes 3",
+            "1 x 1 x 2 processes .* x cp., and these are 3. Use --num_pro",
+        ),
+        ("tensor_parallel", "--plan_processes 3", "these are 3. Use --num_processes 2. In a plan, --plan_processes"),
+        ("tensor_parallel", "--plan_processes 1", "these are 1. Use --num_processes 2. In a plan"),
+        ("hsdp", "--plan_processes 3", "2 x 2 x 1 processes .*these are 3. Use --num_processes 4, or 2 with --paralle"),
+        ("hsdp", "--plan_processes 5", "2 x 2 x 1 processes .*, and these are 5. Use --num_processes 4. In a plan"),
+        ("hsdp", "--plan_processes 2", "dp_replicate_size 2 with dp_shard_size 1: .*Use accelerate_configs/ddp.yaml"),
+        ("expert_parallel", "--plan_processes 3", "ep_size 2 does not divide the 3 processes of .*dp_shard_size"),
+        ("expert_parallel", "--plan_processes 4", "Qwen3ForCausalLM has no experts. Use fsdp2.yaml"),
+        ("fsdp2_context_parallel", "--packing isolated", "--packing isolated under context parallelism"),
+        ("fsdp2_ulysses", "--context_length 511", "--context_length 511: 2 cards share each row as 2 equal pieces"),
+        ("zero2", "--optimizer muon", "--optimizer muon: DeepSpeed's ZeRO cuts up the matrices"),
+    ],
+)
+def test_a_plan_is_refused_as_its_launch_would_be(wiki, config, flags, message):
+    with pytest.raises(InputError, match=message):
+        wiki.main(["--plan", "--plan_config", str(CONFIGS / f"{config}.yaml"), *flags.split()])
+
+
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        ("num_processes: 6", "2 x 2 x 1 processes .*, and these are 6. Use .*dp_shard_size 3 before the recipe"),
+        ("parallelism_config_tp_size: 0", "hsdp.yaml: parallelism_config_tp_size 0: must be at least 1"),
+        ("parallelism_config_dp_replicate_size: 0", "dp_replicate_size 0: must be at least 1"),
+        (
+            "parallelism_config_sp_size: 3",
+            "parallelism_config_sp_size 3 with dp_replicate_size above 1: not tried here",
         ),
     ],
 )
-def test_cards_that_a_yaml_is_not_for_are_refused(config, processes, message):
-    with pytest.raises(InputError, match=message):
-        setting_of_yaml(str(CONFIGS / f"{config}.yaml"), Setting(4, 512), processes)
+def test_sizes_of_a_yaml_that_do_not_fit_each_other_are_refused_in_one_line(wiki, tmp_path, size, message):
+    name = size.split(":")[0]
+    lines = [line for line in (CONFIGS / "hsdp.yaml").read_text().splitlines() if not line.strip().startswith(name)]
+    inside = lines.index("parallelism_config:") + 1 if name.startswith("parallelism") else len(lines)
+    lines.insert(inside, f"  {size}" if inside < len(lines) else size)
+    (tmp_path / "hsdp.yaml").write_text("\n".join(lines))
+    with pytest.raises(InputError, match=message) as error:
+        wiki.main(["--plan", "--plan_config", str(tmp_path / "hsdp.yaml")])
+    assert "\n" not in str(error.value)
 
 
-def test_a_size_of_none_is_one_line(tmp_path):
-    (tmp_path / "none.yaml").write_text((CONFIGS / "hsdp.yaml").read_text().replace("cp_size: 1", "cp_size: 0"))
-    with pytest.raises(InputError, match="none.yaml: 0 cards share each row. Use 1"):
-        setting_of_yaml(str(tmp_path / "none.yaml"), Setting(4, 512))
+def test_a_plan_for_other_cards_than_the_yamls_says_which_flag_its_launch_needs(wiki, capsys):
+    """hsdp.yaml is for 2 x 2 cards."""
+    config = ["--plan", "--plan_config", str(CONFIGS / "hsdp.yaml"), "--plan_processes"]
+    wiki.main([*config, "8"])
+    needed = "note: planned with dp_shard_size 4, as 8 cards are 2 x 4 x 1. The YAML says 2: launch with --parallelism"
+    assert needed in capsys.readouterr().out
+    wiki.main([*config, "4"])
+    assert "note: planned with dp_shard_size" not in capsys.readouterr().out
+
+
+def test_a_model_whose_heads_ulysses_cannot_divide_is_refused_before_anything_is_loaded(wiki, tmp_path):
+    """14 heads and 2 key-value heads, among 4."""
+    (tmp_path / "four.yaml").write_text(
+        (CONFIGS / "fsdp2_ulysses.yaml").read_text().replace("sp_size: 2", "sp_size: 4")
+    )
+    cards = ["--plan_config", str(tmp_path / "four.yaml"), "--plan_processes", "4"]
+    with pytest.raises(InputError, match="sp_size 4: Qwen2ForCausalLM has 14 heads and 2 key-value heads"):
+        wiki.main(["--plan", "--model", "qwen2.5-0.5b", *cards])
 
 
 def test_a_model_that_cards_cannot_divide_is_refused_as_its_run_would_be(wiki, tmp_path):
@@ -432,10 +512,10 @@ def test_no_advice_where_nothing_helps():
     ("config", "strategy"), [("cpu", "single"), ("ddp", "ddp"), ("zero2", "zero2"), ("fsdp2", "fsdp2")]
 )
 def test_every_yaml_is_understood(config, strategy):
-    setting = setting_of_yaml(str(CONFIGS / f"{config}.yaml"), Setting(4, 512, optimizer="muon"))
-    assert setting.strategy == strategy
-    assert setting.compiled == (config != "cpu")
-    assert setting.optimizer == ("adamw" if config == "zero2" else "muon")
+    launch = launch_of_yaml(str(CONFIGS / f"{config}.yaml"))
+    assert launch.strategy == strategy
+    assert launch.compiled == (config != "cpu")
+    assert choose_optimizer("auto", launch, TrainingArguments()) == ("adamw" if config == "zero2" else "muon")
 
 
 @pytest.mark.parametrize(
@@ -465,7 +545,7 @@ def test_a_yaml_that_is_none_is_one_clear_error(tmp_path, content):
     if content is not None:
         path.write_text(content)
     with pytest.raises(InputError, match="--plan_config .*config.yaml: "):
-        setting_of_yaml(str(path), Setting(4, 512))
+        launch_of_yaml(str(path))
 
 
 def test_the_probe_trains_three_steps_and_keeps_nothing(wiki, cache_dir, tmp_path, capsys):

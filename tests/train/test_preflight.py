@@ -12,7 +12,6 @@ from conftest import ROOT, small_run
 from transformers import SchedulerType, TrainingArguments
 from transformers.training_args import OptimizerNames
 
-import common.train.batch as batch_module
 import common.train.preflight as preflight_module
 from common.arguments import SharedArguments
 from common.console import InputError
@@ -170,7 +169,7 @@ def test_a_folder_that_cannot_be_one_is_refused_before_anything_is_read(monkeypa
 
 @pytest.mark.parametrize(("gib", "rows"), [(0.7, 1), (80, 8)])
 def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, capsys, gib, rows):
-    monkeypatch.setattr(batch_module, "card_gib", lambda training: gib)
+    monkeypatch.setattr("common.train.preflight.card_gib", lambda training: gib)
     model = planned_model(SHAPE, 1000, 64)
     left_open = dict(per_device_train_batch_size=0, per_device_eval_batch_size=0)
     assert run(monkeypatch, tmp_path, left_open, model=model).rows_per_step == 8, "the step stays what it is"
@@ -180,15 +179,13 @@ def test_rows_left_open_are_those_that_fit_this_card(monkeypatch, tmp_path, caps
 @pytest.mark.parametrize(
     ("known", "card", "unknown"), [(False, 80, "the model's size is not known"), (True, None, "memory is not known")]
 )
-def test_few_rows_on_a_card_are_said_aloud(monkeypatch, capsys, known, card, unknown):
-    monkeypatch.setattr(batch_module, "card_gib", lambda training: card)
-    monkeypatch.setattr(batch_module, "setting_of_run", lambda *_: Setting(rows=1, context_length=64))
+def test_few_rows_on_a_card_are_said_aloud(capsys, known, card, unknown):
     training = SimpleNamespace(per_device_train_batch_size=0, per_device_eval_batch_size=0)
     training.gradient_accumulation_steps = 0
     training.device = torch.device("meta")  # stands in for a card
     shared = SharedArguments(context_length=64, tokens_per_step=1 << 20)
-    launch = Launch(optimizer="adamw")
-    derive_micro_batch(planned_model(SHAPE, 1000, 64) if known else None, launch, training, shared)
+    model, setting = planned_model(SHAPE, 1000, 64) if known else None, Setting(rows=1, context_length=64)
+    derive_micro_batch(model, setting, Launch(optimizer="adamw"), training, shared, card)
     assert training.per_device_train_batch_size == training.per_device_eval_batch_size == 8192 // 64
     assert f"{unknown} here. More: --per_device_train_batch_size" in capsys.readouterr().out
 
