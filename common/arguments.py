@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, fields
 from typing import TypeVar
 
-from common.command_line import OneLineErrors, ShowHelp, help_on_one_screen
+from common.command_line import OneLineErrors, ShowHelp, as_word, help_on_one_screen
 from common.console import InputError
 from common.late_compile import compiling_late
 from common.other_names import hints
@@ -272,16 +272,23 @@ NEW_NAMES = {
 UNITS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
 
-def count_of(flag: str, text: str) -> int:
-    """Return the number that ``text`` means: 120M, 1.5B, 300000.
+def count_of(flag: str, text: str, also: str = "") -> int:
+    """Return the number that ``text`` means: 120M, 1.5B, 300000, 3e7; spaces and upper or lower case do not matter.
+
+    Args:
+        also: what else the flag takes, for the message: " or auto".
 
     Raises:
         InputError: it is not a number, or below 1.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMB]?)\s*", text.upper().replace("_", ""))
+    number, exponent = r"([+-]?(?:\d+\.?\d*|\.\d+))", r"(?:E\+?(\d{1,2}))"
+    match = re.fullmatch(rf"\s*{number}(?:{exponent}|\s*([KMB]))?\s*", text.upper().replace("_", ""))
     if match is None:
-        raise InputError(f"{flag} {text}: not a number such as 120M or 1.5B.")
-    count = round(float(match[1]) * UNITS[match[2]])
+        raise InputError(
+            f"{flag} {as_word(text)}: not a number. Write it as 30M, 1.5B, 30000000 or 3e7{also}; K, M and B are "
+            "thousands, millions and billions."
+        )
+    count = round(float(match[1]) * 10 ** int(match[2] or 0) * UNITS[match[3] or ""])
     if count < 1:
         raise InputError(f"{flag} {text}: must be at least 1; useful are 1M and more.")
     return count
@@ -313,6 +320,8 @@ def _parser_of(own_flags: type, defaults: dict, not_read: Collection[str]) -> _P
     shown = [action.dest for action in parser._actions if action.help != argparse.SUPPRESS]
     others = len(set(shown) - own - set_by_dicts.keys())
     parser.set_defaults(**defaults)
+    # What argparse takes as a value and not as a flag: -5M, too, so that the message is about the number.
+    parser._negative_number_matcher = re.compile(r"-\.?\d")
     of_recipe = HfArgumentParser(own_flags, prog=parser.prog, add_help=False)
     parser.one_screen = help_on_one_screen(of_recipe, set_by_dicts, others, "plan" not in not_read)
     about = "Show this recipe's own flags and exit; with 'all', every flag."

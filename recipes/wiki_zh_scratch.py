@@ -37,7 +37,7 @@ from common.model.fit_to_text import fit_to_text
 from common.model.from_config import keep_residual_in_bf16, model_from_config
 from common.model.fused_loss import use_fused_loss
 from common.model.placement import place_model
-from common.model.presets import AUTO, ModelSize
+from common.model.presets import ModelSize, is_auto
 from common.model.scaling import defaults_for, learning_rates_for, passes_for, read_law
 from common.run.branch import begin_branch
 from common.run.folder import open_run
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> None:
     check_minutes(own.minutes, own.plan_card, launch, shared)
     law = read_law(own.ladder, shared, own.minutes)
     shape = SAMPLE_MODEL if own.sample else MODEL
-    if own.target_parameters == AUTO:  # like MODEL, in the size that fits --data and this machine
+    if is_auto(own.target_parameters):  # like MODEL, in the size that fits --data and this machine
         shape = fit_to_text(shape, shared, training)
     size = ModelSize(shape, own.model, own.target_parameters, shared)
 
@@ -242,7 +242,7 @@ def main(argv: list[str] | None = None) -> None:
                 name_size(RECIPE, MODEL, own.minutes, law, speed, shared)
             return
         run.check_disk_space(model.num_parameters(), launch.strategy, training)
-        prompts = beginnings(rows.held_out, tokenizer) if own.target_parameters == AUTO else PROMPTS
+        prompts = beginnings(rows.held_out, tokenizer) if is_auto(own.target_parameters) else PROMPTS
         trainer.add_callback(SampleCallback(run, launch.strategy, tokenizer, prompts, trainer.clock.interval))
         trainer.add_callback(ReportCallback(run, rows.ledgers))
         tasks = EvalTasks(trainer, shared)  # --eval_tasks: those of lm_eval

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 from transformers import HfArgumentParser, TrainingArguments
 
-from common.arguments import SharedArguments, parse_flags
+from common.arguments import SharedArguments, count_of, parse_flags
 from common.command_line import launch_command
 from common.console import InputError
 from common.other_names import RENAMED
@@ -44,6 +44,43 @@ def test_without_flags_the_dicts_count_then_the_flags_own_defaults():
 def test_a_flag_wins_over_the_dicts():
     own, shared, training = parse("--context_length", "128", "--learning_rate", "1e-3", "--prompts", "a", "b")
     assert (shared.context_length, training.learning_rate, own.prompts) == (128, 1e-3, ["a", "b"])
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("30M", 30_000_000),
+        ("30m", 30_000_000),
+        (" 30 M ", 30_000_000),
+        ("1e7", 10_000_000),
+        ("2.5E6", 2_500_000),
+        ("3e+07", 30_000_000),
+        ("1.5b", 1_500_000_000),
+        (".5B", 500_000_000),
+        ("300K", 300_000),
+        ("30_000_000", 30_000_000),
+        ("30000000", 30_000_000),
+    ],
+)
+def test_a_count_is_read_as_people_write_it(text, count):
+    assert count_of("--max_data_tokens", text) == count
+    assert parse("--max_data_tokens", text)[1].max_data_tokens == count
+
+
+@pytest.mark.parametrize(
+    "text", ["", " ", "_", "30MB", "30 million", "1,5B", "1e7M", "1e-7", "1e400", "0x10", "nan", "inf", "M"]
+)
+def test_what_could_mean_something_else_is_refused_in_one_line(text):
+    line = f"--max_data_tokens {shlex.quote(text)}: not a number. Write it as 30M, 1.5B, 30000000 or 3e7; K, M and B"
+    with pytest.raises(InputError, match=re.escape(line)) as error:
+        parse("--max_data_tokens", text)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["-5M", "-1", "-.5B", "0", "0.4"])
+def test_a_count_below_one_is_refused_also_where_it_looks_like_a_flag(text):
+    with pytest.raises(InputError, match=f"--max_data_tokens {text}: must be at least 1"):
+        parse("--max_data_tokens", text)
 
 
 def test_a_flag_swaps_other_defaults_in():

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.model.presets import AUTO, parameter_count
+from common.model.presets import is_auto, parameter_count
 
 SMALLEST, LARGEST = 16e6, 125e6  # parameters of the measured models, embedding included
 # Small models learn more from many small steps, large ones are faster with large steps. 42M and 62M parameters on 16M
@@ -41,7 +41,7 @@ def defaults_for(target_parameters: str) -> dict:
 
     ``num_train_epochs`` 0 means ``passes_for``, which needs the text. For "auto", ``fit_to_text`` decides later.
     """
-    if target_parameters == AUTO:
+    if is_auto(target_parameters):
         return {}
     parameters = parameter_count(target_parameters)
     known = SMALLEST <= parameters <= LARGEST
