@@ -9,7 +9,7 @@ Source: Ding et al., Fewer Truncations Improve Language Modeling, https://arxiv.
 """
 
 from bisect import bisect_left, insort
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -86,11 +86,17 @@ class BestFitRows(PackedRows):
         begins = [begin for begin, _ in self._parts(row)]
         return (self.document_starts.searchsorted(begins, side="right") - 1).tolist()
 
-    def targets(self) -> np.ndarray:
-        """Refuse what PackedRows would count of its windows, which these rows are not."""
-        raise NotImplementedError("rows to train on; evaluation has PackedRows")
+    def tokens_in(self, rows: int) -> int:
+        """Return how many tokens so many rows hold, without their empty room: exact for whole passes over all rows."""
+        return round(rows * self.stream_tokens / self.rows) if self.rows else 0
 
-    target_bytes = targets
+    def targets(self) -> np.ndarray:
+        """Return every target of the rows in order: int64, (targets,)."""
+        ends = self.part_begins + self.part_sizes
+        return self._gathered(zip(self.part_begins.tolist(), ends.tolist(), strict=True))
+
+    def _target_pieces(self) -> Iterator[tuple[int, int]]:
+        return self._pieces(0, self.stream_tokens)
 
     def _parts(self, row: int) -> list[tuple[int, int]]:
         """Return the ranges [begin, end) of the store that ``row`` holds."""

@@ -80,9 +80,9 @@ class Ledger:
         assert self.documents == documents, f"the ledger of documents does not add up: {asdict(self)}"
         assert self.tokens_read == tokens, f"the ledger of tokens does not add up: {asdict(self)}"
 
-    def trained(self, rows: int, context_length: int) -> "Ledger":
-        """Return this ledger with the ``rows`` that the steps so far have trained on."""
-        return replace(self, rows_trained=rows, tokens_trained=rows * context_length)
+    def trained(self, rows: int, tokens: int) -> "Ledger":
+        """Return this ledger with the ``rows`` that the steps so far have trained on, and the tokens in them."""
+        return replace(self, rows_trained=rows, tokens_trained=tokens)
 
     def __add__(self, other: "Ledger") -> "Ledger":
         return Ledger(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(Ledger)))

@@ -99,6 +99,10 @@ class PackedRows:
         """The tokens of the last partial row."""
         return self.stream_tokens - self.row_tokens
 
+    def tokens_in(self, rows: int) -> int:
+        """Return how many tokens so many rows hold."""
+        return rows * self.context_length
+
     def __len__(self) -> int:
         return self.rows
 
@@ -155,7 +159,7 @@ class PackedRows:
         bytes of its targets are counted.
         """
         total, not_known = 0, [np.zeros(0, np.int64)]
-        for begin, end in self._pieces(1, self.rows * self.context_length):
+        for begin, end in self._target_pieces():
             first = int(self.document_starts.searchsorted(begin, side="right")) - 1
             last = int(self.document_starts.searchsorted(end))
             for document in range(first, last):
@@ -170,6 +174,10 @@ class PackedRows:
                     total += self._share_of_text(targets, slice(start, stop), text_bytes, tokenizer)
         targets = np.concatenate(not_known)
         return total + len(decoded(targets[targets != tokenizer.eos_token_id], tokenizer).encode())
+
+    def _target_pieces(self) -> Iterator[tuple[int, int]]:
+        """Yield the ranges of the store that hold the targets."""
+        return self._pieces(1, self.rows * self.context_length)
 
     def _share_of_text(self, targets: slice, document: slice, text_bytes: int, tokenizer) -> float:
         """Return the bytes of ``targets``, a part of ``document``, whose text has ``text_bytes``."""

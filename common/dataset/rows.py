@@ -80,7 +80,7 @@ def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Row
 def _empty_room(name: str, rows: BestFitRows) -> str:
     """Return how much of the ``rows`` of a source stays empty; a warning where that is much."""
     empty = 1 - rows.row_tokens / (rows.rows * rows.context_length)
-    found = f"{empty:.2%} of the training rows of {name} stay empty; tokens/s and tokens trained count that, too"
+    found = f"{empty:.2%} of the training rows of {name} stay empty; the log's tokens/s count that, too"
     if empty < MUCH_EMPTY:
         return f"best_fit: {found}"
     return (

@@ -32,9 +32,10 @@ def save_results(trainer, ledgers: dict[str, Ledger], held_out: dict[str, float]
     seconds = max((entry["train_seconds"] for entry in history if "train_seconds" in entry), default=0.0)
     rows_trained = trainer.order.rows_by_source(trainer.position)  # one number for each source
     context_length = trainer.train_dataset.context_length
+    packed = trainer.train_dataset.sources
     sources = {
-        name: ledger.trained(rows, context_length)
-        for (name, ledger), rows in zip(ledgers.items(), rows_trained, strict=True)
+        name: ledger.trained(rows, own.tokens_in(rows))
+        for (name, ledger), rows, own in zip(ledgers.items(), rows_trained, packed, strict=True)
     }
     total = sum(sources.values(), Ledger())
     total.check()

@@ -1,8 +1,10 @@
 """Best-fit packing: against rows written by hand, and a packing and rows made the slow way."""
 
+import json
 import re
 import tracemalloc
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,8 +44,13 @@ def test_the_rows_of_the_example(tmp_path):
     assert rows[2]["input_ids"].tolist() == [4, 3, 0, 1]
     with pytest.raises(IndexError):
         rows[3]
-    with pytest.raises(NotImplementedError):
-        rows.targets()
+    assert rows.targets().tolist() == [7, 8, 9, 4, 5, 6, 0, 3, 0, 1, 0]
+    assert [rows.tokens_in(count) for count in (0, 1, 3, 6)] == [0, 4, 11, 22], "11 tokens and 1 empty place a pass"
+    store.text_bytes = lambda: np.array([20, 50, 10])
+    bytes_of = BestFitRows(store, np.array([True, True, False]), 4).target_bytes(
+        SimpleNamespace(eos_token_id=END, decode=lambda *_, **__: "")
+    )
+    assert bytes_of == 70, "of whole documents, also of those that are cut into rows"
 
 
 def test_documents_that_are_not_chosen_are_in_no_row(tmp_path):
@@ -161,3 +168,8 @@ def test_interrupted_and_continued_is_the_run_left_alone(wiki, cache_dir, tmp_pa
     assert (tmp_path / "halves" / "checkpoint-2").exists() and not (tmp_path / "halves" / "checkpoint-6").exists()
     wiki.main(small_run(cache_dir, tmp_path / "halves", *flags))
     assert losses(tmp_path / "halves") == losses(tmp_path / "whole") and len(losses(tmp_path / "whole")) == 6
+    ledger = json.loads((tmp_path / "whole" / "all_results.json").read_text())["ledger"]
+    assert ledger["rows_trained"] == 24 and ledger["tokens_trained"] == round(
+        24 * ledger["tokens_train"] / ledger["rows_train"]
+    )
+    assert ledger["tokens_trained"] < 24 * 64, "the empty places of rows are not counted"
