@@ -73,6 +73,13 @@ def say(message: str) -> None:
         sys.stdout.flush()
 
 
+def in_one_line(error: Exception) -> str:
+    """Return the type and the beginning of the text of ``error``."""
+    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+    # StrictDataclassFieldValidationError: Validation error for field 'hidden_size': TypeError: Field 'hidden_size' ...
+    return re.sub(r"^StrictDataclass\w+: .*?(?=\w+Error: )", "", text)[:300]
+
+
 def duration_in_words(seconds: float) -> str:
     """Return a time to wait, as a person says it: "40 seconds", "12 minutes", "an hour and 40 minutes", "3.2 days"."""
     minutes = round(seconds / 60)

@@ -26,7 +26,7 @@ CLASSES = {"qwen": "QWen", "chatglm": "ChatGLM", "baichuan": "Baichuan", "yuan":
 
 def custom_code(folder: str | Path) -> str | None:
     """Return what to do about a ``folder`` that brings custom code; None if it has none."""
-    entries = [_read(Path(folder) / name) for name in ("config.json", "tokenizer_config.json")]
+    entries = [object_in(Path(folder) / name) for name in ("config.json", "tokenizer_config.json")]
     if not any("auto_map" in entry for entry in entries):
         return None
     family = str(entries[0].get("model_type", ""))
@@ -58,7 +58,8 @@ def is_pointer(path: Path) -> bool:
         return file.read(len(LFS_POINTER)) == LFS_POINTER
 
 
-def _read(path: Path) -> dict:
+def object_in(path: Path) -> dict:
+    """Return the JSON object in a file; {} if there is none."""
     try:
         entry = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

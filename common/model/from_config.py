@@ -14,10 +14,11 @@ from transformers import (
 )
 from transformers.integrations import unset_hf_deepspeed_config
 
-from common.console import InputError
+from common.console import InputError, in_one_line
 from common.distributed.accelerator import card_bytes
 from common.model.counts import experts_per_token
 from common.model.experts import has_grouped_experts, use_grouped_experts
+from common.model.refused_config import unknown_name
 from common.tokens.tokenizer import padded_vocabulary, vocabulary_size
 
 # A whole model is built on the card, before it is sharded, if it takes up to this share of the card's memory.
@@ -40,7 +41,7 @@ def planned_model(shape: dict, vocabulary_size: int, context_length: int) -> Pre
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     except Exception as error:  # a shape may be wrong in any way
-        raise InputError(f"MODEL {shape}: transformers cannot build it ({in_one_line(error)}).") from None
+        raise cannot_build(shape, error) from None
 
 
 def check_config(config: PretrainedConfig) -> None:
@@ -77,9 +78,10 @@ def check_config(config: PretrainedConfig) -> None:
         )
 
 
-def in_one_line(error: Exception) -> str:
-    """Return the type and the beginning of the text of ``error``."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+def cannot_build(shape: dict, error: Exception) -> InputError:
+    """Return why transformers cannot build a model of ``shape``."""
+    unknown = unknown_name(error, shape)
+    return InputError(unknown or f"MODEL {shape}: transformers cannot build it ({in_one_line(error)}).")
 
 
 def model_from_config(
@@ -119,7 +121,7 @@ def model_from_config(
             device = device_to_build_on(config, training) if training else torch.device("cpu")
         model = model_on(device, config, torch.float32)
     except Exception as error:  # a shape may be wrong in any way
-        raise InputError(f"MODEL {shape}: transformers cannot build it ({in_one_line(error)}).") from None
+        raise cannot_build(shape, error) from None
     # Text of a base model is sampled, not searched for. The settings are saved with the checkpoint, for everybody who
     # generates text with it.
     sampling = dict(do_sample=True, temperature=0.8, top_p=0.95, max_new_tokens=100)

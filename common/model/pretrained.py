@@ -23,11 +23,12 @@ from transformers import (
 )
 from transformers.utils import is_gguf_available
 
-from common.console import InputError, say
+from common.console import InputError, in_one_line, say
 from common.distributed.strategy import whole
 from common.hub import fetch_model
-from common.model.from_config import build_whole, check_config, in_one_line, model_on
-from common.model_folder import custom_code
+from common.model.from_config import build_whole, check_config, model_on
+from common.model.refused_config import unknown_name
+from common.model_folder import custom_code, object_in
 from common.tokens.tokenizer import vocabulary_size
 
 # Weights are doubted if their loss is above this share of ln(vocabulary), the loss of predicting all tokens alike, and
@@ -293,7 +294,9 @@ def _cannot_load(place: str, error: Exception) -> InputError:
     code = custom_code(place)
     if code is not None:
         return InputError(f"--model {place}: {code}")
-    return InputError(f"{place}: not a causal language model that transformers can load ({in_one_line(error)}).")
+    unknown = unknown_name(error, object_in(Path(place) / "config.json"))
+    reason = f"not a causal language model that transformers can load ({in_one_line(error)})."
+    return InputError(f"{place}: {unknown or reason}")
 
 
 def _some(names) -> str:

@@ -12,10 +12,9 @@ from collections.abc import Callable
 import torch
 from transformers import PreTrainedModel
 
-from common.console import InputError, say
+from common.console import InputError, in_one_line, say
 from common.distributed.launch import Launch
 from common.model.counts import experts_per_token
-from common.model.from_config import in_one_line
 from common.model.memory import Setting
 
 LARGEST = 1 << 28  # parameters of a model for which a graph is recorded unasked; larger ones gain too little

@@ -26,11 +26,10 @@ from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from transformers import PreTrainedModel, TrainingArguments
 
-from common.console import InputError, say
+from common.console import InputError, in_one_line, say
 from common.distributed.accelerator import computes_in_bf16
 from common.distributed.strategy import local
 from common.model.counts import layer_matrices
-from common.model.from_config import in_one_line
 from common.train.cuda_graph import EAGER, Recorded
 
 MOMENTUM = 0.95

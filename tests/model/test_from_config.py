@@ -94,8 +94,13 @@ def test_weight_decay_leaves_norms_and_biases_out(tokenizer, tmp_path):
 
 
 def test_a_shape_that_transformers_refuses_is_one_clear_error(tokenizer):
-    with pytest.raises(InputError, match="transformers cannot build it"):
+    with pytest.raises(InputError, match="^model_type no-such-model: transformers .* does not know it"):
         model_from_config({"model_type": "no-such-model"}, tokenizer, 16)
+    small = dict(model_type="llama", hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2)
+    with pytest.raises(InputError, match="^rope_scaling.rope_type far: .* default, linear, .* into the config.$"):
+        model_from_config({**small, "rope_scaling": {"rope_type": "far", "factor": 2.0}}, tokenizer, 16)
+    with pytest.raises(InputError, match="^MODEL .* transformers cannot build it .ZeroDivisionError"):
+        model_from_config({**small, "head_dim": 0}, tokenizer, 16)
 
 
 def test_the_peak_of_a_device_is_known_or_none(monkeypatch):
