@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain, islice
 
-from common.console import InputError, say
+from common.console import InputError
 from common.corpus.formats import ANOTHER_ENCODING, WITHIN_GB18030, CountedFile, NotUtf8, Records, format_of, not_utf8
 from common.corpus.records import NOT_BLANK, TEXT_FIELDS, file_records
 from common.corpus.sources import Source
@@ -76,12 +76,12 @@ def read_documents(
     if counts.documents == before.documents and not may_be_empty:
         raise InputError(f"{source.given}: it has no documents ({empty} empty, {malformed} malformed).")
     if source.texts:
-        say(f"{source.given}: {of_texts:,} documents in .txt files; {source.text_rule}")
+        source.say_once(f"{source.given}: {of_texts:,} documents in .txt files; {source.text_rule}")
     if without:
-        say(f"note: {len(without):,} files of {source.given} have no documents: {_some(without)}")
+        source.say_once(f"note: {len(without):,} files of {source.given} have no documents: {_some(without)}")
     if malformed:
-        say(f"note: {malformed:,} malformed documents of {source.given} were skipped, the first:")
-        say("\n".join(f"  {place}" for place in counts.first_malformed[places:]))
+        skipped = f"note: {malformed:,} malformed documents of {source.given} were skipped, the first:"
+        source.say_once("\n".join([skipped, *(f"  {place}" for place in counts.first_malformed[places:])]))
 
 
 def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iterator[tuple]:
@@ -92,7 +92,7 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
         from common.corpus.hub_dataset import hub_records
 
         names, pattern = parse_text_field(text_field)
-        yield source.given, hub_records(source.hub_id, names, source.encoding), names, pattern
+        yield source.given, hub_records(source.hub_id, names, source.encoding, source.say_once), names, pattern
         return
     bytes_before = counts.file_bytes
 
@@ -102,7 +102,7 @@ def _parts(source: Source, text_field: str | None, counts: CorpusCounts) -> Iter
     for path in source.files:
         names, pattern = parse_text_field("text" if format_of(path.name) == ".txt" else text_field)
         open_raw = partial(CountedFile, path, count_bytes)
-        records = file_records(str(path), open_raw, names, source.encoding, source.whole_texts)
+        records = file_records(str(path), open_raw, names, source.encoding, source.whole_texts, source.say_once)
         yield str(path), records, names, pattern
         bytes_before += path.stat().st_size
         # The bytes read may be fewer (columns that are not needed) or more (the start of a .json file is read twice).
@@ -256,7 +256,7 @@ def detect_text_field(source: Source) -> str:
             f"{first[0]}: field {names[0]!r} holds a list, not text. To join its items with line breaks, name it: "
             f"--text_field {names[0]}. The fields are {_field_names(first[1])}."
         )
-    say(f"{source.given}: the text is in field {names[0]!r}")
+    source.say_once(f"{source.given}: the text is in field {names[0]!r}")
     return names[0]
 
 
@@ -269,10 +269,10 @@ def _records_with_fields(source: Source) -> Records:
     if source.hub_id is not None:
         from common.corpus.hub_dataset import hub_records
 
-        return hub_records(source.hub_id, encoding=source.encoding)
+        return hub_records(source.hub_id, None, source.encoding, source.say_once)
     paths = [path for path in source.files if format_of(path.name) != ".txt"]
     return chain.from_iterable(
-        file_records(str(path), partial(path.open, "rb"), encoding=source.encoding) for path in paths
+        file_records(str(path), partial(path.open, "rb"), None, source.encoding, note=source.say_once) for path in paths
     )
 
 

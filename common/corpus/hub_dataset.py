@@ -8,6 +8,7 @@ hub that answers "too many requests". ``datasets`` is used to decide which files
 
 import re
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -24,7 +25,12 @@ from common.hub import DATA_SET_ID, answering_hubs, hub_endpoints, offline, ways
 NAMES_SHOWN = 5
 
 
-def hub_records(identifier: str, fields: list[str] | None = None, encoding: str | None = None) -> Records:
+def hub_records(
+    identifier: str,
+    fields: list[str] | None = None,
+    encoding: str | None = None,
+    note: Callable[[str], None] = say,
+) -> Records:
     """Yield (where, record) for the train split of a data set, as ``file_records`` does for each of its files.
 
     Nothing is written to disk.
@@ -34,18 +40,19 @@ def hub_records(identifier: str, fields: list[str] | None = None, encoding: str 
             (``wikimedia/wikipedia:20231101.zh``) or the path of one of its files.
         fields: the fields that are needed; None for all.
         encoding: of the text files, as ``known_encoding`` returns it; None for UTF-8.
+        note: prints what is read and what is not.
 
     Raises:
         InputError: no hub and no cache has the data set, or its hub breaks off and does not come back. A stream that is
             cut off is never taken for a complete one.
     """
-    place, files = find_files(identifier)
+    place, files = find_files(identifier, note)
     gigabytes = sum(file.size_bytes for file in files) / 1e9
-    say(f"{identifier}: reading {len(files)} files, {gigabytes:.2f} GB, from {place}")
+    note(f"{identifier}: reading {len(files)} files, {gigabytes:.2f} GB, from {place}")
     # As in a folder: see ``resolve_source``.
     whole_texts = sum(format_of(file.path) == ".txt" for file in files) > 1
     for file in files:
-        yield from file_records(file.path, file.open, fields, encoding, whole_texts)
+        yield from file_records(file.path, file.open, fields, encoding, whole_texts, note)
 
 
 def with_cached_files(source: Source) -> Source:
@@ -56,14 +63,14 @@ def with_cached_files(source: Source) -> Source:
     """
     if source.hub_id is None:
         return source
-    _, files = find_files(source.hub_id)
+    _, files = find_files(source.hub_id, source.say_once)
     is_one_named_file = [file.path for file in files] == [DATA_SET_ID.fullmatch(source.hub_id)[2]]
     if is_one_named_file or any(file.local is None for file in files):
         return source
     return replace(source, cached_files=tuple((file.path, file.size_bytes) for file in files))
 
 
-def find_files(identifier: str) -> tuple[str, list[HubFile]]:
+def find_files(identifier: str, note: Callable[[str], None] = say) -> tuple[str, list[HubFile]]:
     """Return the first place that has the data set, and the files of its train split there.
 
     The places are ModelScope (where some have another name, see ``corpora.py``), Hugging Face (HF_ENDPOINT), its
@@ -93,19 +100,19 @@ def find_files(identifier: str) -> tuple[str, list[HubFile]]:
             failures.append(f"  {place}: does not answer")
             continue
         try:
-            files = train_files(list_files(), subset)
+            files = train_files(list_files(), subset, note)
         except (Exception, InputError) as error:  # each hub library has its own exceptions; all become a reason
             failures.append(f"  {place}: {type(error).__name__}: {error}".replace("\n", " "))
             continue
         paths = [file.path for file in files]
         if place not in endpoints and paths != [subset]:
             what = f"{len(paths)} file{'s' * (len(paths) > 1)}: {_some(paths)}"
-            say("\n".join([f"note: {identifier}: {place} may be incomplete; it has {what}", *failures]))
+            note("\n".join([f"note: {identifier}: {place} may be incomplete; it has {what}", *failures]))
         return place, files
     raise InputError("\n".join([f"cannot find data set {identifier}:", *failures, ways_to_continue("--data")]))
 
 
-def train_files(files: list[HubFile], subset: str | None) -> list[HubFile]:
+def train_files(files: list[HubFile], subset: str | None, note: Callable[[str], None] = say) -> list[HubFile]:
     """Return the files that ``datasets`` takes for the train split of ``subset``, in its order.
 
     ``datasets`` is given a folder of empty files with the repository's file names, and the repository's README.md.
@@ -122,7 +129,7 @@ def train_files(files: list[HubFile], subset: str | None) -> list[HubFile]:
     chosen = splits["train"]
     others = [path for path in by_path if by_path[path] not in chosen and path not in {"README.md", ".gitattributes"}]
     if others:
-        say(f"not in the train split, so not read: {_some(others)}")
+        note(f"not in the train split, so not read: {_some(others)}")
     _check_shards([file.path for file in chosen if file.local is not None])
     return chosen
 

@@ -51,6 +51,7 @@ def file_records(
     fields: list[str] | None = None,
     encoding: str | None = None,
     whole_text: bool = False,
+    note: Callable[[str], None] = say,
 ) -> Records:
     """Yield (where, record) of every record of a file, in order; the suffixes of ``name`` say how it is read.
 
@@ -63,6 +64,7 @@ def file_records(
         fields: the fields that are needed; None for all. If a table lacks one of them, InputError is raised at once.
         encoding: of the text, if it is not UTF-8, as ``known_encoding`` returns it.
         whole_text: a ``.txt`` file is one document.
+        note: prints what looks wrong in the file.
 
     Raises:
         InputError: the format is unknown, the file is damaged or cut off, or its syntax is broken so that the next
@@ -80,9 +82,9 @@ def file_records(
         yield from arrow_records(name, open_raw, fields)
         return
     try:
-        with open_decompressed(name, open_raw, encoding) as stream:
+        with open_decompressed(name, open_raw, encoding, note) as stream:
             if kind in TABLE_DELIMITERS:
-                yield from table_records(name, stream, kind, fields)
+                yield from table_records(name, stream, kind, fields, note)
             elif kind == ".txt" and whole_text:
                 yield _whole_text(name, stream)
             elif kind == ".txt":

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Source:
         encoding: of the text files, as ``known_encoding`` returns it; None for UTF-8.
         whole_texts: each of the .txt files is one document; otherwise blank lines separate the documents.
         cached_files: (path, bytes) of the files that are read from a hub's cache, because no hub answers.
+        notes: on what is not read of it, for ``resolve_source`` to print.
+        said: what was printed of it; a source is read twice if a tokenizer is trained on it.
     """
 
     given: str
@@ -69,6 +71,14 @@ class Source:
     encoding: str | None = None
     whole_texts: bool = False
     cached_files: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
+    said: set[str] = field(default_factory=set, compare=False, repr=False)
+
+    def say_once(self, message: str) -> None:
+        """Print what was not printed of this source before."""
+        if message not in self.said:
+            self.said.add(message)
+            say(message)
 
     @property
     def texts(self) -> list[Path]:
@@ -162,6 +172,8 @@ def resolve_source(given: str, encoding: str | None = None) -> Source:
             folder holds both token files and documents; a file is a pointer of Git LFS, and not the data.
     """
     source = find_source(given)
+    for note in source.notes:
+        source.say_once(note)
     if given in CORPORA and source.hub_id is None:
         say(f"note: {given}: read from the file or folder of this name here, not from the corpus that has this name")
     refuse_pointers(source.files)
@@ -174,7 +186,7 @@ def resolve_source(given: str, encoding: str | None = None) -> Source:
 
 
 def find_source(given: str) -> Source:
-    """Return what ``resolve_source`` does, without its notes on .txt files and without the encoding."""
+    """Return what ``resolve_source`` does, without the encoding; print nothing: the notes are in the source."""
     if not given.strip():
         raise InputError(f"{given!r}: an empty name. Give a file, a folder, a glob or a hub id like owner/name.")
     path = Path(given).expanduser()
@@ -197,7 +209,8 @@ def find_source(given: str) -> Source:
         if not matches:
             raise InputError(f"{given}: matches no file.")
         fixed = [part for part in path.parent.parts if not glob.has_magic(part)]
-        return Source(given, _short_name(fixed[-1] if fixed else path.name), _documents_of(given, matches))
+        files, notes = _documents_of(given, matches)
+        return Source(given, _short_name(fixed[-1] if fixed else path.name), files, notes=notes)
     if given in CORPORA:
         return _named_corpus(given)
     if DATA_SET_ID.fullmatch(given) and format_of(given.split(":")[0]) is None:
@@ -209,7 +222,7 @@ def find_source(given: str) -> Source:
 
 
 def _named_corpus(name: str) -> Source:
-    """Return the source that streams a corpus of CORPORA, and print what it is and its licence."""
+    """Return the source that streams a corpus of CORPORA, with a note on what it is and its licence."""
     corpus = CORPORA[name]
     if corpus.urls or corpus.identifier.endswith(ARCHIVES):
         what = "an archive" if corpus.identifier else "a token store at plain URLs"
@@ -217,8 +230,8 @@ def _named_corpus(name: str) -> Source:
             f"{name}: is {what}, which cannot be streamed. Download it first, and give its files with --data: "
             f"python data/prepare.py download {name} --output data"
         )
-    say(f"{name}: {corpus.about}. Licence: {corpus.licence}.")
-    return Source(name, _short_name(name), hub_id=corpus.identifier)
+    licence = f"{name}: {corpus.about}. Licence: {corpus.licence}."
+    return Source(name, _short_name(name), hub_id=corpus.identifier, notes=(licence,))
 
 
 def _may_have_text_files(source: Source) -> bool:
@@ -249,29 +262,33 @@ def _prefix_of_pair(path: str) -> str | None:
 def _folder_source(given: str, folder: Path) -> Source:
     name = _short_name(folder.resolve().name)
     if (folder / SPLITS_OF_SAVED).is_file() or (folder / STATE_OF_SAVED).is_file():
-        return Source(given, name, _saved_files(given, folder))
-    files = list(_files_below(folder))
+        files, notes = _saved_files(given, folder)
+        return Source(given, name, files, notes=notes)
+    in_caches = []
+    files = list(_files_below(folder, in_caches))
     tokens = tuple(path for path in files if path.parent == folder and _is_of_pair(path))
     if not tokens:
-        return Source(given, name, _documents_of(given, files))
+        known, notes = _documents_of(given, files)
+        return Source(given, name, known, notes=(*in_caches, *notes))
     documents = [path for path in files if format_of(path.name) and not _is_beside_pair(path)]
     if documents:
         raise InputError(f"{given}: holds token files and documents ({_some(documents)}). Give one or the other.")
-    return Source(given, name, tokens, token_store=str(folder))
+    return Source(given, name, tokens, token_store=str(folder), notes=tuple(in_caches))
 
 
-def _saved_files(given: str, folder: Path) -> tuple[Path, ...]:
+def _saved_files(given: str, folder: Path) -> tuple[tuple[Path, ...], tuple[str, ...]]:
     """Return the data files of a folder that ``datasets.save_to_disk`` wrote; of several splits, those of "train".
 
-    The folder may hold other .arrow files, such as the results of ``map``, which are not listed.
+    Second, a note on the other splits. The folder may hold other .arrow files, such as the results of ``map``, which
+    are not listed.
     """
-    splits = _saved_list(folder / SPLITS_OF_SAVED, "splits")
+    splits, notes = _saved_list(folder / SPLITS_OF_SAVED, "splits"), ()
     if splits:
         if "train" not in splits:
             raise InputError(f"{given}: has no split 'train', only {splits}. Give one of its folders.")
         others = [split for split in splits if split != "train"]
         if others:
-            say(f"note: {given}: not in the split 'train', so not read: {', '.join(others)}")
+            notes = (f"note: {given}: not in the split 'train', so not read: {', '.join(others)}",)
         folder = folder / "train"
     names = [entry.get("filename") for entry in _saved_list(folder / STATE_OF_SAVED, "_data_files", dict)]
     files = tuple(folder / Path(str(name)).name for name in names)
@@ -279,7 +296,7 @@ def _saved_files(given: str, folder: Path) -> tuple[Path, ...]:
     if missing or not files:
         what = f"{_some(missing)} are missing" if missing else f"{folder / STATE_OF_SAVED} lists no data files"
         raise InputError(f"{given}: not a whole data set of save_to_disk: {what}. Save or fetch it again.")
-    return files
+    return files, notes
 
 
 def _saved_list(path: Path, key: str, kind: type = str) -> list:
@@ -294,14 +311,17 @@ def _saved_list(path: Path, key: str, kind: type = str) -> list:
     return [entry for entry in entries if isinstance(entry, kind)] if isinstance(entries, list) else []
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files below ``folder`` that are not hidden. Links to folders are followed, each folder once."""
+def _files_below(folder: Path, notes: list[str]) -> Iterator[Path]:
+    """Yield the files below ``folder`` that are not hidden. Links to folders are followed, each folder once.
+
+    Add to ``notes`` which documents lie in a cache, and so are not read.
+    """
     seen = set()
     for parent, folders, files in os.walk(folder, followlinks=True, onerror=_refuse_folder):
         identity = _identity(parent)
         is_cache = CACHE_TAG in files and Path(parent) != folder
         if is_cache and identity not in seen:
-            _say_documents_in_cache([Path(parent, name) for name in files])
+            notes += _documents_in_cache([Path(parent, name) for name in files])
         if identity in seen or is_cache:
             folders.clear()  # os.walk goes into what is left in this list
             continue
@@ -310,13 +330,11 @@ def _files_below(folder: Path) -> Iterator[Path]:
         yield from sorted(Path(parent, name) for name in files if not name.startswith("."))
 
 
-def _say_documents_in_cache(files: list[Path]) -> None:
+def _documents_in_cache(files: list[Path]) -> list[str]:
+    """Return a note on the documents among ``files`` of a cache; [] if there are none."""
     documents = [path for path in sorted(files) if _is_document(path) and not _is_beside_pair(path)]
-    if documents:
-        say(
-            f"note: {documents[0].parent}: is marked as a cache by {CACHE_TAG}, so its files are not read: "
-            f"{_some(documents)}"
-        )
+    marked = f"is marked as a cache by {CACHE_TAG}, so its files are not read"
+    return [f"note: {documents[0].parent}: {marked}: {_some(documents)}"] if documents else []
 
 
 def _is_document(path: Path) -> bool:
@@ -347,8 +365,8 @@ def way_to_text(path: Path) -> str:
     return " Unpack it, and give the folder." if path.suffix.lower() in PACKED else ""
 
 
-def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
-    """Return the files of a known format, sorted; print a note that names the other files."""
+def _documents_of(given: str, files: list[Path]) -> tuple[tuple[Path, ...], tuple[str, ...]]:
+    """Return the files of a known format, sorted; and notes on the other files and on several formats."""
     files = [path for path in files if not _is_beside_pair(path)]
     known = [path for path in files if _is_document(path)]
     known.sort(key=Path.as_posix)
@@ -356,18 +374,18 @@ def _documents_of(given: str, files: list[Path]) -> tuple[Path, ...]:
     if not known:
         found = f" (but {_some(others)})" if others else ""
         raise InputError(f"{given}: no file of a known format in it{found}. Known are {known_formats()}.")
-    if others:
-        say(f"note: {given}: {len(others):,} other files are not read: {_some(others)}")
+    notes = [f"note: {given}: {len(others):,} other files are not read: {_some(others)}"] if others else []
     saved = [path for path in known if format_of(path.name) == ".arrow" and (path.parent / STATE_OF_SAVED).exists()]
     if saved and not glob.has_magic(given):
         raise InputError(f"{given}: {saved[0].parent} in it is a data set of save_to_disk. Give that folder by itself.")
     formats = Counter(map(_known_format, known))
     if len(formats) > 1:
-        say(f"note: {given}: reads {', '.join(f'{count:,} {kind}' for kind, count in formats.most_common())} files")
+        counted = ", ".join(f"{count:,} {kind}" for kind, count in formats.most_common())
+        notes.append(f"note: {given}: reads {counted} files")
     seen = {}
     for path in known:
         _refuse_second(seen, _identity(path), str(path))
-    return tuple(known)
+    return tuple(known), tuple(notes)
 
 
 def _known_format(path: Path) -> str | None:

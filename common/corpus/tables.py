@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from common.console import InputError, say
+from common.console import InputError
 from common.corpus.formats import LARGEST_DOCUMENT_BYTES, Records, not_utf8, refuse_what_is_not_data
 
 BATCH_BYTES = 1 << 24  # of a .parquet file, decoded at once
@@ -18,7 +18,9 @@ LARGEST_BATCH_BYTES = 1 << 26
 LIST_LEVELS = re.compile(r"\.(list|bag)\.(element|item|array|array_element)(?=\.|$)")
 
 
-def table_records(name: str, stream: io.BufferedReader, kind: str, fields: list[str] | None) -> Records:
+def table_records(
+    name: str, stream: io.BufferedReader, kind: str, fields: list[str] | None, note: Callable[[str], None]
+) -> Records:
     """Yield (where, record) of every row; the first row names the fields.
 
     All values are text: "NA", "1" and "" are not converted. A .tsv has no quoting: a quote is text, and a field holds
@@ -30,7 +32,7 @@ def table_records(name: str, stream: io.BufferedReader, kind: str, fields: list[
         InputError: the header lacks one of ``fields`` or repeats a name, or the quoting is broken so that the next row
             cannot be found.
     """
-    rows = _tab_rows(name, stream) if kind == ".tsv" else _csv_rows(name, stream)
+    rows = _tab_rows(name, stream, note) if kind == ".tsv" else _csv_rows(name, stream)
     _, header = next(rows, (1, []))
     repeated = [column for column, times in Counter(header).items() if times > 1]
     if repeated:
@@ -47,8 +49,8 @@ def table_records(name: str, stream: io.BufferedReader, kind: str, fields: list[
             yield where, ValueError(f"a row of {len(row)} fields, the header has {len(header)}{advice}")
 
 
-def _tab_rows(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, list[str]]]:
-    """Yield the line and the fields of every row of a .tsv; say how many fields look as if they were quoted."""
+def _tab_rows(name: str, stream: io.BufferedReader, note: Callable[[str], None]) -> Iterator[tuple[int, list[str]]]:
+    """Yield the line and the fields of every row of a .tsv; note how many fields look as if they were quoted."""
     quoted = 0
     for number, line in enumerate(_text_lines(name, stream, newline="\n"), start=1):
         row = line.removesuffix("\n").removesuffix("\r").split("\t")
@@ -56,7 +58,7 @@ def _tab_rows(name: str, stream: io.BufferedReader) -> Iterator[tuple[int, list[
         if row != [""]:
             yield number, row
     if quoted:
-        say(
+        note(
             f"note: {name}: {quoted:,} fields begin and end with a quote, which is kept: a .tsv has no quoting. If "
             "these quotes are not part of the text, name the file .csv; its fields may be separated by tabs."
         )

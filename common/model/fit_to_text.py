@@ -56,6 +56,9 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
     if "sample" in shared.given:
         raise InputError("--target_parameters auto with --sample, which has a size of its own. Leave one out.")
     sources = [find_source(given) for given in shared.data]
+    if shared.plan and not shared.probe:  # otherwise resolve_sources prints them
+        for note in (note for source in sources for note in source.notes):
+            say(note)
     tokens = sum(tokens_of(source, known_encoding(shared.encoding)) for source in sources)
     if shared.max_data_tokens is not None:
         tokens = min(tokens, shared.max_data_tokens * len(sources))

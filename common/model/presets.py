@@ -6,18 +6,19 @@
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from common.arguments import SharedArguments, count_of
-from common.console import InputError, say
+from common.console import InputError, in_one_line, say
 from common.hub import fetch_model, full_name
-from common.model.from_config import in_one_line, planned_model
+from common.model.from_config import planned_model
 from common.model.pretrained import find_model, model_without_memory
-from common.model_folder import custom_code
+from common.model.refused_config import unknown_name
+from common.model_folder import custom_code, object_in
 
 # Shapes as their config.json files have them, and one of our own; weights and vocabulary are not theirs here.
 PRESETS = {
@@ -89,12 +90,14 @@ class ModelSize:
         model: of --model: a name of PRESETS, or a folder or id whose config.json gives the shape.
         target_parameters: of --target_parameters, such as "120M"; with "auto", ``default`` is what was fitted.
         shared: says which tokenizer it will be.
+        found: the shapes that were asked for, by vocabulary, so that each is printed once.
     """
 
     default: dict
     model: str | None
     target_parameters: str | None
     shared: SharedArguments
+    found: dict[int | None, dict] = field(default_factory=dict, compare=False, repr=False)
 
     def shape(self, vocabulary_size: int) -> dict:
         """Return the shape of the model to build: ``default`` unless a flag gives another one.
@@ -102,11 +105,17 @@ class ModelSize:
         Raises:
             InputError: both flags are given, or one that is not understood.
         """
+        decides = vocabulary_size if self.model is None else None
+        if decides not in self.found:
+            self.found[decides] = self._shape(vocabulary_size)
+        return self.found[decides]
+
+    def _shape(self, vocabulary_size: int) -> dict:
         if self.model is not None and self.target_parameters is not None:
             raise InputError("--model and --target_parameters both give the size. Leave one out.")
         if self.model is not None:
             return shape_named(self.model)
-        if self.target_parameters not in (None, AUTO):
+        if self.target_parameters is not None and not is_auto(self.target_parameters):
             return shape_with(parameter_count(self.target_parameters), self.default, vocabulary_size)
         return self.default
 
@@ -193,17 +202,22 @@ def shape_named(model: str) -> dict:
         code = custom_code(folder)
         if code is not None:
             raise InputError(f"--model {model}: {code}") from None
-        raise InputError(
-            f"--model {model}: {folder} has no config that transformers can read ({in_one_line(error)})."
-        ) from None
+        unknown = unknown_name(error, object_in(Path(folder) / "config.json"))
+        reason = f"{folder} has no config that transformers can read ({in_one_line(error)})."
+        raise InputError(f"--model {model}: {unknown or reason}") from None
     if text is not config:
         say(f"note: of {model} ({config.model_type}), its text model alone is built and trained: {text.model_type}")
     return shape_of_config(text)
 
 
 def parameter_count(text: str) -> int:
-    """Return the number that ``text`` means: 120M, 1.5B, 300000."""
-    return count_of("--target_parameters", text)
+    """Return the number that ``text`` means, as ``count_of`` does."""
+    return count_of("--target_parameters", text, also=f" or {AUTO}")
+
+
+def is_auto(target_parameters: str | None) -> bool:
+    """Whether ``--target_parameters`` is "auto", in upper or lower case."""
+    return target_parameters is not None and target_parameters.strip().lower() == AUTO
 
 
 def shape_with(target: int, family: dict, vocabulary_rows: int) -> dict:

@@ -263,6 +263,10 @@ def text_of(shared: SharedArguments) -> Text:
     """Return how much text --data has on this machine, and how much of it is read."""
     if shared.data is None:
         return Text()
-    sizes = [bytes_of(find_source(given), known_encoding(shared.encoding)) for given in shared.data]
+    sources = [find_source(given) for given in shared.data]
+    if not shared.probe:  # otherwise resolve_sources printed them
+        for note in (note for source in sources for note in source.notes):
+            say(note)
+    sizes = [bytes_of(source, known_encoding(shared.encoding)) for source in sources]
     limit = math.inf if shared.max_data_tokens is None else shared.max_data_tokens * len(sizes)
     return Text(None if None in sizes else max(1.0, sum(sizes)), limit)

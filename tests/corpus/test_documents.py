@@ -353,7 +353,7 @@ def test_a_data_set_of_a_hub(read, monkeypatch, capsys):
     """hub_dataset finds its files; read_documents finds the text field and asks for the fields it needs."""
     asked = []
 
-    def hub_records(identifier, fields=None, encoding=None):
+    def hub_records(identifier, fields, encoding, note):
         asked.append((identifier, fields))
         yield "train.parquet, row 1", {"content": "one", "meta": {"x": "m1"}}
         yield "train.parquet, row 2", {"content": "two", "meta": {"x": "m2"}}

@@ -575,6 +575,60 @@ def test_another_encoding(name, encoding):
     assert records(f"{name}.gz", gzip.compress(content.encode(encoding)), encoding) == wanted
 
 
+TWO_BYTES = {
+    "French": "L'été dernier, à Orléans, le théâtre était fermé.\n\nÇa se répète.\n",
+    "Spanish": "El niño comió aquí, ¿y después qué? Mañana será otro día, según él.\n\nSí.\n",
+    "German": "Über größere Häuser läßt sich schön plaudern, müßte man hören.\n\nGrüße.\n",
+    "Greek": "Η Αθήνα είναι η πρωτεύουσα της Ελλάδας.\n\nΝαι.\n",
+    "Russian": "Москва - столица России.\n\nДа.\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["gb18030", "gbk", "big5", "cp1252", "utf-16"])
+@pytest.mark.parametrize("language", TWO_BYTES)
+def test_utf8_whose_letters_have_two_bytes_is_recognised_and_said(language, encoding, capsys):
+    text = TWO_BYTES[language]
+    found = list(file_records("a.txt", lambda: io.BytesIO(text.encode()), encoding=encoding))
+    assert [record["text"] for _, record in found] == text.strip().split("\n\n")
+    assert capsys.readouterr().out == f"note: what is in UTF-8 is read as UTF-8, although --encoding says {encoding}\n"
+
+
+def test_letters_too_few_to_tell_are_read_as_the_flag_says_and_said(capsys):
+    """An e with an accent in UTF-8 is a letter of GBK."""
+    found = list(file_records("a.txt", lambda: io.BytesIO("un café".encode()), encoding="gb18030"))
+    assert found[0][1]["text"] == "un caf茅"
+    assert "may be UTF-8 as well as gb18030. They are read as gb18030; if" in capsys.readouterr().out
+    gbk = "一些汉字".encode("gb18030")
+    assert [record["text"] for _, record in file_records("a.txt", lambda: io.BytesIO(gbk), encoding="gb18030")] == [
+        "一些汉字"
+    ]
+    assert capsys.readouterr().out == ""
+
+
+TRADITIONAL = "春眠不覺曉，處處聞啼鳥。夜來風雨聲，花落知多少。\n\n床前明月光，疑是地上霜。舉頭望明月，低頭思故鄉。\n"
+SIMPLIFIED = "春眠不觉晓，处处闻啼鸟。夜来风雨声，花落知多少。\n\n床前明月光，疑是地上霜。举头望明月，低头思故乡。\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "written", "read", "warned"),
+    [
+        (TRADITIONAL, "big5", "gb18030", True),
+        (TRADITIONAL, "big5hkscs", "gb18030", True),
+        (TRADITIONAL, "cp950", "gb18030", True),
+        ("plain ASCII first\n\n" * 99 + TRADITIONAL, "big5", "gb18030", True),
+        (TRADITIONAL, "big5", "big5", False),
+        (TRADITIONAL, "gbk", "gb18030", False),
+        (SIMPLIFIED, "gb2312", "gb18030", False),
+        ("㐀㐁\ue000" + SIMPLIFIED, "gb18030", "gb18030", False),  # rare ones, and one for private use
+        ("日本語の文章です。東京は日本の首都です。", "gb18030", "gb18030", False),
+    ],
+)
+def test_big5_read_as_gb18030_is_warned_of(text, written, read, warned, capsys):
+    list(file_records("a.txt", lambda: io.BytesIO(text.encode(written)), encoding=read))
+    said = capsys.readouterr().out
+    assert said.startswith("warning: read as gb18030, many letters") is warned and ("--encoding big5" in said) is warned
+
+
 def test_text_that_is_not_of_the_encoding():
     def records(content, encoding="gb18030"):
         return list(file_records("a.jsonl", lambda: io.BytesIO(content), encoding=encoding))

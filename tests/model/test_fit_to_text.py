@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -75,6 +76,49 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     fit_to_text(wiki.MODEL, shared, training)
     assert (shared.context_length, training.learning_rate) == (256, 0.0), "as the command line has them"
     assert shared.tokens_per_step == 512 and not hasattr(training, "num_train_epochs")
+
+
+@pytest.mark.parametrize("auto", ["Auto", "AUTO", " auto "])
+def test_auto_is_auto_in_upper_and_lower_case(wiki, tmp_path, capsys, auto):
+    (tmp_path / "novel.txt").write_bytes(b"x" * 400_000)
+    wiki.main(["--plan", "--data", str(tmp_path / "novel.txt"), "--target_parameters", auto])
+    printed = capsys.readouterr().out
+    assert "fitted to the text: about 100,000 tokens" in printed and "model: 4 layers of 256" in printed
+
+
+def test_no_line_of_a_run_is_printed_twice(wiki, tmp_path, cache_dir, capsys):
+    """Of files that are looked at to fit the model, read to train the tokenizer, and read to be tokenized."""
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "Thumbs.db").write_bytes(b"x")
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS[:20]) + "{broken\n")
+    (folder / "empty.jsonl").write_text("")
+    (folder / "quoted.tsv").write_text('text\n"in quotes"\n')
+    for name in ("b.txt", "c.txt"):
+        (folder / name).write_text(TEXTS[20], encoding="utf-8")
+    own = "--target_parameters auto --max_steps 1 --swanlab off --disable_tqdm true --max_eval_rows 2 --skip_malformed"
+    files = ["--cache_dir", str(cache_dir), "--output_dir", str(tmp_path / "run")]
+    wiki.main(["--data", str(folder), *own.split(), "--keep_duplicates", *files])
+    lines = [line for line in capsys.readouterr().out.splitlines() if len(line) > 20]
+    notes = (
+        "1 other files are not read",
+        "reads 2 .jsonl",
+        "no documents",
+        "malformed",
+        "quote, which is kept",
+        ".txt files: 2",
+    )
+    assert [sum(line.startswith("note:") and note in line for line in lines) for note in notes] == [1] * len(notes)
+    assert [line for line, times in Counter(lines).items() if times > 1 and not line.startswith("step ")] == []
+
+
+@pytest.mark.parametrize("more", [[], ["--minutes", "3", "--plan_card", "H100"]])
+def test_a_plan_names_the_files_that_are_not_read_once(wiki, tmp_path, capsys, more):
+    (tmp_path / "Thumbs.db").write_bytes(b"x")
+    (tmp_path / "novel.txt").write_bytes(b"x" * 400_000)
+    auto = [] if more else ["--target_parameters", "auto"]
+    wiki.main(["--plan", "--data", str(tmp_path), *auto, *more])
+    assert capsys.readouterr().out.count("Thumbs.db") == 1
 
 
 def test_files_in_utf8_beside_others_are_not_made_longer(tmp_path):

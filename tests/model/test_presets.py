@@ -67,6 +67,15 @@ def test_a_number_gives_a_sensible_shape_of_about_that_size(target, capsys):
     )
 
 
+def test_the_size_of_a_run_is_printed_once_for_each_vocabulary(capsys):
+    size = ModelSize(QWEN2, None, "32M", SharedArguments(tokenizer="train", vocabulary_size=8192))
+    size.planned(context_length=32)
+    assert size.shape(8192)["model_type"] == "qwen2"
+    assert capsys.readouterr().out.count("size: ") == 1
+    size.shape(8064)  # a small text: the tokenizer has fewer tokens than were asked for
+    assert capsys.readouterr().out.count("size: ") == 1
+
+
 def test_the_recipes_own_shape_is_found_again():
     """123M was chosen by hand in the tutorial; of that size ours is as deep and as wide within a step."""
     shape = shape_with(123_295_232, QWEN2, 151_680)
@@ -78,8 +87,8 @@ def test_the_recipes_own_shape_is_found_again():
     [
         ("qwen2.5-0.5b", "1B", "Leave one out"),
         ("qwen9-1b", None, "not a folder, not an id like owner/name, and not of swanlab-wiki, smollm2-135m"),
-        (None, "many", "not a number such as 120M"),
-        (None, "-5M", "not a number"),
+        (None, "many", "many: not a number. Write it as 30M, .* or auto; K, M"),
+        (None, "-5M", "--target_parameters -5M: must be at least 1"),
         (None, "1M", "the nearest has"),
     ],
 )
@@ -178,12 +187,31 @@ CODE = {"AutoConfig": "configuration.Config"}
     [
         (dict(model_type="mamba2", hidden_size=64, num_heads=8, head_dim=16), "mamba2 has no attention heads"),
         (dict(model_type="rwkv", hidden_size=64), "rwkv has no attention heads"),
-        (dict(model_type="qwen2", **SMALL | dict(hidden_size=64.0)), "'hidden_size' expected int, got float"),
+        (
+            dict(model_type="qwen2", **SMALL | dict(hidden_size=64.0)),
+            "read .TypeError: Field 'hidden_size' expected int, got float",
+        ),
         (dict(model_type="qwen2", num_key_value_heads=3, **SMALL), "4 attention heads are not a multiple of 3"),
         (dict(model_type="qwen2", **SMALL | dict(num_hidden_layers=0)), "qwen2: 0 layers. Write 1 or more"),
         (dict(model_type="llama", **SMALL | dict(num_hidden_layers=-1)), "llama: -1 layers. Write 1 or more"),
         (dict(model_type="qwen2", attention_dropout=2.0, **SMALL), "attention_dropout 2.0: must be at least 0, and"),
-        (dict(model_type="llama", hidden_act="nonsense", **SMALL), "transformers cannot build it .KeyError"),
+        (dict(model_type="llama", hidden_act="nonsense", **SMALL), "^hidden_act nonsense: .* knows .*gelu, .*silu, "),
+        (
+            dict(model_type="llama", rope_scaling=dict(rope_type="far", factor=2.0), **SMALL),
+            "rope_type far: .*default, li",
+        ),
+        (
+            dict(model_type="llama", rope_scaling=dict(type="far", factor=2.0), **SMALL),
+            "^rope_.*type far: .*, yarn, .*the config",
+        ),
+        (
+            dict(model_type="llama", rope_parameters=dict(rope_type=None), **SMALL),
+            "^rope_.*type None: .*knows default, ",
+        ),
+        (dict(model_type="llama", rope_scaling=dict(type="linear"), **SMALL), "Missing required keys .*'factor'"),
+        (dict(model_type="qwen2", layer_types=["odd"] * 2, **SMALL), "layer_types odd: .* full_attention, sliding_att"),
+        (dict(model_type="qwen2", layer_types=["full_attention"], **SMALL), "num_hidden_layers. .2. must be equal to"),
+        (dict(model_type="qwen22", **SMALL), "model_type qwen22: .* does not know it. It knows .*qwen2.* and others"),
         (dict(model_type="t5", d_model=64), "model_type t5: transformers has no causal language model"),
         (dict(model_type="vit", hidden_size=64), "model_type vit: transformers has no causal language model"),
         (dict(model_type="qwen", auto_map=CODE), "custom code.* Qwen 1 is Qwen2 .*convert_weights.py"),
@@ -209,6 +237,10 @@ def test_of_a_config_with_a_sub_config_its_text_model_is_taken(tmp_path, capsys)
     folder = folder_of(tmp_path, model_type="gemma3", text_config=text, vision_config=vision | dict(patch_size=14))
     model = planned_model(shape_of(folder, None, 500), 500, context_length=32)
     assert "its text model alone is built and trained: gemma3_text" in capsys.readouterr().out
+    size = ModelSize(QWEN2, folder, None, SharedArguments())
+    size.planned(context_length=32)
+    assert size.shape(500)["model_type"] == "gemma3_text"
+    assert capsys.readouterr().out.count("its text model alone") == 1, "of a run that plans it and then builds it"
     assert model.get_input_embeddings().weight.shape == (512, 64) and model.config.max_position_embeddings == 32
     assert not [name for name, _ in model.named_parameters() if "vision" in name]
     with pytest.raises(InputError, match="gemma3 is more than a language model.* model_type gemma3_text"):
