@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import time
+import warnings
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -240,6 +241,24 @@ def test_the_picture_of_the_losses_is_in_the_language_if_a_font_has_its_letters(
     ]
     english = ["tokens seen", "loss, nats a token", "training", "held out"]
     assert texts == [[CHINESE[text] for text in english] if installed else english, english]
+
+
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_without_a_chinese_font_the_picture_has_no_boxes_and_nothing_is_printed(
+    language, tmp_path, monkeypatch, capfd, caplog
+):
+    """A letter that no font has is a warning of matplotlib, as the last lines show. The run has a Chinese name."""
+    (tmp_path / "中文试验").mkdir()
+    picture = tmp_path / "中文试验" / "loss_curve.png"
+    monkeypatch.setattr("common.run.results.CHINESE_FONTS", ("no such font",))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_loss_curve(history(), picture, language)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert capfd.readouterr() == ("", "") and caplog.records == []
+    monkeypatch.setattr("common.run.results.CHINESE_FONTS", ("DejaVu Sans",))
+    with pytest.warns(UserWarning, match="missing from font"):
+        plot_loss_curve(history(), picture, "zh")
 
 
 def test_units_are_explained_where_they_stand():
