@@ -44,7 +44,6 @@ FORMATS = {".json", ".jsonl", ".ndjson", ".txt", *TABLE_DELIMITERS, *COLUMN_FORM
 LARGEST_DOCUMENT_BYTES = 1 << 28  # more is not one document, but a file without separators
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # Windows editors write it
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
-LONGEST_UTF8 = 4  # bytes of a character
 # So many characters of two bytes in UTF-8, and no others, are hardly another encoding: of the letters in Chinese text,
 # 17% in GBK look so (measured on data/sample_zh.jsonl), and all of eight in less than one text of a million.
 ENOUGH_OF_TWO_BYTES = 8
@@ -285,9 +284,10 @@ class _DecodedFile(io.RawIOBase):
     def _next_chunk(self) -> bytes:
         chunk = self._file.read1(BUFFER_BYTES)
         if self._is_utf8 is None and not chunk.isascii():
-            if chunk[:-LONGEST_UTF8].isascii():  # there may be only a part of the first character that decides
-                chunk += self._file.read1(BUFFER_BYTES)
             found = _is_utf8(chunk)
+            if found is None:  # too few characters, or only a part of the first one
+                chunk += self._file.read1(BUFFER_BYTES)
+                found = _is_utf8(chunk)
             self._is_utf8 = found is True
             if self._note is not None:
                 self._say_encoding(found, chunk)

@@ -593,6 +593,13 @@ def test_utf8_whose_letters_have_two_bytes_is_recognised_and_said(language, enco
     assert capsys.readouterr().out == f"note: what is in UTF-8 is read as UTF-8, although --encoding says {encoding}\n"
 
 
+def test_letters_at_the_end_of_a_buffer_are_judged_with_the_next(monkeypatch, capsys):
+    monkeypatch.setattr("common.corpus.formats.BUFFER_BYTES", 100)
+    text = "a" * 95 + "é" + "b" * 60 + "é" * 9
+    found = list(file_records("a.txt", lambda: io.BytesIO(text.encode()), encoding="gb18030"))
+    assert found[0][1]["text"] == text and "is read as UTF-8" in capsys.readouterr().out
+
+
 def test_letters_too_few_to_tell_are_read_as_the_flag_says_and_said(capsys):
     """An e with an accent in UTF-8 is a letter of GBK."""
     found = list(file_records("a.txt", lambda: io.BytesIO("un café".encode()), encoding="gb18030"))

@@ -10,10 +10,14 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, small_run
 from terminal import said_in_terminal
 from transformers import TrainerControl
 
+from common.model.attention import set_attention
+from common.model.from_config import keep_residual_in_bf16, planned_model
+from common.model.fused_loss import use_fused_loss
 from common.train import callbacks
 from common.train.callbacks import SampleCallback, bar_text, on_one_line
 from common.train.metrics import Stopwatch
@@ -119,3 +123,42 @@ def test_early_texts_are_kept_and_change_no_loss(wiki, cache_dir, tmp_path, monk
         history = json.loads((tmp_path / name / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
         losses.append([entry.get("loss", entry.get("eval_loss")) for entry in history])
     assert steps == [[1, 3, 3, 3, 6, 6, 6], [3, 3, 3, 6, 6, 6]] and losses[0] == losses[1]
+
+
+class WithNumbers:
+    """A tokenizer whose text is the numbers of its ids."""
+
+    def __call__(self, text: str, **_) -> dict:
+        return {"input_ids": [5, 6, 7]}
+
+    def decode(self, ids: torch.Tensor, **_) -> str:
+        return str(ids.tolist())
+
+
+def test_a_sample_compiles_nothing_nor_does_the_step_after_it():
+    """A layer for each new length would be compiled, and the training's layers again."""
+    compiled = []
+
+    def counted(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    shape = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=2, head_dim=32)
+    model = planned_model(dict(model_type="qwen3", num_key_value_heads=1, **shape), 512, 32).to_empty(device="cpu")
+    model.init_weights()
+    set_attention(model, "auto", False, torch.device("cpu"))
+    use_fused_loss(model)
+    keep_residual_in_bf16(model)
+    for layer in model.model.layers:
+        layer.compile(backend=counted)
+    tokenizer = WithNumbers()
+    counts, texts = [], []
+    for _ in range(3):
+        with torch.autocast("cpu", torch.bfloat16):
+            ids = torch.randint(1, 512, (2, 32))
+            model.train()
+            model(input_ids=ids, labels=ids, shift_labels=ids).loss.backward()
+            counts.append(len(compiled))
+            texts += callbacks.generate_samples(model, tokenizer, ["x"], 1, torch.device("cpu"))
+        counts.append(len(compiled))
+    assert counts[0] > 0 and set(counts) == {counts[0]} and texts[0]
