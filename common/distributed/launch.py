@@ -309,6 +309,11 @@ def check_launch(launch: Launch, training: TrainingArguments) -> None:
             f"  accelerate launch --config_file accelerate_configs/ddp.yaml --num_processes {training.n_gpu} RECIPE\n"
             f"or one: {visibility()}=0 in front of the same command."
         )
+    if launch.context_parallel > 1 and training.device.type == "cpu":
+        raise InputError(
+            f"parallelism_config_cp_size {launch.context_parallel} on CPUs: torch (2.13) divides attention on GPUs "
+            "only. On CPUs, accelerate_configs/fsdp2_ulysses.yaml divides rows, too."
+        )
     check_precision(launch, training)
     check_compiler(launch.compiler, training.device)
     visible = torch.accelerator.device_count()

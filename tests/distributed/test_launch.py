@@ -157,6 +157,12 @@ def test_processes_that_train_alone_are_refused(monkeypatch):
         check_launch(read_launch(), arguments(use_cpu=False))
 
 
+def test_context_parallelism_on_cpus_is_refused_with_what_works_there():
+    launch = Launch(processes=2, strategy=FSDP2, context_parallel=2)
+    with pytest.raises(InputError, match="cp_size 2 on CPUs: .* On CPUs, accelerate_configs/fsdp2_ulysses.yaml"):
+        check_launch(launch, arguments(world_size=2))
+
+
 def test_data_parallel_is_refused():
     with pytest.raises(InputError, match="--num_processes 2"):
         check_launch(Launch(), arguments(n_gpu=2))
