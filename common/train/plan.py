@@ -107,7 +107,8 @@ def checked_launch(
         check_expert_plan(model, launch.expert_parallel)
         check_heads(model, launch)
     except InputError as error:
-        meant = " In a plan, --plan_processes stands for --num_processes." if "--num_processes" in str(error) else ""
+        of_plan = path is not None and "--num_processes" in str(error)
+        meant = " In a plan, --plan_processes stands for --num_processes." if of_plan else ""
         raise InputError(f"{path or 'this launch'} would be refused: {error}{meant}") from None
     launch = replace(launch, optimizer=choose_optimizer(shared.optimizer, launch, training))
     launch = choose_recompute(shared.recompute, launch, training)
