@@ -98,14 +98,13 @@ SAMPLE = dict(
     context_length=128,
     held_out_fraction=0.05,
     output_dir=str(ROOT / "outputs" / "explicit_pipeline_sample"),
-    optimizer="adamw",
-    tokens_per_step=512,
-    per_device_train_batch_size=1,
-    max_steps=900,
-    learning_rate=1e-3,
-    logging_steps=50,
-    eval_steps=300,
-    save_steps=300,
+    tokens_per_step=1024,
+    per_device_train_batch_size=2,
+    max_steps=300,
+    weight_decay=2.0,
+    logging_steps=20,
+    eval_steps=100,
+    save_steps=100,
 )
 
 NOT_READ = {"swanlab", "plan", "probe", "init_from", "save_minutes", "on_save_error", "max_bad_steps", "on_loss_spike"}

@@ -103,6 +103,7 @@ def small_run(cache_dir: Path, output_dir: Path, *flags: str) -> list[str]:
     """Return the flags of a run of a few seconds: 6 steps of 4 rows of 64 tokens."""
     return [
         *"--sample --max_steps 6 --context_length 64 --tokens_per_step 256 --per_device_train_batch_size 4".split(),
+        *"--optimizer adamw --learning_rate 1e-3 --weight_decay 0.1".split(),
         *"--logging_steps 1 --eval_steps 3 --save_steps 3 --swanlab off --disable_tqdm true".split(),
         *"--max_eval_rows 5 --per_device_eval_batch_size 4".split(),
         *("--cache_dir", str(cache_dir), "--output_dir", str(output_dir)),

@@ -13,7 +13,14 @@ from common.corpus.formats import COLUMN_FORMATS, COMPRESSIONS, DAMAGE, format_o
 from common.corpus.sources import Source, find_source
 from common.model.counts import cpu_flops
 from common.model.presets import parameters_of, shape_of_width
-from common.model.scaling import LARGEST, MOST_PASSES, SMALLEST, TOKENS_A_PARAMETER, tokens_per_step_for
+from common.model.scaling import (
+    LARGEST,
+    MOST_PASSES,
+    MOST_PASSES_OF_LARGE_MODELS,
+    SMALLEST,
+    TOKENS_A_PARAMETER,
+    tokens_per_step_for,
+)
 from common.system import usable_cores
 
 # Heads of 64, as many layers, and the vocabulary: 4 is the model of --sample, 12 that of wiki_zh_scratch.py.
@@ -26,8 +33,11 @@ PARAMETERS_A_TOKEN = 50  # at most. --sample has 46: the only measurement with s
 SECONDS_ON_A_CPU = 3600
 LITTLE_TEXT = 10_000_000  # tokens; of less, a twentieth is held out, so that there is something to measure on
 STEPS = 1000  # many small steps learn more from little text than few large ones
-SMALL_MODEL, ITS_RATE = 10e6, 1e-3  # up to so many parameters AdamW at this rate, as --sample; above, the dial's own
-LEAST_TOKENS_PER_STEP = 512  # 4 rows of 128
+LEAST_TOKENS_PER_STEP = 1024  # on a CPU, fewer are too little work for what a step of Muon costs
+LEAST_STEPS = 200  # or steps have half as many tokens
+LEAST_ROWS = 8  # of a step; there are at most 512 tokens in each
+MUON_TIME = 1.25  # a step with Muon takes so much longer on a CPU than with AdamW, for which cpu_flops was measured
+STRONG_DECAY = 2.0  # weight decay of a model with more parameters than the text has tokens, as --sample
 
 
 @dataclass
@@ -64,7 +74,7 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
         tokens = min(tokens, shared.max_data_tokens * len(sources))
     on_cpu = training.device.type == "cpu"
     fit, why = best_fit(family, tokens, SECONDS_ON_A_CPU if on_cpu else None)
-    chosen = settings_of(fit, tokens, shared, on_cpu)
+    chosen = settings_of(fit, tokens, shared)
     chosen["output_dir"] = str(Path(training.output_dir).parent / sources[0].name)
     if "max_steps" in shared.given:
         del chosen["num_train_epochs"]
@@ -81,7 +91,7 @@ def fit_to_text(family: dict, shared: SharedArguments, training: TrainingArgumen
         f"  model: {fit.heads} layers of {64 * fit.heads}, {fit.parameters / 1e6:.1f}M parameters with a vocabulary of "
         f"{fit.vocabulary:,}; {why}{measured}\n"
         f"  run: {fit.tokens:,.0f} tokens in {fit.passes:.3g} passes ({TOKENS_A_PARAMETER} tokens a parameter, at most "
-        f"{MOST_PASSES} passes){time}\n"
+        f"{most_passes_of(fit.parameters, tokens)} passes){time}\n"
         f"  which means, beside your own flags: {flags}"
     )
     return shape_of_width(family, fit.heads, fit.heads)
@@ -141,8 +151,8 @@ def best_fit(family: dict, tokens: float, most_seconds: float | None) -> tuple[F
     for heads, vocabulary in reversed(SIZES):
         parameters = parameters_of(shape_of_width(family, heads, heads), vocabulary)
         least = 0.0 if most_seconds else 1.0  # a CPU need not see all of a large text
-        passes = min(MOST_PASSES, max(least, TOKENS_A_PARAMETER * parameters / tokens))
-        seconds = 6 * parameters * passes * tokens / cpu_flops(usable_cores())
+        passes = min(most_passes_of(parameters, tokens), max(least, TOKENS_A_PARAMETER * parameters / tokens))
+        seconds = MUON_TIME * 6 * parameters * passes * tokens / cpu_flops(usable_cores())
         fit = Fit(heads, vocabulary, parameters, passes * tokens, round(passes, 2 if passes >= 1 else 4), seconds)
         if parameters > PARAMETERS_A_TOKEN * tokens:
             why = f"a larger one would have more than {PARAMETERS_A_TOKEN} parameters for each token of text"
@@ -153,11 +163,18 @@ def best_fit(family: dict, tokens: float, most_seconds: float | None) -> tuple[F
     return fit, "the smallest there is"
 
 
-def settings_of(fit: Fit, tokens: float, shared: SharedArguments, on_cpu: bool) -> dict:
+def most_passes_of(parameters: int, tokens: float) -> int:
+    """Return how often a model of so many parameters sees a text at most: a large one soon knows it by heart."""
+    few = LEAST_STEPS * LEAST_TOKENS_PER_STEP / 2 > MOST_PASSES_OF_LARGE_MODELS * tokens
+    return MOST_PASSES if few or parameters <= tokens else MOST_PASSES_OF_LARGE_MODELS
+
+
+def settings_of(fit: Fit, tokens: float, shared: SharedArguments) -> dict:
     """Return the flags that follow from a fit: a batch of a power of two, so that there are about STEPS steps."""
     tokens_per_step = min(tokens_per_step_for(fit.parameters), 2 ** int(fit.tokens / STEPS).bit_length() // 2)
-    tokens_per_step = max(LEAST_TOKENS_PER_STEP, tokens_per_step)
-    context_length = min(512, tokens_per_step // 4)
+    least = LEAST_TOKENS_PER_STEP if fit.tokens >= LEAST_STEPS * LEAST_TOKENS_PER_STEP else LEAST_TOKENS_PER_STEP // 2
+    tokens_per_step = max(least, tokens_per_step)
+    context_length = min(512, max(128, tokens_per_step // LEAST_ROWS))
     if "context_length" in shared.given:
         tokens_per_step = max(tokens_per_step, shared.context_length)
     steps = max(1, round(fit.tokens / tokens_per_step))
@@ -172,8 +189,6 @@ def settings_of(fit: Fit, tokens: float, shared: SharedArguments, on_cpu: bool) 
     )
     if tokens < LITTLE_TEXT:
         chosen["held_out_fraction"] = 0.05
-    if fit.parameters <= SMALL_MODEL:
-        chosen |= dict(optimizer="adamw", learning_rate=ITS_RATE)
-    elif on_cpu:  # where Muon's iterations take longer than they save
-        chosen["optimizer"] = "adamw"
+    if fit.parameters > tokens:
+        chosen["weight_decay"] = STRONG_DECAY
     return chosen

@@ -20,6 +20,8 @@ TOKENS_PER_STEP, MODEL_OF_THESE = 65_536, 100e6
 # The best of three at 65,536 tokens a step, interpolated: 5.4e-3 for 66M parameters and 4.7e-3 for 123M. At 32,768, for
 # 16M and 31M, the lowest that was tried (4e-3) was the best. So it depends on the batch, and hardly on the size.
 LEARNING_RATES = {"muon": 5e-3, "adamw": 1e-3}  # at TOKENS_PER_STEP
+# Smaller steps keep the rates of this one: at 1,024 tokens, 4.2M parameters want 3e-3 to 5e-3 (benchmarks/LOG.md).
+SMALLEST_STEP = 16_384
 WEIGHT_DECAY = 0.1  # 0.01 and 0.2 were within 0.2%
 # From so many parameters on, so large a vocabulary: the embedding takes a quarter to a half of a small model. At 42M,
 # 16,384 and 32,768 were equal in equal time.
@@ -78,9 +80,11 @@ def tokens_per_step_for(parameters: float) -> int:
 def learning_rates_for(tokens_per_step: int) -> dict[str, float]:
     """Return the learning rates of "muon" and "adamw" for a batch, to two digits: they grow as its root.
 
+    Below SMALLEST_STEP they stay.
+
     Source: for the root, https://arxiv.org/abs/2205.10287
     """
-    factor = (tokens_per_step / TOKENS_PER_STEP) ** 0.5
+    factor = (max(tokens_per_step, SMALLEST_STEP) / TOKENS_PER_STEP) ** 0.5
     return {optimizer: float(f"{rate * factor:.1e}") for optimizer, rate in LEARNING_RATES.items()}
 
 

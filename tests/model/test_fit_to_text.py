@@ -44,10 +44,11 @@ def test_the_sizes_reach_from_the_samples_to_the_recipes_own(wiki):
     ("tokens", "seconds", "heads", "passes", "why"),
     [
         (10_000, None, 2, 8, "the smallest there is"),  # 0.5M parameters at most, and the smallest has 0.6M
-        (100_000, None, 4, 8, "more than 50 parameters for each token"),  # 5M at most: 4.0M, and not 8.0M
+        (20_000, None, 2, 8, "more than 50"),  # 4 passes would be 156 steps of 512
+        (100_000, None, 4, 4, "more than 50 parameters for each token"),  # 5M at most: 4.0M, and not 8.0M
         (1e9, None, 12, 103_043_328 * 20 / 1e9, "the largest of this recipe"),
         (1e10, None, 12, 1, "the largest of this recipe"),  # a GPU sees all of the text once
-        # 94 GFLOP/s on two cores for an hour are 3.4e14 FLOPs: 6 N x 20 N of them allow N = 1.7M.
+        # 94 GFLOP/s on two cores for an hour are 3.4e14 FLOPs: 1.25 x 6 N x 20 N of them allow N = 1.5M.
         (1e9, 3600, 2, 20 * SMALLEST / 1e9, "take more than an hour"),
     ],
 )
@@ -56,18 +57,19 @@ def test_text_and_time_decide_the_size(wiki, monkeypatch, tokens, seconds, heads
     fit, reason = best_fit(wiki.MODEL, tokens, seconds)
     assert (fit.heads, fit.passes) == (heads, pytest.approx(passes, rel=0.01)) and why in reason
     if seconds is not None:
-        assert fit.seconds == pytest.approx(6 * SMALLEST * 20 * SMALLEST / (2 * 47e9)) and fit.seconds < seconds
+        assert fit.seconds == pytest.approx(1.25 * 6 * SMALLEST * 20 * SMALLEST / (2 * 47e9)) and fit.seconds < seconds
 
 
 def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkeypatch, capsys):
-    """400,000 bytes are 100,000 tokens: 8 passes in steps of 512 are 1,563 steps."""
+    """400,000 bytes are 100,000 tokens: 4 passes in steps of 1,024 are 391 steps."""
     (tmp_path / "novel.txt").write_bytes(b"x" * 400_000)
     shared, training = given_to(monkeypatch, data=[str(tmp_path / "novel.txt")])
     shape = fit_to_text(wiki.MODEL, shared, training)
     assert (shape["hidden_size"], shape["num_hidden_layers"], shape["model_type"]) == (256, 4, "qwen3")
-    assert (shared.vocabulary_size, shared.tokens_per_step, shared.context_length) == (4_096, 512, 128)
-    assert (shared.held_out_fraction, shared.optimizer, training.learning_rate) == (0.05, "adamw", 1e-3)
-    assert (training.num_train_epochs, training.eval_steps, training.logging_steps) == (8, 312, 78)
+    assert (shared.vocabulary_size, shared.tokens_per_step, shared.context_length) == (4_096, 1024, 128)
+    assert (shared.held_out_fraction, shared.optimizer, training.learning_rate) == (0.05, "auto", 0.0)
+    assert (training.num_train_epochs, training.eval_steps, training.logging_steps) == (4, 78, 19)
+    assert training.weight_decay == 2
     assert training.output_dir == "outputs/novel"
     printed = capsys.readouterr().out
     assert "about 100,000 tokens in 1 file\n" in printed and "--vocabulary_size 4096 --context_length 128" in printed
@@ -75,7 +77,7 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     shared, training = given_to(monkeypatch, data=[str(tmp_path / "novel.txt")], **given)
     fit_to_text(wiki.MODEL, shared, training)
     assert (shared.context_length, training.learning_rate) == (256, 0.0), "as the command line has them"
-    assert shared.tokens_per_step == 512 and not hasattr(training, "num_train_epochs")
+    assert shared.tokens_per_step == 1024 and not hasattr(training, "num_train_epochs")
 
 
 @pytest.mark.parametrize("auto", ["Auto", "AUTO", " auto "])

@@ -39,6 +39,7 @@ def test_learning_rates_grow_as_the_root_of_the_batch():
     assert learning_rates_for(65_536) == {"muon": 5e-3, "adamw": 1e-3}
     assert learning_rates_for(4 * 65_536) == {"muon": 1e-2, "adamw": 2e-3}
     assert learning_rates_for(32_768)["muon"] == pytest.approx(5e-3 / math.sqrt(2), rel=0.02)  # two digits
+    assert learning_rates_for(512) == learning_rates_for(16_384) == {"muon": 2.5e-3, "adamw": 5e-4}
 
 
 def test_passes_give_twenty_tokens_a_parameter_within_limits():
