@@ -41,7 +41,9 @@ from launching import ROOT, circumstances, load_recipe
 STEPS, KILLED_AT, LIMIT = 30, 12, 900
 ON_CPUS = ["--mixed_precision", "no", "--dynamo_backend", "no"]
 FLAGS = f"--sample --max_steps {STEPS} --context_length 64 --tokens_per_step 256 --learning_rate 1e-3 --logging_steps 1"
-FLAGS += f" --eval_steps {STEPS} --save_steps 5 --max_eval_rows 4 --optimizer adamw --weight_decay 0.1 --disable_tqdm true"
+FLAGS += (
+    f" --eval_steps {STEPS} --save_steps 5 --max_eval_rows 4 --optimizer adamw --weight_decay 0.1 --disable_tqdm true"
+)
 EXPERTS = dict(
     model_type="mixtral", hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
     num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,

@@ -69,7 +69,7 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     assert (shared.vocabulary_size, shared.tokens_per_step, shared.context_length) == (4_096, 1024, 128)
     assert (shared.held_out_fraction, shared.optimizer, training.learning_rate) == (0.05, "auto", 0.0)
     assert (training.num_train_epochs, training.eval_steps, training.logging_steps) == (4, 78, 19)
-    assert training.weight_decay == 2
+    assert training.weight_decay == 3  # 40 parameters a token
     assert training.output_dir == "outputs/novel"
     printed = capsys.readouterr().out
     assert "about 100,000 tokens in 1 file\n" in printed and "--vocabulary_size 4096 --context_length 128" in printed
@@ -78,6 +78,10 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     fit_to_text(wiki.MODEL, shared, training)
     assert (shared.context_length, training.learning_rate) == (256, 0.0), "as the command line has them"
     assert shared.tokens_per_step == 1024 and not hasattr(training, "num_train_epochs")
+    (tmp_path / "novels.txt").write_bytes(b"x" * 1_200_000)  # 8M parameters fit: 27 for each of 300,000 tokens
+    shared, training = given_to(monkeypatch, data=[str(tmp_path / "novels.txt")])
+    fit_to_text(wiki.MODEL, shared, training)
+    assert not hasattr(training, "weight_decay"), "the recipe's own"
 
 
 @pytest.mark.parametrize("auto", ["Auto", "AUTO", " auto "])
