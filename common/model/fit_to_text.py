@@ -167,7 +167,7 @@ def best_fit(family: dict, tokens: float, most_seconds: float | None) -> tuple[F
 
 def most_passes_of(parameters: int, tokens: float) -> int:
     """Return how often a model of so many parameters sees a text at most: a large one soon knows it by heart."""
-    few = LEAST_STEPS * LEAST_TOKENS_PER_STEP / 2 > MOST_PASSES_OF_LARGE_MODELS * tokens
+    few = MOST_PASSES_OF_LARGE_MODELS * tokens < LEAST_STEPS * LEAST_TOKENS_PER_STEP / 2
     return MOST_PASSES if few or parameters <= tokens else MOST_PASSES_OF_LARGE_MODELS
 
 
