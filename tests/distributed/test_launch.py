@@ -55,7 +55,7 @@ def test_a_process_with_fewer_rows_than_a_micro_batch_takes_them_at_once(process
 def test_a_batch_that_is_not_whole_is_refused_with_one_that_is(tokens_per_step):
     with pytest.raises(InputError, match=r"cannot be divided among 1 processes into micro-batches of about") as error:
         set_batch(Launch(), batch_of(), tokens_per_step, 512)
-    suggested = int(str(error.value).split("Use --tokens_per_step ")[1].split(",")[0])
+    suggested = int(str(error.value).split("Use --tokens_per_step ")[1].split(",")[0].rstrip("."))
     set_batch(Launch(), batch_of(), suggested, 512)
 
 

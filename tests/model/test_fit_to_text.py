@@ -78,7 +78,7 @@ def test_the_settings_follow_where_no_flag_says_otherwise(wiki, tmp_path, monkey
     fit_to_text(wiki.MODEL, shared, training)
     assert (shared.context_length, training.learning_rate) == (256, 0.0), "as the command line has them"
     assert shared.tokens_per_step == 1024 and not hasattr(training, "num_train_epochs")
-    (tmp_path / "novels.txt").write_bytes(b"x" * 1_200_000)  # 8M parameters fit: 27 for each of 300,000 tokens
+    (tmp_path / "novels.txt").write_bytes(b"x" * 2_400_000)  # 13M parameters fit: 21 for each of 600,000 tokens
     shared, training = given_to(monkeypatch, data=[str(tmp_path / "novels.txt")])
     fit_to_text(wiki.MODEL, shared, training)
     assert not hasattr(training, "weight_decay"), "the recipe's own"
