@@ -70,6 +70,15 @@ def split_by_hash(hashes: np.ndarray, fraction: float, keep_duplicates: bool = F
     return Split(~held_out & ~duplicate, held_out & ~duplicate, np.zeros_like(held_out), duplicate)
 
 
+def splits_alone(hashes: np.ndarray, fraction: float) -> bool:
+    """Whether ``split_by_hash`` splits these documents in the same way, whatever others are split with them.
+
+    It does if the limit holds out some of them, and not all. Otherwise the lowest or highest hash of all decides.
+    """
+    held_out = hashes < np.uint64(held_out_below(fraction))
+    return bool(held_out.any() and not held_out.all())
+
+
 def split_in_order(documents: list[int], hashes: np.ndarray, shares: str, keep_duplicates: bool = False) -> Split:
     """Split each source by ``shares`` such as "949,50,1": training, held-out, and test documents, in this order.
 

@@ -30,6 +30,7 @@ class TrainingOrder(Sampler):
         begins_at: position at which this order begins. Above 0 in a branch whose order is not that of the run it
             leaves: the positions before it had that run's rows.
         taken: rows of each shuffled set that were trained on before ``begins_at``; the set continues after them.
+        split_alone: as of JoinedRows.
         positions_in_run: ``rows_in_run``, and the ignored rows that complete the last step.
     """
 
@@ -50,6 +51,7 @@ class TrainingOrder(Sampler):
         self.rows_per_step = 1
         self.first_step = self.first_position = self.rows_in_run = self.positions_in_run = 0
         self.begins_at, self.taken = 0, [0] * len(self.set_rows)
+        self.split_alone = [True] * len(rows)
         self.rows_asked: int | None = None  # in all; None: whole steps, up to --max_steps
         self._permutations: dict[int, tuple[int, np.ndarray]] = {}
 
@@ -154,7 +156,7 @@ def training_order(
     """
     seed = training.seed if training.data_seed is None else training.data_seed
     order = TrainingOrder([len(source) for source in rows.sources], seed, rows.weights)
-    order.rows_per_step = rows_per_step
+    order.rows_per_step, order.split_alone = rows_per_step, rows.split_alone
     asked = rows_asked_for(training, rows_per_step, len(rows))
     if training.max_steps <= 0:
         order.rows_asked = asked

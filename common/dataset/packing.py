@@ -224,12 +224,16 @@ class JoinedRows(Dataset):
 
     Attributes:
         weights: the proportions in which training mixes the sources; None: each row is trained on once a pass.
+        split_alone: of each source, whether its documents are held out or not whatever the other sources are.
         first_rows: the first row of each source, and the end: int64, (sources + 1,).
     """
 
-    def __init__(self, sources: list[PackedRows], weights: list[float] | None = None):
+    def __init__(
+        self, sources: list[PackedRows], weights: list[float] | None = None, split_alone: list[bool] | None = None
+    ):
         self.sources = sources
         self.weights = weights
+        self.split_alone = [True] * len(sources) if split_alone is None else split_alone
         self.context_length = sources[0].context_length
         self.first_rows = np.cumsum([0, *(len(rows) for rows in sources)])
         self.documents = sum(rows.documents for rows in sources)

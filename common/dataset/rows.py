@@ -8,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from common.arguments import SharedArguments
 from common.console import InputError, say
-from common.corpus.splits import Split, hashes_of_equals, split_by_hash, split_in_order
+from common.corpus.splits import Split, hashes_of_equals, split_by_hash, split_in_order, splits_alone
 from common.dataset.best_fit import BestFitRows
 from common.dataset.ledger import Ledger
 from common.dataset.packing import JoinedRows, PackedRows
@@ -58,7 +58,8 @@ def build_rows(stores: dict[str, TokenStore], arguments: SharedArguments) -> Row
         for use in packed:
             packed[use].append(rows[use])
         ledgers[name] = Ledger.of(store, split, rows)
-    joined = {use: JoinedRows(parts, arguments.data_weights) for use, parts in packed.items()}
+    alone = [arguments.split is not None or splits_alone(own, arguments.held_out_fraction) for own in hashes]
+    joined = {use: JoinedRows(parts, arguments.data_weights, alone) for use, parts in packed.items()}
     uses = ["train", "held_out"]
     if joined["test"].documents:
         uses.append("test")

@@ -10,7 +10,8 @@ What the order of rows does:
 - Sources or weights differ: sources that are the first of --data in both runs, in the same order, continue after the
   rows that the other run took of them. All others begin at their first row. This takes a --data of one source, or one
   with --data_weights, in both runs: otherwise the sources have no order of their own.
-- In all other cases a new order begins at its first row, and text may be trained on a second time.
+- In all other cases a new order begins at its first row, and text may be trained on a second time. So it does if the
+  other sources decide which document of a source is held out, because it has too few for the limit to do so.
 """
 
 import json
@@ -146,7 +147,13 @@ def _new_branch(order: TrainingOrder, identity: dict, state: dict, shared: Share
         say("branch: the order of rows is the same, and continues at the next row")
     else:
         begins_at, taken = position, [0] * len(order.taken)
-        if reordered <= SOURCES:
+        if not _split_is_kept(order, was["data"]["documents"], identity["data"]["documents"]):
+            say(
+                "warning: branch: so few documents are in both runs that the other ones decide which of them is held "
+                "out. One that was trained on may be held out from here on. More text, the same --data, or another run "
+                "with a larger --held_out_fraction avoids it."
+            )
+        elif reordered <= SOURCES:
             taken = _taken(order, was["data"], identity["data"], before, position)
         say(f"branch: the order of rows is new. {_start_of_sources(taken)}")
     return Branch(
@@ -181,6 +188,15 @@ def _differing(branch_from: str, was: dict, now: dict) -> list[tuple[str, object
             f"values{own}. --init_from continues from weights alone."
         )
     return found
+
+
+def _split_is_kept(order: TrainingOrder, was: list[str], now: list[str]) -> bool:
+    """Whether the documents that are in both runs are held out in both or in none; the arguments: of each source.
+
+    They are if some of them are held out by the limit of their hash, and some are not.
+    """
+    in_both = [alone for source, alone in zip(now, order.split_alone, strict=True) if source in was]
+    return was == now or not in_both or any(in_both)
 
 
 def _taken(order: TrainingOrder, was: dict, now: dict, before: dict, position: int) -> list[int]:

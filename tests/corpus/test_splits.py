@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from common.console import InputError
-from common.corpus.splits import SeenHashes, hashes_of_equals, repeated, split_by_hash, split_in_order
+from common.corpus.splits import (
+    SeenHashes,
+    hashes_of_equals,
+    repeated,
+    split_by_hash,
+    split_in_order,
+    splits_alone,
+)
 
 hash_lists = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=60)
 
@@ -30,6 +37,16 @@ def test_copies_of_a_document_are_on_the_same_side(hashes, fraction, keep_duplic
     assert split.train.any() and split.held_out.any() and not split.test.any()
     assert not set(hashes[split.held_out].tolist()) & set(hashes[split.train].tolist())
     assert split.duplicate.sum() == (0 if keep_duplicates else len(hashes) - len(set(hashes.tolist())))
+
+
+def test_a_split_that_the_limit_alone_decides_is_the_same_with_any_other_documents():
+    """Half of all hashes are held out. Without one on each side, the lowest or the highest of all decides."""
+    low, high = 1, 2**64 - 2
+    for own, alone in (([low, high], True), ([low, low + 1], False), ([high, high - 1], False), ([high], False)):
+        assert splits_alone(np.array(own, np.uint64), 0.5) == alone
+        others = ([], [0], [2**64 - 1], [0, 2**64 - 1])
+        splits = [split_by_hash(np.array([*own, *other], np.uint64), 0.5).held_out[: len(own)] for other in others]
+        assert all((split == splits[0]).all() for split in splits) == alone
 
 
 def test_the_held_out_share_and_its_stability():

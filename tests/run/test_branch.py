@@ -187,6 +187,25 @@ def test_a_source_continues_after_its_rows_in_another_mixture(quick, cache_dir, 
     assert "text that was trained on may come again" in capsys.readouterr().out
 
 
+def test_too_few_documents_for_the_same_split_are_warned_of_and_begin_anew(quick, cache_dir, trunk, tmp_path, capsys):
+    """At 1 in 2,000, no document is held out by its hash: the lowest hash of all sources is, which another one has."""
+    flags = ["--tokenizer", str(trunk), "--held_out_fraction", "0.0005", "--max_steps"]
+    run, branch = tmp_path / "run", tmp_path / "branch"
+    quick.main(small_run(cache_dir, run, *flags, "3", "--data", ENGLISH))
+    mixture = ["--data", ENGLISH, CHINESE, "--data_weights", "1", "1", "--branch_from", str(run / "checkpoint-3")]
+    capsys.readouterr()
+    quick.main(small_run(cache_dir, branch, *flags, "5", *mixture))
+    held_out = [
+        {name: source["documents_held_out"] for name, source in read_results(folder)["sources"].items()}
+        for folder in (run, branch)
+    ]
+    assert held_out == [{"sample_en": 1}, {"sample_en": 0, "sample_zh": 1}]
+    printed = capsys.readouterr().out
+    assert "warning: branch: so few documents are in both runs" in printed
+    assert "the order of rows is new. It begins at its first row" in printed
+    assert read(branch / "branch.json")["taken"] == [0, 0]
+
+
 def read_results(folder: Path) -> dict:
     return read(folder / "all_results.json")
 
