@@ -118,6 +118,7 @@ class TwoSources:
     """Stands in for joined rows: 20 of one source and 13 of another."""
 
     sources, weights, context_length = (range(20), range(13)), None, 512
+    split_alone = (True, True)
 
     def __len__(self) -> int:
         return 33
